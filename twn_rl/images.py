@@ -1,0 +1,163 @@
+"""Opening image files safely: inside the data root, whole, of sane size. Knows no records or models.
+
+Every picture of the project enters through `open_image`, so that training, evaluation and serving
+see the same pixels: orientation applied, transparency laid over white, RGB.
+"""
+
+import hashlib
+import re
+import struct
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+ImageSource = Image.Image | str | Path
+
+_URL = re.compile(r"^([a-z][a-z0-9+.\-]*://|data:)", re.IGNORECASE)
+# What Pillow raises for damaged files, depending on format and on how far it got.
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; `reason` is a short key for counting."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        """Keep the three-part `message` and the `reason` key."""
+        super().__init__(message)
+        self.reason = reason
+
+
+def resolve_inside(source: str | Path, data_root: str | Path) -> Path:
+    """Return the absolute path of `source`, which must be a file inside `data_root`.
+
+    Args:
+        source: Path relative to `data_root`, as written in a data file.
+        data_root: Folder that no path may leave, neither by `..` nor by a symbolic link.
+
+    Raises:
+        ImageError: For URLs, absolute paths, paths that leave the root, and missing files.
+    """
+    name = str(source)
+    if _URL.match(name):
+        raise ImageError(
+            f"image = {name[:80]!r} is a URL; expected a path relative to the data root; "
+            "remote images are never fetched: download it and write its relative path",
+            reason="url",
+        )
+    if Path(name).is_absolute():
+        raise ImageError(
+            f"image = {name!r} is absolute; expected a path relative to the data root "
+            f"{str(data_root)!r}; pass the folder as data_root and write the rest of the path",
+            reason="path_outside_root",
+        )
+    root = Path(data_root).resolve()
+    try:
+        path = (root / name).resolve()
+        is_file = path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:  # NUL byte, too long, symlink loop
+        raise ImageError(
+            f"image = {name[:80]!r} is no usable path ({error}); expected a path relative to the "
+            "data root; correct it",
+            reason="missing_image",
+        ) from error
+    if not path.is_relative_to(root):
+        raise ImageError(
+            f"image = {name!r} leads outside the data root {str(root)!r}; expected a file inside "
+            "it; copy the file there or pass a wider data_root",
+            reason="path_outside_root",
+        )
+    if not is_file:
+        raise ImageError(
+            f"image = {name!r} does not exist under {str(root)!r}; expected a file; "
+            "check the path and data_root",
+            reason="missing_image",
+        )
+    return path
+
+
+def open_image(source: ImageSource, data_root: str | Path | None = None) -> Image.Image:
+    """Return `source` fully decoded as an RGB image, upright, transparency over white.
+
+    Args:
+        source: An image, or a path; a relative path is looked up under `data_root`.
+        data_root: Folder for relative paths; the working directory when None.
+
+    Raises:
+        ImageError: If the file is missing, damaged, truncated or implausibly large.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    if _URL.match(str(source)):
+        resolve_inside(source, ".")  # raises the one message there is about URLs
+    path = Path(data_root or ".") / source
+    if not path.is_file():
+        raise ImageError(
+            f"image = {str(path)!r} does not exist; expected a file; check the path and data_root",
+            reason="missing_image",
+        )
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            limit = Image.MAX_IMAGE_PIXELS
+            if limit is not None and width * height > limit:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels, limit {limit}")
+            return _to_rgb(image)
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            f"image = {str(path)!r} cannot be decoded ({error}); expected a complete image of "
+            "sane size; replace the file or leave the row out",
+            reason="unreadable_image",
+        ) from error
+
+
+def image_digest(source: ImageSource, data_root: str | Path | None = None) -> str:
+    """Return the sha256 hex digest of the size and RGB pixels of `source`.
+
+    The digest does not depend on file name or format, so a copy of a picture is recognised, and an
+    opened image has the digest of its file. Files are decoded once per process (until they change).
+
+    Raises:
+        ImageError: If the image cannot be decoded.
+    """
+    if isinstance(source, Image.Image):
+        return _pixel_digest(_to_rgb(source))
+    path = Path(data_root or ".") / source
+    if _URL.match(str(source)) or not path.is_file():
+        open_image(source, data_root)  # raises the message for URLs and missing files
+    stat = path.stat()
+    return _file_digest(str(path.absolute()), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1_000_000)
+def _file_digest(path: str, modified_ns: int, size_bytes: int) -> str:
+    del modified_ns, size_bytes  # part of the cache key only
+    return _pixel_digest(open_image(path))
+
+
+def _pixel_digest(image: Image.Image) -> str:
+    return hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode == "RGB" and not upright.has_transparency_data:
+        upright.load()
+        return upright
+    if upright.has_transparency_data:
+        rgba = upright.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return upright.convert("RGB")

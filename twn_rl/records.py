@@ -1,0 +1,289 @@
+"""Files of training records: reading, verifying, writing. Knows no models and no chat templates.
+
+JSON lines (`.jsonl`) and Parquet (`.parquet`) hold one record a row: `id`, `source`, `query`,
+`positive`, `negatives`, `query_cot`, `positive_cot`, `metadata`; an item is `instruction`, `text`,
+`images`, `video`. Image paths are relative to the data root. Remote images are never fetched.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NoReturn, overload
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from twn_rl.images import ImageSource
+from twn_rl.record_checks import RecordChecks
+from twn_rl.record_schema import Item, Record, RecordError
+
+__all__ = ["Item", "Record", "RecordError", "RecordSet", "load_records", "write_records"]
+
+_PARQUET_BATCH_ROWS = 1024
+_ITEM = pa.struct(
+    {
+        "instruction": pa.string(),
+        "text": pa.string(),
+        "images": pa.list_(pa.string()),
+        "video": pa.list_(pa.string()),
+    }
+)
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "source": pa.string(),
+        "query": _ITEM,
+        "positive": _ITEM,
+        "negatives": pa.list_(_ITEM),
+        "query_cot": pa.string(),
+        "positive_cot": pa.string(),
+        "metadata": pa.string(),  # JSON text: its shape differs between records
+    }
+)
+
+
+class RecordSet(Sequence[Record]):
+    """Verified records with absolute image paths; no image stays in memory.
+
+    Attributes:
+        data_root: Folder that holds every image.
+        skipped: How many rows were left out, by reason.
+        skipped_rows: Row number and message of each row left out.
+        metadata_fields: How many rows kept each unknown top-level field in their metadata.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[Record],
+        *,
+        data_root: str | Path,
+        skipped_rows: Sequence[tuple[int, RecordError]] = (),
+        metadata_fields: Mapping[str, int] | None = None,
+    ) -> None:
+        """Hold records that `load_records` has verified."""
+        self._records = list(records)
+        self.data_root = Path(data_root)
+        self.skipped = Counter(error.reason for _, error in skipped_rows)
+        self.skipped_rows = [(row, str(error)) for row, error in skipped_rows]
+        self.metadata_fields = Counter(metadata_fields or {})
+
+    def __len__(self) -> int:
+        """Return the number of usable records."""
+        return len(self._records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> "RecordSet": ...
+    def __getitem__(self, index: int | slice) -> "Record | RecordSet":
+        """Return a record with image paths, or a set of the records of a slice."""
+        if isinstance(index, slice):
+            return RecordSet(self._records[index], data_root=self.data_root)
+        return self._records[index]
+
+    def load(self, index: int) -> Record:
+        """Return record `index` with every picture opened as an RGB image.
+
+        Raises:
+            ImageError: If a picture has been removed or damaged since it was verified.
+        """
+        return self._records[index].load(self.data_root)
+
+
+def load_records(
+    path: str | Path,
+    *,
+    data_root: str | Path | None = None,
+    on_bad_record: Literal["raise", "skip"] = "raise",
+    limit: int | None = None,
+) -> RecordSet:
+    """Return the verified records of a `.jsonl` or `.parquet` file.
+
+    Fields and types are checked, every path must stay inside the data root, each distinct image is
+    decoded once, and a positive that is also listed as a negative is refused.
+
+    Args:
+        path: File to read.
+        data_root: Folder that image paths are relative to; the folder of `path` when None.
+        on_bad_record: "raise" stops at a bad row; "skip" leaves it out, counted in `skipped`.
+        limit: Read at most this many rows; None reads all.
+
+    Raises:
+        RecordError: For a bad row under "raise"; for a file of another kind; when no row is usable.
+        FileNotFoundError: If there is no such file.
+    """
+    path = Path(path)
+    if on_bad_record not in ("raise", "skip"):
+        raise ValueError(
+            f"on_bad_record = {on_bad_record!r}; expected 'raise' or 'skip'; change it"
+        )
+    root = (path.parent if data_root is None else Path(data_root)).resolve()
+    check = RecordChecks(path, root, is_strict=on_bad_record == "raise")
+    rows = [(row, check.parse(row, data)) for row, data in islice(_read(path), limit)]
+    check.decode_images(record for _, record in rows if record is not None)
+    records = [
+        record for row, record in rows if record is not None and check.is_trainable(row, record)
+    ]
+    check.report(usable=len(records), total=len(rows))
+    return RecordSet(
+        records,
+        data_root=root,
+        skipped_rows=sorted(check.skipped, key=lambda pair: pair[0]),
+        metadata_fields=check.metadata_fields,
+    )
+
+
+def write_records(
+    path: str | Path, records: Iterable[Record], *, data_root: str | Path | None = None
+) -> None:
+    """Write records as `.jsonl` or `.parquet`; the file appears whole or not at all.
+
+    In Parquet, `metadata` is a column of JSON text, because its shape differs between records.
+
+    Args:
+        path: File to write; its suffix chooses the format.
+        records: Records whose images are paths, relative to the data root or absolute inside it.
+        data_root: Folder that written paths are relative to; the folder of `path` when None.
+
+    Raises:
+        RecordError: For an opened image instead of a path, an absolute path outside the data root,
+            or metadata that JSON cannot hold; the message names the record.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    root = (path.parent if data_root is None else Path(data_root)).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        if path.suffix == ".parquet":
+            _write_parquet(temporary, (_to_row(record, root) for record in records))
+        else:
+            with temporary.open("w", encoding="utf-8") as file:
+                for record in records:
+                    file.write(json.dumps(_to_row(record, root), ensure_ascii=False) + "\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix not in (".jsonl", ".parquet"):
+        raise RecordError(
+            f"suffix = {path.suffix!r}; expected .jsonl or .parquet; convert or rename the file",
+            reason="bad_file",
+            file=path,
+        )
+
+
+def _read(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
+    """Yield 1-based row numbers with parsed rows, or with what kept a row from being parsed."""
+    _check_suffix(path)
+    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
+    with path.open("rb") as file:
+        for row, line in enumerate(file, start=1):
+            if line.strip():
+                yield row, _parse_json(line.removeprefix(b"\xef\xbb\xbf"), field=None)
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
+    try:
+        with pq.ParquetFile(path) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for data in batch.to_pylist():
+                    row += 1
+                    if isinstance(data.get("metadata"), str):
+                        data["metadata"] = _parse_json(data["metadata"], field="metadata")
+                    bad = data.get("metadata")
+                    yield row, bad if isinstance(bad, RecordError) else data
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise RecordError(
+            f"file is no readable Parquet ({error}); expected a complete file; write it again",
+            reason="bad_file",
+            file=path,
+        ) from error
+
+
+def _parse_json(text: str | bytes, *, field: str | None) -> Any:
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 as well
+        return RecordError(
+            f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
+            reason="bad_json",
+            field=field,
+        )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _to_row(record: Record, root: Path) -> dict[str, Any]:
+    """Return the JSON-ready row of `record`, as `load_records` would accept it."""
+    try:
+        row = record.map_items(lambda item: _relative_item(item, root)).to_dict()
+        Record.from_dict(row)
+        json.dumps(row["metadata"], allow_nan=False)
+    except RecordError as error:
+        raise RecordError(
+            f"record {record.id!r}: {error.detail}", reason=error.reason, field=error.field
+        ) from error
+    except (TypeError, ValueError) as error:
+        raise RecordError(
+            f"record {record.id!r}: JSON cannot hold it ({error}); expected strings, finite "
+            "numbers, booleans, null, lists and objects; convert the value",
+            reason="bad_type",
+            field="metadata",
+        ) from error
+    return row
+
+
+def _relative_item(item: Item, root: Path) -> Item:
+    return Item(
+        instruction=item.instruction,
+        text=item.text,
+        images=tuple(_relative(source, root) for source in item.images),
+        video=tuple(_relative(source, root) for source in item.video),
+    )
+
+
+def _relative(source: ImageSource, root: Path) -> str:
+    if isinstance(source, Image.Image):
+        raise RecordError(
+            "an image is an opened picture; expected a path; save the picture under the data root "
+            "and write its path",
+            reason="bad_type",
+            field="images",
+        )
+    path = (root / source).resolve()
+    if not path.is_relative_to(root):
+        raise RecordError(
+            f"image = {str(source)!r} leads outside the data root {str(root)!r}; expected a file "
+            "inside it; copy the file there or pass a wider data_root",
+            reason="path_outside_root",
+            field="images",
+        )
+    return path.relative_to(root).as_posix() if Path(source).is_absolute() else str(source)
+
+
+def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with pq.ParquetWriter(path, _SCHEMA) as writer:
+        for batch in _batches(rows):
+            table = [{**row, "metadata": json.dumps(row["metadata"])} for row in batch]
+            writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, _PARQUET_BATCH_ROWS)):
+        yield batch
