@@ -1,0 +1,96 @@
+"""Checkpoint folders: writing them, reading them back exactly, importing other layouts.
+
+Knows no training state: optimizers and schedulers belong to the trainer.
+"""
+
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from twn_rl.adapters import (
+    EMBEDDING_ADAPTER,
+    REASONING_ADAPTER,
+    adapter_parameters,
+    load_adapter,
+    save_adapter,
+    set_trainable,
+)
+from twn_rl.backbone import Backbone
+from twn_rl.config import CONFIG_FILE, TwnConfig
+
+if TYPE_CHECKING:
+    from twn_rl.model import DualLoraModel
+
+REASONING_DIR = "reasoning"
+EMBEDDING_DIR = "embedding"
+_PACKAGES = ("torch", "transformers", "peft")
+
+
+def save_model(
+    model: "DualLoraModel", path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write `reasoning/`, `embedding/` (read-out rows inside) and `twn_config.json`.
+
+    Args:
+        model: The model.
+        path: Folder; created if needed.
+        state_dict: Gathered weights by full-model keys, for sharded training.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    state = dict(state_dict) if state_dict is not None else None
+    for name, folder in ((REASONING_ADAPTER, REASONING_DIR), (EMBEDDING_ADAPTER, EMBEDDING_DIR)):
+        save_adapter(model.peft_model, name, path / folder, state_dict=state)
+    model.config.versions = {package: version(package) for package in _PACKAGES}
+    model.config.save(path)
+
+
+def load_model(
+    model_class: type["DualLoraModel"],
+    path: str | Path,
+    *,
+    backbone: str | Path | Backbone | None = None,
+    dtype: str | torch.dtype | None = None,
+    is_trainable: bool = False,
+) -> "DualLoraModel":
+    """Return the model stored in `path`; its vectors are those of the model that was saved.
+
+    Args:
+        model_class: `DualLoraModel`.
+        path: Checkpoint folder.
+        backbone: Backbone to use instead of the one named in the config.
+        dtype: Parameter type when loading the backbone.
+        is_trainable: Leave both adapters trainable; otherwise everything is frozen.
+
+    Raises:
+        FileNotFoundError: If `path` holds no config or no weights.
+        KeyError: If adapter keys are missing or unexpected; the message lists them.
+        ValueError: If shapes do not fit the backbone, or no backbone is known.
+    """
+    path = Path(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{path / CONFIG_FILE} does not exist; expected a folder written by save_pretrained; "
+            "check the path"
+        )
+    config = TwnConfig.load(path)
+    source = backbone if backbone is not None else config.backbone
+    if not source:
+        raise ValueError(
+            f"{CONFIG_FILE} names no backbone; expected a name or a path; pass backbone=..."
+        )
+    model = model_class.from_backbone(source, config, dtype=dtype)
+    load_adapter(model.peft_model, REASONING_ADAPTER, path / REASONING_DIR)
+    load_adapter(model.peft_model, EMBEDDING_ADAPTER, path / EMBEDDING_DIR)
+    freeze_unless(model, is_trainable)
+    return model
+
+
+def freeze_unless(model: "DualLoraModel", is_trainable: bool) -> None:
+    """Set both adapters trainable, or freeze the whole model in evaluation mode."""
+    set_trainable(model.peft_model, (REASONING_ADAPTER, EMBEDDING_ADAPTER) if is_trainable else ())
+    model.train(is_trainable)

@@ -1,0 +1,130 @@
+"""What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors, no models."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from twn_rl.templates import Renderer
+
+CONFIG_FILE = "twn_config.json"
+INTERFACES = ("reencode", "kv_detach")
+LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _check_keys(owner: str, data: dict[str, Any], known: list[str]) -> None:
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{owner} has unknown keys {unknown}; expected only {known}; "
+            "remove them or use the version that wrote them"
+        )
+
+
+@dataclass
+class LoraSettings:
+    """Size of one LoRA adapter.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale numerator; updates are scaled by `alpha / r`.
+        dropout: Dropout on the adapter's input; 0 is off.
+        targets: Names of the language model's linear maps that get an adapter. The vision tower
+            never gets one, also where its maps have the same names.
+    """
+
+    r: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR_TARGETS
+
+    def __post_init__(self) -> None:
+        """Collect every problem of the settings into one error."""
+        self.targets = tuple(self.targets)
+        problems = []
+        if self.r < 1:
+            problems.append(f"r = {self.r}, expected >= 1")
+        if self.alpha <= 0:
+            problems.append(f"alpha = {self.alpha}, expected > 0")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout = {self.dropout}, expected in [0, 1)")
+        if not self.targets:
+            problems.append("targets is empty, expected at least one linear map")
+        if problems:
+            raise ValueError("LoraSettings: " + "; ".join(problems) + "; change these fields")
+
+
+@dataclass
+class TwnConfig:
+    """Everything needed to rebuild a model around its adapter weights.
+
+    Attributes:
+        backbone: Name or path of the backbone; empty until a model is built.
+        backbone_revision: Commit of the backbone; None follows its default branch.
+        interface: "reencode" re-reads input and CoT under the embedding adapter; "kv_detach" lets
+            the read-out tokens attend to the detached cache the reasoning adapter left.
+        num_readout_tokens: Q, learned tokens whose last states are averaged into the vector.
+        reasoning_lora: Adapter that writes CoTs.
+        embedding_lora: Adapter that makes vectors.
+        renderer: How items become prompts.
+        max_think_tokens: Default budget of one CoT, in tokens.
+        gate_threshold: Probability above which to think; None while no gate was fitted.
+        versions: Library versions that wrote the checkpoint.
+    """
+
+    backbone: str = ""
+    backbone_revision: str | None = None
+    interface: Literal["reencode", "kv_detach"] = "reencode"
+    num_readout_tokens: int = 4
+    reasoning_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=32, alpha=64))
+    embedding_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=64, alpha=128))
+    renderer: Renderer = field(default_factory=Renderer)
+    max_think_tokens: int = 256
+    gate_threshold: float | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Collect every problem of the config into one error."""
+        problems = []
+        if self.interface not in INTERFACES:
+            problems.append(f"interface = {self.interface!r}, expected one of {INTERFACES}")
+        if self.num_readout_tokens < 1:
+            problems.append(f"num_readout_tokens = {self.num_readout_tokens}, expected >= 1")
+        if self.max_think_tokens < 1:
+            problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
+        if self.gate_threshold is not None and not 0.0 <= self.gate_threshold <= 1.0:
+            problems.append(f"gate_threshold = {self.gate_threshold}, expected None or in [0, 1]")
+        if problems:
+            raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; `from_dict` is its inverse."""
+        return {**asdict(self), "renderer": self.renderer.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TwnConfig":
+        """Return the config of a `to_dict` result.
+
+        Raises:
+            ValueError: For keys this version does not know.
+        """
+        _check_keys(CONFIG_FILE, data, [f.name for f in fields(cls)])
+        values = dict(data)
+        lora_keys = [f.name for f in fields(LoraSettings)]
+        for name in ("reasoning_lora", "embedding_lora"):
+            if name in values:
+                _check_keys(name, values[name], lora_keys)
+                values[name] = LoraSettings(**values[name])
+        if "renderer" in values:
+            values["renderer"] = Renderer.from_dict(values["renderer"])
+        return cls(**values)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `twn_config.json` into `directory`."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "TwnConfig":
+        """Read `twn_config.json` from `directory`."""
+        return cls.from_dict(json.loads((Path(directory) / CONFIG_FILE).read_text("utf-8")))

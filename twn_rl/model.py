@@ -1,0 +1,279 @@
+"""One backbone that thinks and embeds: the room where adapters, read-out and prompts meet.
+
+Knows no losses, no rewards, no trainers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twn_rl import batching, thoughts
+from twn_rl.adapters import REASONING_ADAPTER, attach_adapters, checkpoint_contexts, use_adapter
+from twn_rl.backbone import Backbone, load_backbone
+from twn_rl.config import TwnConfig
+from twn_rl.readout import add_readout_tokens, join_sequence, kv_detach, position_ids, reencode
+from twn_rl.records import Item
+from twn_rl.templates import Think
+
+Batch = Mapping[str, Tensor]
+
+
+class DualLoraModel(nn.Module):
+    """A frozen backbone with a reasoning and an embedding adapter.
+
+    Attributes:
+        backbone: Model, processor and what is known of them.
+        peft_model: The backbone with both adapters; what TRL trains.
+        processor: The backbone's processor, or tokenizer for text-only models.
+        tokenizer: The tokenizer inside it.
+        renderer: How items become prompts.
+        config: Settings stored with the checkpoint.
+        readout_ids: Q ids of the read-out tokens.
+        prefill_adapter: Adapter that fills the cache in "kv_detach"; a frozen snapshot while the
+            reasoning adapter is trained by RL.
+    """
+
+    def __init__(
+        self, backbone: Backbone, peft_model: Any, config: TwnConfig, readout_ids: list[int]
+    ) -> None:
+        """Hold parts made by `from_backbone`."""
+        super().__init__()
+        self.backbone = backbone
+        self.peft_model = peft_model
+        self.config = config
+        self.renderer = config.renderer
+        self.processor = backbone.processor
+        self.tokenizer = backbone.tokenizer
+        self.readout_ids = readout_ids
+        self.prefill_adapter = REASONING_ADAPTER
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | Backbone,
+        config: TwnConfig | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        seed: int = 0,
+    ) -> "DualLoraModel":
+        """Return a model with new adapters on a backbone.
+
+        Args:
+            backbone: Name, path, or a loaded backbone, which is changed in place.
+            config: Settings; defaults if None. Its `backbone` field is filled in.
+            dtype: Parameter type when loading; None keeps the stored one.
+            seed: Decides the initial adapter weights; the global random state is untouched.
+        """
+        config = config or TwnConfig()
+        if not isinstance(backbone, Backbone):
+            revision = config.backbone_revision
+            backbone = load_backbone(backbone, revision=revision, dtype=dtype)
+        config = replace(config, backbone=backbone.name or config.backbone)
+        readout_ids = add_readout_tokens(backbone, config.num_readout_tokens)
+        peft_model = attach_adapters(
+            backbone,
+            reasoning=config.reasoning_lora,
+            embedding=config.embedding_lora,
+            readout_ids=readout_ids,
+            seed=seed,
+        )
+        return cls(backbone, peft_model, config, readout_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        backbone: str | Path | Backbone | None = None,
+        dtype: str | torch.dtype | None = None,
+        is_trainable: bool = False,
+    ) -> "DualLoraModel":
+        """Return the model stored by `save_pretrained`; see `twn_rl.checkpoint.load_model`."""
+        from twn_rl.checkpoint import load_model
+
+        return load_model(cls, path, backbone=backbone, dtype=dtype, is_trainable=is_trainable)
+
+    def save_pretrained(
+        self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Write adapters and settings; see `twn_rl.checkpoint.save_model`."""
+        from twn_rl.checkpoint import save_model
+
+        save_model(self, path, state_dict=state_dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.peft_model.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of a vector."""
+        return self.backbone.hidden_size
+
+    @property
+    def suppressed_token_ids(self) -> list[int]:
+        """Ids the policy must never write, for `generation_kwargs={"suppress_tokens": ...}`."""
+        return thoughts.suppressed_token_ids(self.backbone, self.renderer)
+
+    def collate(
+        self,
+        items: Sequence[Item],
+        completions: Sequence[batching.Completion] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return a batch of N prompts, left-padded, and completions, right-padded.
+
+        Args:
+            items: N items.
+            completions: Per item a string, a list of ids, or None for no thinking.
+            max_length: Largest prompt in tokens; longer ones are refused.
+
+        Returns:
+            `input_ids`, `attention_mask` (N, P), the processor's image tensors and, if completions
+            are given, `completion_ids`, `completion_mask` (N, C). Masks are 1 on real tokens.
+        """
+        batch = batching.collate_prompts(self.backbone, self.renderer, items, max_length=max_length)
+        if completions is not None:
+            if len(completions) != len(items):
+                raise ValueError(
+                    f"{len(completions)} completions for {len(items)} items; expected one each; "
+                    "use None for items without a thought"
+                )
+            batch |= batching.collate_completions(self.backbone, completions)
+        return batch
+
+    def completion_ids(self, text: str, *, add_eos: bool = False) -> list[int]:
+        """Return the ids of a completion; SFT targets end with the end of turn, embeddings do not."""
+        ids = batching.completion_ids(self.backbone, text)
+        return [*ids, self.backbone.eos_token_id] if add_eos else ids
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Return unit-norm float32 vectors (N, D), local, of a batch from `collate`.
+
+        Rows whose completion is empty give the no-think vector. Gradient reaches the embedding
+        adapter and the read-out rows only.
+        """
+        batch = self._on_device(batch)
+        if self.config.interface == "reencode":
+            return reencode(self.backbone, self.peft_model, batch, self.readout_ids)
+        return kv_detach(
+            self.backbone,
+            self.peft_model,
+            batch,
+            self.readout_ids,
+            prefill_adapter=self.prefill_adapter,
+        )
+
+    def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed NLL (N,) in nats of each completion, and its length (N,) in tokens.
+
+        Logits are computed for the completion only. Gradient reaches the reasoning adapter only.
+        """
+        batch = self._on_device(batch)
+        if "completion_ids" not in batch:
+            raise ValueError(
+                "batch has no completion_ids; expected completions; pass them to collate"
+            )
+        targets, mask = batch["completion_ids"], batch["completion_mask"]
+        inputs = join_sequence(batch)
+        with use_adapter(self.peft_model, REASONING_ADAPTER):
+            logits = self.backbone.model(
+                **inputs,
+                position_ids=position_ids(self.backbone, inputs),
+                logits_to_keep=targets.shape[1] + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+        labels = targets.masked_fill(mask == 0, -100)
+        nll = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100
+        )
+        return nll.view_as(labels).sum(1), mask.sum(1)
+
+    def forward(
+        self, embed: Mapping[str, Batch] | None = None, token_nll: Batch | None = None
+    ) -> dict[str, Any]:
+        """Return every vector and token loss of one training step in one forward.
+
+        DDP and DeepSpeed must see exactly one forward of the wrapped module per backward.
+
+        Args:
+            embed: Batches by name, each given to `embed`.
+            token_nll: Batch given to `token_nll`.
+
+        Returns:
+            `embeds`: name -> (N, D); `token_nll`, `token_count`: (N,), if asked for.
+        """
+        output: dict[str, Any] = {
+            "embeds": {name: self.embed(batch) for name, batch in (embed or {}).items()}
+        }
+        if token_nll is not None:
+            output["token_nll"], output["token_count"] = self.token_nll(token_nll)
+        return output
+
+    def reason(
+        self,
+        batch: Batch,
+        *,
+        max_think_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        num_thoughts: int = 1,
+        seed: int | None = None,
+        generation_model: Any = None,
+    ) -> list[list[int]]:
+        """Return completion ids written by the reasoning adapter; see `thoughts.generate`.
+
+        Args:
+            batch: Prompts from `collate`; completions are ignored.
+            max_think_tokens: Budget; the config's if None.
+            do_sample: Sample instead of taking the likeliest token.
+            temperature: Of sampling.
+            top_p: Of nucleus sampling; 1 is off.
+            num_thoughts: Completions per prompt.
+            seed: Makes sampling repeatable and leaves the global random state untouched.
+            generation_model: Model to generate with, such as an unwrapped one with gathered
+                weights; this model's `peft_model` if None.
+        """
+        with use_adapter(self.peft_model, REASONING_ADAPTER):
+            return thoughts.generate(
+                self.backbone,
+                self.peft_model if generation_model is None else generation_model,
+                self._on_device(batch),
+                max_think_tokens=max_think_tokens or self.config.max_think_tokens,
+                suppress_tokens=self.suppressed_token_ids,
+                do_sample=do_sample,
+                temperature=temperature,
+                top_p=top_p,
+                num_thoughts=num_thoughts,
+                seed=seed,
+            )
+
+    def think(self, ids: Sequence[int]) -> Think:
+        """Return what a generated completion thought, or why it is not a thought."""
+        return thoughts.parse_completion(self.backbone, self.renderer, ids)
+
+    def completion_for_embedding(self, ids: Sequence[int]) -> list[int]:
+        """Return a completion without end of turn, or [] (no-think) if it is malformed."""
+        return thoughts.completion_for_embedding(self.backbone, self.renderer, ids)
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Trade time for memory; each layer is recomputed under the adapter of its forward."""
+        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        kwargs["context_fn"] = lambda: checkpoint_contexts(self.peft_model)
+        self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.backbone.model.gradient_checkpointing_disable()
+
+    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in batch.items()}
