@@ -1,0 +1,61 @@
+# Everything runs from one environment, made from pyproject.toml and constraints.txt.
+# Only python3 (3.11 or newer, with venv) and make are needed; a C++ compiler for DeepSpeed on CPU.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+	$(shell $(name) -c 'import sys; print("$(name)" if sys.version_info >= (3, 11) else "")' 2>/dev/null)))
+VENV ?= .venv
+STAMP := $(VENV)/.installed
+BIN := $(VENV)/bin
+OUTPUTS ?= outputs
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+# The test workers and the processes they start share the machine's cores: one thread each.
+test unit: export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo ablation test unit lint types format clean .venv
+
+help:
+	@echo "make demo      train the embedded default on this machine and draw the report"
+	@echo "make ablation  SFT only against SFT + GRPO, several seeds, table and plot"
+	@echo "make test      lint, types and every test"
+	@echo "make unit      the quick tests only"
+	@echo "make format    let ruff format and mend what it can"
+	@echo "make clean     remove $(VENV), $(OUTPUTS) and caches"
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,dev]"
+	@touch $@
+
+env .venv: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python recipes/demo.py --output_dir $(OUTPUTS)/demo
+
+ablation: $(STAMP)
+	$(BIN)/python recipes/ablation.py --output_dir $(OUTPUTS)/ablation
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint types
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) $(OUTPUTS) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
