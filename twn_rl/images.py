@@ -1,4 +1,4 @@
-"""Opening image files safely: inside the data root, whole, of sane size. Knows no records or models.
+"""Opening image files safely: inside the data root, whole, of sane size. Knows no records, no nets.
 
 Every picture of the project enters through `open_image`, so that training, evaluation and serving
 see the same pixels: orientation applied, transparency laid over white, RGB.
