@@ -1,4 +1,4 @@
-"""The two LoRA adapters: attach, switch, save, load. Knows nothing of items, losses or vectors.
+"""The two LoRA adapters: attach, switch, freeze. Knows nothing of items, losses or files.
 
 PEFT and TRL both flip `requires_grad` when they change the active adapter; here a switch never
 changes what is trainable.
@@ -7,20 +7,18 @@ changes what is trainable.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from twn_rl.backbone import Backbone, whole_parameters
 from twn_rl.config import LoraSettings
 
 REASONING_ADAPTER = "default"  # TRL's GRPO reads peft_config["default"]
 EMBEDDING_ADAPTER = "embedding"
+SNAPSHOT_ADAPTER = "reasoning_snapshot"
 
 
 def _lora_config(
@@ -116,16 +114,41 @@ def adapter_parameters(peft_model: PeftModel, name: str) -> dict[str, nn.Paramet
     return {
         key: parameter
         for key, parameter in peft_model.named_parameters()
-        if _adapter_key(key, name) is not None
+        if stored_key(key, name) is not None
     }
 
 
-def _adapter_key(key: str, name: str) -> str | None:
-    """Return the name-free key under which PEFT stores `key` if it belongs to adapter `name`."""
+def stored_key(key: str, name: str) -> str | None:
+    """Return the name-free key under which PEFT stores `key`; None if not of adapter `name`.
+
+    >>> stored_key("q_proj.lora_A.default.weight", "default")
+    'q_proj.lora_A.weight'
+    """
     match = re.fullmatch(
         rf"(.*\.(?:lora_\w+|trainable_tokens_delta))\.{re.escape(name)}(\..*)?", key
     )
     return match.group(1) + (match.group(2) or "") if match else None
+
+
+def snapshot_reasoning_adapter(peft_model: PeftModel) -> str:
+    """Freeze a copy of the reasoning adapter's present weights and return the copy's name.
+
+    In "kv_detach" the vectors depend on the reasoning adapter; a scorer of its rollouts must not
+    move while it is trained. A later call refreshes the copy. Copies are never saved.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    if SNAPSHOT_ADAPTER not in peft_model.peft_config:
+        peft_model.add_adapter(SNAPSHOT_ADAPTER, peft_model.peft_config[REASONING_ADAPTER])
+    source = adapter_parameters(peft_model, REASONING_ADAPTER)
+    copies = adapter_parameters(peft_model, SNAPSHOT_ADAPTER)
+    with torch.no_grad():
+        for key, copy in copies.items():
+            copy.copy_(source[key.replace(f".{SNAPSHOT_ADAPTER}", f".{REASONING_ADAPTER}")])
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    for copy in copies.values():
+        copy.requires_grad_(False)
+    return SNAPSHOT_ADAPTER
 
 
 def set_trainable(peft_model: PeftModel, names: Iterable[str]) -> None:
@@ -175,119 +198,3 @@ def checkpoint_contexts(
     be recomputed under the adapter of its forward.
     """
     return nullcontext(), use_adapter(peft_model, active_adapter(peft_model))
-
-
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
-
-
-def adapter_state(
-    peft_model: PeftModel, name: str, state_dict: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Return one adapter's weights on the CPU under PEFT's stored keys.
-
-    Args:
-        peft_model: The model.
-        name: The adapter.
-        state_dict: Weights by full-model keys, with or without a leading `peft_model.`, as
-            `accelerator.get_state_dict` gathers them; None reads the model itself, and under ZeRO-3
-            gathers its shards, which every process must then take part in.
-    """
-    parameters = adapter_parameters(peft_model, name)
-    if state_dict is not None:
-        plain = {key.removeprefix("peft_model."): value for key, value in state_dict.items()}
-        absent = sorted(set(parameters) - set(plain))
-        if absent:
-            raise KeyError(
-                f"state_dict lacks {len(absent)} keys of adapter {name!r}: {absent}; expected all "
-                "of them; pass the gathered state of the whole model"
-            )
-        return {_stored(key, name): plain[key].detach().cpu().clone() for key in parameters}
-    with _gathered(list(parameters.values())):
-        return {_stored(key, name): p.detach().cpu().clone() for key, p in parameters.items()}
-
-
-def _stored(key: str, name: str) -> str:
-    stored = _adapter_key(key, name)
-    assert stored is not None
-    return stored
-
-
-def save_adapter(
-    peft_model: PeftModel,
-    name: str,
-    directory: str | Path,
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-) -> None:
-    """Write one adapter as a plain PEFT folder: `adapter_config.json` and safetensors.
-
-    PEFT's own saving refuses two adapters of which only one has trainable tokens.
-    """
-    state = adapter_state(peft_model, name, state_dict)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    weights = {key: tensor.contiguous() for key, tensor in state.items()}
-    save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config: PeftConfig = peft_model.peft_config[name]
-    was_inference, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(str(directory))
-    finally:
-        config.inference_mode = was_inference
-
-
-def load_adapter(
-    peft_model: PeftModel,
-    name: str,
-    directory: str | Path,
-    *,
-    optional_keys: tuple[str, ...] = (),
-) -> None:
-    """Copy the weights stored in `directory` into adapter `name`, which must fit them exactly.
-
-    Args:
-        peft_model: The model, with the adapter attached.
-        name: The adapter.
-        directory: A PEFT folder with safetensors.
-        optional_keys: Key endings that may be missing, for imports of other layouts.
-
-    Raises:
-        FileNotFoundError: If there are no safetensors.
-        KeyError: If keys are missing or unexpected; the message lists them.
-        ValueError: If a shape differs; the message lists them.
-    """
-    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} does not exist; expected adapter weights as safetensors; check the folder"
-        )
-    stored = load_file(path)
-    own = {_stored(key, name): p for key, p in adapter_parameters(peft_model, name).items()}
-    missing = [
-        key for key in own if key not in stored and not key.endswith(optional_keys or ("\0",))
-    ]
-    unexpected = [key for key in stored if key not in own]
-    if missing or unexpected:
-        raise KeyError(
-            f"{path} does not fit adapter {name!r}: missing keys {sorted(missing)}, unexpected keys "
-            f"{sorted(unexpected)}; expected exactly the adapter's {len(own)} keys; check that "
-            "backbone, targets and ranks are those of the checkpoint"
-        )
-    misshapen = [
-        f"{key}: checkpoint {tuple(tensor.shape)}, model {tuple(own[key].shape)}"
-        for key, tensor in stored.items()
-        if tensor.shape != own[key].shape
-    ]
-    if misshapen:
-        raise ValueError(
-            f"{path} has other shapes than adapter {name!r}: {misshapen}; expected equal shapes; "
-            "load it onto the backbone it was trained on"
-        )
-    with torch.no_grad():
-        for key, tensor in stored.items():
-            own[key].copy_(tensor)

@@ -184,7 +184,8 @@ def from_parts(model: PreTrainedModel, processor: Any) -> Backbone:
     is_multimodal = hasattr(processor, "image_processor")
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            "tokenizer.eos_token = None; expected the token that ends a turn; set tokenizer.eos_token"
+            "tokenizer.eos_token = None; expected the token that ends a turn; "
+            "set tokenizer.eos_token"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -6,19 +6,13 @@ Knows no training state: optimizers and schedulers belong to the trainer.
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from twn_rl.adapters import (
-    EMBEDDING_ADAPTER,
-    REASONING_ADAPTER,
-    adapter_parameters,
-    load_adapter,
-    save_adapter,
-    set_trainable,
-)
+from twn_rl.adapter_files import load_adapter, save_adapter
+from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.backbone import Backbone
 from twn_rl.config import CONFIG_FILE, TwnConfig
 
@@ -84,10 +78,15 @@ def load_model(
             f"{CONFIG_FILE} names no backbone; expected a name or a path; pass backbone=..."
         )
     model = model_class.from_backbone(source, config, dtype=dtype)
-    load_adapter(model.peft_model, REASONING_ADAPTER, path / REASONING_DIR)
-    load_adapter(model.peft_model, EMBEDDING_ADAPTER, path / EMBEDDING_DIR)
+    load_weights(model, path)
     freeze_unless(model, is_trainable)
     return model
+
+
+def load_weights(model: "DualLoraModel", path: str | Path) -> None:
+    """Overwrite both adapters of `model` with those stored in `path`, every key accounted for."""
+    for name, folder in ((REASONING_ADAPTER, REASONING_DIR), (EMBEDDING_ADAPTER, EMBEDDING_DIR)):
+        load_adapter(model.peft_model, name, Path(path) / folder)
 
 
 def freeze_unless(model: "DualLoraModel", is_trainable: bool) -> None:

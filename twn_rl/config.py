@@ -1,4 +1,4 @@
-"""What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors, no models."""
+"""What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields

@@ -148,8 +148,12 @@ class DualLoraModel(nn.Module):
             batch |= batching.collate_completions(self.backbone, completions)
         return batch
 
+    def collate_completions(self, completions: Sequence[batching.Completion]) -> dict[str, Tensor]:
+        """Return right-padded `completion_ids`, `completion_mask` (N, C); see `batching`."""
+        return batching.collate_completions(self.backbone, completions)
+
     def completion_ids(self, text: str, *, add_eos: bool = False) -> list[int]:
-        """Return the ids of a completion; SFT targets end with the end of turn, embeddings do not."""
+        """Return the ids of a completion; an SFT target ends with the end of turn."""
         ids = batching.completion_ids(self.backbone, text)
         return [*ids, self.backbone.eos_token_id] if add_eos else ids
 

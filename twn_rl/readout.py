@@ -42,7 +42,8 @@ def add_readout_tokens(backbone: Backbone, num_readout_tokens: int) -> list[int]
     ids = [tokenizer.get_vocab()[token] for token in tokens]
     old_size = model.get_input_embeddings().weight.shape[0]
     if max(ids) >= old_size:
-        model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
+        with torch.random.fork_rng():  # the new rows are drawn at random before they are set
+            model.resize_token_embeddings(max(ids) + 1, mean_resizing=False)
         tables = {id(m.weight): m.weight for m in _embedding_tables(model)}
         for table in tables.values():
             with torch.no_grad():

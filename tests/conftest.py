@@ -1,0 +1,318 @@
+"""Tiny random backbones of each family, built in code. Knows no expected values."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from twn_rl.backbone import Backbone, from_parts
+from twn_rl.config import LoraSettings, TwnConfig
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Item
+
+WORDS = [
+    "find",
+    "the",
+    "picture",
+    "of",
+    "a",
+    "camel",
+    "pizza",
+    "zebra",
+    "tree",
+    "above",
+    "below",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "center",
+    "it",
+    "is",
+    "one",
+    "two",
+    "three",
+    "in",
+    "row",
+    "column",
+    "which",
+    "object",
+    "answer",
+    "Assistant:",
+    "User:",
+    "System:",
+]
+IDEFICS3_TEMPLATE = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {% if m['content'] is string %}"
+    "{{ m['content'] }}{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"
+    "{% else %}{{ p['text'] }}{% endif %}{% endfor %}{% endif %}<end_of_utterance>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
+)
+QWEN_TEMPLATE = IDEFICS3_TEMPLATE.replace(
+    "<image>", "<|vision_start|><|image_pad|><|vision_end|>"
+).replace("<end_of_utterance>", "<|im_end|>")
+TEXT_CONFIG = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
+
+
+def make_tokenizer(special: Sequence[str], *, eos: str, template: str | None) -> Any:
+    """Return a word-level tokenizer; `<think>` tags are tokens but not special, as in Qwen3."""
+    tokens = list(dict.fromkeys(["<pad>", "<unk>", *special, "<think>", "</think>", *WORDS]))
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token=eos
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def make_idefics3() -> Backbone:
+    """Idefics3 with its real processor: a 32-pixel picture is 2x2 tiles and a whole."""
+    tiles = [f"<row_{row}_col_{col}>" for row in range(1, 4) for col in range(1, 4)]
+    special = [
+        "<end_of_utterance>",
+        "<|im_start|>",
+        "<fake_token_around_image>",
+        "<global-img>",
+        "<image>",
+        *tiles,
+    ]
+    tokenizer = make_tokenizer(special, eos="<end_of_utterance>", template=IDEFICS3_TEMPLATE)
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True
+    )
+    processor = Idefics3Processor(images, tokenizer, image_seq_len=1)
+    processor.chat_template = IDEFICS3_TEMPLATE
+    config = Idefics3Config(
+        vision_config={
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 8,
+        },
+        text_config={"model_type": "llama", "vocab_size": len(tokenizer), **TEXT_CONFIG},
+        scale_factor=2,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return from_parts(_seeded(Idefics3ForConditionalGeneration, config), processor)
+
+
+class QwenImageProcessor:
+    """What Qwen's processor does for images; the real one needs torchvision for its video part."""
+
+    def __init__(self, tokenizer: Any, patch_size: int) -> None:
+        """Keep the tokenizer and an image processor that makes 4 x 4 patches, 2 x 2 tokens."""
+        side = (4 * patch_size) ** 2
+        self.tokenizer = tokenizer
+        self.image_processor = Qwen2VLImageProcessorPil(
+            patch_size=patch_size, size={"shortest_edge": side, "longest_edge": 2 * side}
+        )
+        self.chat_template = tokenizer.chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        """Render messages."""
+        return self.tokenizer.apply_chat_template(messages, **kwargs)
+
+    def __call__(
+        self, *, text: list[str], images: list[list[Any]] | None = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        """Expand each image placeholder to its number of tokens and tokenize."""
+        vision: dict[str, torch.Tensor] = {}
+        if images:
+            flat = [image for row in images for image in row]
+            vision = dict(self.image_processor(images=flat, return_tensors="pt"))
+            counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist())
+            text = [
+                "".join(
+                    part if index == 0 else "<|image_pad|>" * next(counts) + part
+                    for index, part in enumerate(row.split("<|image_pad|>"))
+                )
+                for row in text
+            ]
+        batch = dict(self.tokenizer(text, return_token_type_ids=False, **kwargs))
+        image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
+        return {**batch, **vision}
+
+
+def _qwen_parts(patch_size: int) -> tuple[QwenImageProcessor, dict[str, Any]]:
+    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    tokenizer = make_tokenizer(special, eos="<|im_end|>", template=QWEN_TEMPLATE)
+    ids = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image", "<|image_pad|>"),
+            ("video", "<|video_pad|>"),
+            ("vision_start", "<|vision_start|>"),
+            ("vision_end", "<|vision_end|>"),
+        )
+    }
+    # Qwen tables have more rows than the tokenizer has tokens, and read-outs fit in there.
+    ids["vocab_size"] = len(tokenizer) + 24
+    return QwenImageProcessor(tokenizer, patch_size), ids
+
+
+def make_qwen3_vl() -> Backbone:
+    """Qwen3-VL with interleaved 3-D positions and DeepStack after both layers."""
+    processor, ids = _qwen_parts(16)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config={
+            **TEXT_CONFIG,
+            "vocab_size": ids.pop("vocab_size"),
+            "head_dim": 8,
+            "rope_parameters": {**rope, "rope_theta": 10000.0},
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 16,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        tie_word_embeddings=True,
+        **ids,
+    )
+    return from_parts(_seeded(Qwen3VLForConditionalGeneration, config), processor)
+
+
+def make_qwen2_5_vl() -> Backbone:
+    """Qwen2.5-VL, whose vision tower has gate, up and down maps of the decoder's names."""
+    processor, ids = _qwen_parts(14)
+    rope = {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    config = Qwen2_5_VLConfig(
+        text_config={**TEXT_CONFIG, "vocab_size": ids.pop("vocab_size"), "rope_parameters": rope},
+        vision_config={
+            "depth": 2,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=True,
+        **ids,
+    )
+    return from_parts(_seeded(Qwen2_5_VLForConditionalGeneration, config), processor)
+
+
+def make_llama() -> Backbone:
+    """A text-only LM with untied embeddings and a tokenizer without a chat template."""
+    tokenizer = make_tokenizer(["<eos>"], eos="<eos>", template=None)
+    config = LlamaConfig(**{**TEXT_CONFIG, "tie_word_embeddings": False}, vocab_size=len(tokenizer))
+    return from_parts(_seeded(LlamaForCausalLM, config), tokenizer)
+
+
+def _seeded(model_class: Any, config: Any) -> Any:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return model_class(config).eval()
+
+
+BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "idefics3": make_idefics3,
+    "qwen3_vl": make_qwen3_vl,
+    "qwen2_5_vl": make_qwen2_5_vl,
+    "llama": make_llama,
+}
+
+
+@pytest.fixture
+def make_backbone() -> Callable[[str], Backbone]:
+    """Return name -> new tiny backbone, the same weights at each call."""
+    return lambda name: BACKBONES[name]()
+
+
+@pytest.fixture
+def make_model() -> Callable[..., DualLoraModel]:
+    """Return (name, **config) -> model with awakened adapters, so that they change every output."""
+
+    def make(name: str = "idefics3", *, seed: int = 0, **settings: Any) -> DualLoraModel:
+        settings = {
+            "reasoning_lora": LoraSettings(r=2, alpha=4),
+            "embedding_lora": LoraSettings(r=3, alpha=6),
+            "num_readout_tokens": 3,
+            "max_think_tokens": 8,
+            **settings,
+        }
+        model = DualLoraModel.from_backbone(BACKBONES[name](), TwnConfig(**settings), seed=seed)
+        awaken(model, seed)
+        return model.eval()
+
+    return make
+
+
+def awaken(model: DualLoraModel, seed: int = 0) -> None:
+    """Give LoRA's B matrices, which start at zero, random values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.peft_model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+
+def picture(seed: int, width: int = 32, height: int = 32) -> Image.Image:
+    """Return a picture of random pixels."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.fixture
+def make_items() -> Callable[[str], list[Item]]:
+    """Return name -> items of different lengths: text, one image, several images, video frames."""
+
+    def make(name: str) -> list[Item]:
+        text = [
+            Item(instruction="find the picture of a camel"),
+            Item(text="pizza"),
+            Item(instruction="which object is in the top row", text="left of the zebra"),
+        ]
+        if name == "llama":
+            return text
+        side = {"qwen3_vl": 64, "qwen2_5_vl": 56}.get(name, 32)
+        return [
+            *text[:2],
+            Item(instruction="which object is it", images=(picture(1, side, side),)),
+            Item(text="tree", images=(picture(2, side, side), picture(3, 2 * side, side))),
+            Item(instruction="answer", video=(picture(4, side, side), picture(5, side, side))),
+        ]
+
+    return make

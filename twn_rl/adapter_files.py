@@ -1,0 +1,137 @@
+"""Adapter weights on disk: gather, write, read back with every key verified. Knows no config files.
+
+A folder is a plain PEFT adapter (`adapter_config.json`, safetensors) that PEFT itself can load.
+"""
+
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from twn_rl.adapters import adapter_parameters, stored_key
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)
+
+
+def adapter_state(
+    peft_model: PeftModel, name: str, state_dict: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Return one adapter's weights on the CPU under PEFT's stored keys.
+
+    Args:
+        peft_model: The model.
+        name: The adapter.
+        state_dict: Weights by full-model keys, with or without a leading `peft_model.`, as
+            `accelerator.get_state_dict` gathers them; None reads the model itself, and under ZeRO-3
+            gathers its shards, which every process must then take part in.
+    """
+    parameters = adapter_parameters(peft_model, name)
+    if state_dict is not None:
+        plain = {key.removeprefix("peft_model."): value for key, value in state_dict.items()}
+        absent = sorted(set(parameters) - set(plain))
+        if absent:
+            raise KeyError(
+                f"state_dict lacks {len(absent)} keys of adapter {name!r}: {absent}; expected all "
+                "of them; pass the gathered state of the whole model"
+            )
+        return {_stored(key, name): plain[key].detach().cpu().clone() for key in parameters}
+    with _gathered(list(parameters.values())):
+        return {_stored(key, name): p.detach().cpu().clone() for key, p in parameters.items()}
+
+
+def _stored(key: str, name: str) -> str:
+    stored = stored_key(key, name)
+    assert stored is not None
+    return stored
+
+
+def save_adapter(
+    peft_model: PeftModel,
+    name: str,
+    directory: str | Path,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write one adapter as a plain PEFT folder: `adapter_config.json` and safetensors.
+
+    PEFT's own saving refuses two adapters of which only one has trainable tokens. Of several
+    processes only the first writes; without `state_dict` all of them must call this under ZeRO-3.
+    """
+    state = adapter_state(peft_model, name, state_dict)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    weights = {key: tensor.contiguous() for key, tensor in state.items()}
+    save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    config: PeftConfig = peft_model.peft_config[name]
+    was_inference, config.inference_mode = config.inference_mode, True
+    try:
+        config.save_pretrained(str(directory))
+    finally:
+        config.inference_mode = was_inference
+
+
+def load_adapter(
+    peft_model: PeftModel,
+    name: str,
+    directory: str | Path,
+    *,
+    rename: Callable[[str, Collection[str]], str] | None = None,
+    optional_keys: tuple[str, ...] = (),
+) -> None:
+    """Copy the weights stored in `directory` into adapter `name`, which must fit them exactly.
+
+    Args:
+        peft_model: The model, with the adapter attached.
+        name: The adapter.
+        directory: A PEFT folder with safetensors.
+        rename: (stored key, the adapter's keys) -> the adapter's key, for imports of other layouts.
+        optional_keys: Key endings that may be missing, likewise.
+
+    Raises:
+        FileNotFoundError: If there are no safetensors.
+        KeyError: If keys are missing or unexpected; the message lists them.
+        ValueError: If a shape differs; the message lists them.
+    """
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; expected adapter weights as safetensors; check the folder"
+        )
+    stored = load_file(path)
+    own = {_stored(key, name): p for key, p in adapter_parameters(peft_model, name).items()}
+    if rename is not None:
+        stored = {rename(key, own): tensor for key, tensor in stored.items()}
+    missing = [key for key in own if key not in stored and not key.endswith(optional_keys)]
+    unexpected = [key for key in stored if key not in own]
+    if missing or unexpected:
+        raise KeyError(
+            f"{path} does not fit adapter {name!r}: missing keys {sorted(missing)}, unexpected "
+            f"keys {sorted(unexpected)}; expected exactly the adapter's {len(own)} keys; "
+            "check that backbone, targets and ranks are those of the checkpoint"
+        )
+    misshapen = [
+        f"{key}: checkpoint {tuple(tensor.shape)}, model {tuple(own[key].shape)}"
+        for key, tensor in stored.items()
+        if tensor.shape != own[key].shape
+    ]
+    if misshapen:
+        raise ValueError(
+            f"{path} has other shapes than adapter {name!r}: {misshapen}; expected equal shapes; "
+            "load it onto the backbone it was trained on"
+        )
+    with torch.no_grad():
+        for key, tensor in stored.items():
+            own[key].copy_(tensor)
