@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F  # noqa: N812 -- the name everybody reads
+import torch.nn.functional as F
 from torch import Tensor
 
 

@@ -45,10 +45,17 @@ def positive_ranks(
     scores = _finite_matrix(similarities, "similarities")
     n, m = scores.shape
     positives = _as_array(positive_index)
-    if positives.shape != (n,) or (n and not (positives.min() >= 0 and positives.max() < m)):
+    if not n:
+        return np.zeros(0, dtype=np.int64)
+    if (
+        positives.shape != (n,)
+        or not np.issubdtype(positives.dtype, np.integer)
+        or positives.min() < 0
+        or positives.max() >= m
+    ):
         raise ValueError(
-            f"positive_index has shape {positives.shape}; expected ({n},) columns from 0 to "
-            f"{m - 1}; pass one column per query"
+            f"positive_index is {positives.dtype} {positives.shape}; expected ({n},) integer "
+            f"columns from 0 to {m - 1}; pass one column per query"
         )
     positive = np.take_along_axis(scores, positives[:, None], axis=1)
     is_rival = np.ones((n, m), dtype=bool) if mask is None else ~_bool_matrix(mask, (n, m))

@@ -1,8 +1,9 @@
-"""Everything verified about a record besides its types: ids, paths, pictures, negatives.
+"""Everything verified about a row besides its types: JSON, ids, paths, pictures, negatives.
 
 Knows no file formats and no models; `records` feeds it rows.
 """
 
+import json
 import logging
 import os
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ class RecordChecks:
         except RecordError as error:
             return self._bad(row, error)
         self._row_of_id[record.id] = row
-        self.metadata_fields.update(set(data) - set(record.to_dict()))
+        self.metadata_fields.update(set(data) - set(Record.__dataclass_fields__))
         return record
 
     def decode_images(self, records: Iterable[Record]) -> None:
@@ -134,6 +135,22 @@ class RecordChecks:
         if self.is_strict:
             raise located
         self.skipped.append((row, located))
+
+
+def parse_json(text: str | bytes, *, field: str | None) -> Any:
+    """Return the value of a JSON text, or the RecordError that says why there is none."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 as well
+        return RecordError(
+            f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
+            reason="bad_json",
+            field=field,
+        )
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _image_problem(path: str) -> ImageError | None:

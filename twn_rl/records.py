@@ -5,45 +5,23 @@ JSON lines (`.jsonl`) and Parquet (`.parquet`) hold one record a row: `id`, `sou
 `images`, `video`. Image paths are relative to the data root. Remote images are never fetched.
 """
 
+import importlib
 import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn, overload
+from types import ModuleType
+from typing import Any, Literal, overload
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 
 from twn_rl.images import ImageSource
-from twn_rl.record_checks import RecordChecks
+from twn_rl.record_checks import RecordChecks, parse_json
 from twn_rl.record_schema import Item, Record, RecordError
 
 __all__ = ["Item", "Record", "RecordError", "RecordSet", "load_records", "write_records"]
-
-_PARQUET_BATCH_ROWS = 1024
-_ITEM = pa.struct(
-    {
-        "instruction": pa.string(),
-        "text": pa.string(),
-        "images": pa.list_(pa.string()),
-        "video": pa.list_(pa.string()),
-    }
-)
-_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "source": pa.string(),
-        "query": _ITEM,
-        "positive": _ITEM,
-        "negatives": pa.list_(_ITEM),
-        "query_cot": pa.string(),
-        "positive_cot": pa.string(),
-        "metadata": pa.string(),  # JSON text: its shape differs between records
-    }
-)
 
 
 class RecordSet(Sequence[Record]):
@@ -160,7 +138,7 @@ def write_records(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         if path.suffix == ".parquet":
-            _write_parquet(temporary, (_to_row(record, root) for record in records))
+            _parquet().write_parquet(temporary, (_to_row(record, root) for record in records))
         else:
             with temporary.open("w", encoding="utf-8") as file:
                 for record in records:
@@ -179,53 +157,31 @@ def _check_suffix(path: Path) -> None:
         )
 
 
+def _parquet() -> ModuleType:
+    """Return the Parquet room, which alone needs pyarrow: serving and JSON lines do without."""
+    try:
+        return importlib.import_module("twn_rl.parquet_rows")
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "pyarrow":
+            raise
+        raise ModuleNotFoundError(
+            "module pyarrow is missing; expected it for .parquet files; install pyarrow or use "
+            ".jsonl",
+            name="pyarrow",
+        ) from error
+
+
 def _read(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
     """Yield 1-based row numbers with parsed rows, or with what kept a row from being parsed."""
     _check_suffix(path)
-    return _read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
+    return _parquet().read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
     with path.open("rb") as file:
         for row, line in enumerate(file, start=1):
             if line.strip():
-                yield row, _parse_json(line.removeprefix(b"\xef\xbb\xbf"), field=None)
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
-    try:
-        with pq.ParquetFile(path) as file:
-            row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for data in batch.to_pylist():
-                    row += 1
-                    if isinstance(data.get("metadata"), str):
-                        data["metadata"] = _parse_json(data["metadata"], field="metadata")
-                    bad = data.get("metadata")
-                    yield row, bad if isinstance(bad, RecordError) else data
-    except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise RecordError(
-            f"file is no readable Parquet ({error}); expected a complete file; write it again",
-            reason="bad_file",
-            file=path,
-        ) from error
-
-
-def _parse_json(text: str | bytes, *, field: str | None) -> Any:
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 as well
-        return RecordError(
-            f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
-            reason="bad_json",
-            field=field,
-        )
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
+                yield row, parse_json(line.removeprefix(b"\xef\xbb\xbf"), field=None)
 
 
 def _to_row(record: Record, root: Path) -> dict[str, Any]:
@@ -274,16 +230,3 @@ def _relative(source: ImageSource, root: Path) -> str:
             field="images",
         )
     return path.relative_to(root).as_posix() if Path(source).is_absolute() else str(source)
-
-
-def _write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with pq.ParquetWriter(path, _SCHEMA) as writer:
-        for batch in _batches(rows):
-            table = [{**row, "metadata": json.dumps(row["metadata"])} for row in batch]
-            writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
-
-
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, _PARQUET_BATCH_ROWS)):
-        yield batch
