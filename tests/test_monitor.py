@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
 
@@ -171,3 +171,44 @@ def test_only_the_main_process_writes(tmp_path, arguments):
     state = TrainerState(global_step=1, is_world_process_zero=False)
     MetricsWriter(path).on_log(arguments, state, TrainerControl(), logs={"loss": 1.0})
     assert not path.exists()
+
+
+class Line(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, labels=None):
+        return {"loss": ((self.weight * x - labels) ** 2).mean()}
+
+
+def test_a_resumed_trainer_leaves_each_step_once_with_its_warnings(tmp_path):
+    def train(max_steps: int, resume: bool) -> None:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / "run"),
+            max_steps=max_steps,
+            save_steps=2,
+            logging_steps=1,
+            per_device_train_batch_size=1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        rows = [{"x": torch.ones(1), "labels": torch.ones(1)}] * 8
+        trainer = Trainer(
+            model=Line(),
+            args=arguments,
+            train_dataset=rows,  # pyright: ignore[reportArgumentType]
+            callbacks=[CollapseWatch(), MetricsWriter(tmp_path / "metrics.jsonl")],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+
+    train(3, resume=False)
+    # The crash came after step 3 was logged and before it was saved.
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    checkpoint.rename(tmp_path / "lost")
+    train(5, resume=True)
+    rows = [row for row in read_rows(tmp_path / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(row["collapse_warnings"] == 0 for row in rows)

@@ -1,0 +1,215 @@
+"""How a target bank gets onto the disk, shard by shard; knows no pools, queries or model."""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from twn_rl.records import Item
+
+logger = logging.getLogger(__name__)
+
+NORM_TOLERANCE = 1e-2  # bfloat16 rounds the length of a unit vector by less than this
+
+Encode = Callable[[list[Item]], Tensor]
+
+
+class BankError(ValueError):
+    """A bank that is missing, incomplete or damaged, or targets that cannot be stored."""
+
+
+class ScorerMismatchError(BankError):
+    """A bank whose vectors come from another scorer than the one asked for."""
+
+
+class Processes(Protocol):
+    """What the bank needs of `accelerate.Accelerator` or `PartialState`."""
+
+    @property
+    def process_index(self) -> int:
+        """This process's number, 0 is the main process."""
+        ...
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes build together."""
+        ...
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes are here."""
+
+
+class BankBuilder:
+    """One build: which shards are missing, who embeds them, and how they become the bank."""
+
+    def __init__(
+        self,
+        directory: Path,
+        items: list[Item],
+        encode: Encode,
+        plan: dict[str, Any],
+        batch_size: int,
+        processes: Processes | None,
+        show_progress_bar: bool,
+    ) -> None:
+        self.directory, self.items, self.encode, self.plan = directory, items, encode, plan
+        self.processes = processes
+        self.index = processes.process_index if processes else 0
+        self.count = processes.num_processes if processes else 1
+        self.batch_size, self.shard_size = batch_size, plan["shard_size"]
+        self.num_shards = -(-len(items) // self.shard_size)
+        self.shows_progress = show_progress_bar and self.index == 0
+
+    def run(self, ids: list[str], pool_rows: dict[str, list[int]]) -> None:
+        """Embed what is missing, then write the bank; every process calls this."""
+        if self.index == 0:
+            self._prepare()
+        wait(self.processes)
+        missing = [shard for shard in range(self.num_shards) if self._read(shard) is None]
+        if len(missing) < self.num_shards:
+            logger.info("going on: %d of %d shards missing", len(missing), self.num_shards)
+        wait(self.processes)  # all have listed before the first new shard appears
+        self._encode_shards(missing)
+        wait(self.processes)
+        if self.index == 0:
+            self._assemble(ids, pool_rows)
+        wait(self.processes)
+
+    def _prepare(self) -> None:
+        # The old bank stops existing before its files are touched.
+        (self.directory / "meta.json").unlink(missing_ok=True)
+        shards = self.directory / "shards"
+        if shards.exists() and read_json(shards / "plan.json") != self.plan:
+            shutil.rmtree(shards)
+        shards.mkdir(parents=True, exist_ok=True)
+        write_json(shards / "plan.json", self.plan)
+
+    def _encode_shards(self, missing: list[int]) -> None:
+        rounds = -(-len(missing) // self.count)
+        steps = -(-min(self.shard_size, len(self.items)) // self.batch_size)
+        with tqdm(
+            total=rounds * steps, desc="target bank", unit="batch", disable=not self.shows_progress
+        ) as bar:
+            for first in range(0, rounds * self.count, self.count):
+                mine = first + self.index
+                shard = missing[mine] if mine < len(missing) else None
+                start = 0 if shard is None else shard * self.shard_size
+                items = [] if shard is None else self.items[start : start + self.shard_size]
+                parts = []
+                for step in range(steps):
+                    batch = items[step * self.batch_size : (step + 1) * self.batch_size]
+                    if batch:
+                        parts.append(self._encode(batch, start + step * self.batch_size))
+                    elif self.count > 1:
+                        self.encode(self.items[:1])  # keeps collective calls in step
+                    bar.update()
+                if shard is not None:
+                    write_array(self._path(shard), np.concatenate(parts))
+
+    def _encode(self, batch: list[Item], start: int) -> np.ndarray:
+        with torch.no_grad():
+            vectors = self.encode(batch).detach().to("cpu", torch.float32).numpy()
+        if vectors.ndim != 2 or len(vectors) != len(batch):
+            raise BankError(
+                f"encode returned shape {vectors.shape} for {len(batch)} items, expected "
+                f"({len(batch)}, D); return one vector per item"
+            )
+        check_finite(vectors, start, "encode")
+        norms = np.linalg.norm(vectors, axis=1)
+        worst = int(np.abs(norms - 1).argmax())
+        if abs(norms[worst] - 1) > NORM_TOLERANCE:
+            raise BankError(
+                f"encode returned length {norms[worst]:.4g} for the vector of target "
+                f"{start + worst}, expected 1: similarities are cosines; L2-normalise the vectors"
+            )
+        return vectors
+
+    def _path(self, shard: int) -> Path:
+        return self.directory / "shards" / f"{shard:06d}.npy"
+
+    def _read(self, shard: int) -> np.ndarray | None:
+        rows = min(self.shard_size, len(self.items) - shard * self.shard_size)
+        vectors = map_file(self._path(shard), (rows, None))
+        return vectors if vectors is not None and np.isfinite(vectors).all() else None
+
+    def _assemble(self, ids: list[str], pool_rows: dict[str, list[int]]) -> None:
+        shards = [self._read(shard) for shard in range(self.num_shards)]
+        lost = [number for number, shard in enumerate(shards) if shard is None]
+        if lost:
+            raise BankError(
+                f"bank {self.directory} lacks shards {lost}, expected all after "
+                "embedding; give every process the same directory"
+            )
+        parts = [shard for shard in shards if shard is not None]
+        write_array(self.directory / "embeddings.npy", parts)
+        write_json(self.directory / "targets.json", {"ids": ids, "pools": pool_rows})
+        meta = {**self.plan, "rows": len(ids), "width": parts[0].shape[1]}
+        write_json(self.directory / "meta.json", meta)
+        shutil.rmtree(self.directory / "shards")
+
+
+def wait(processes: Processes | None) -> None:
+    """Wait for the other processes, if there are any."""
+    if processes is not None:
+        processes.wait_for_everyone()
+
+
+def check_finite(vectors: np.ndarray, start: int, source: str) -> None:
+    """Raise `BankError` if a row holds NaN or infinity; `start` is the first row's number."""
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise BankError(
+            f"{source}: vectors of targets {(bad[:5] + start).tolist()} ({len(bad)} in this batch) "
+            "hold NaN or infinity, expected finite numbers; check the scorer's precision, then "
+            "build with rebuild=True"
+        )
+
+
+def map_file(path: Path, shape: tuple[int, int | None]) -> np.ndarray | None:
+    """Return the memory-mapped array, or `None` if it is absent, truncated or of another shape."""
+    try:
+        vectors = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    fits = vectors.ndim == 2 and all(
+        want in (None, size) for want, size in zip(shape, vectors.shape, strict=True)
+    )
+    return vectors if fits and vectors.dtype == np.float32 else None
+
+
+def write_array(path: Path, parts: np.ndarray | Iterable[np.ndarray]) -> None:
+    """Write one (M, D) float32 array, whole or in parts, under another name first."""
+    arrays = [parts] if isinstance(parts, np.ndarray) else list(parts)
+    shape = (sum(len(part) for part in arrays), arrays[0].shape[1])
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in arrays:
+            file.write(np.ascontiguousarray(part, dtype="<f4").data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON under another name first."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """Return the parsed file, or `None` if it is absent or cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None

@@ -1,0 +1,227 @@
+"""Query vectors against the target bank -> the columns that rewards read; knows no reward.
+
+Targets are embedded once into a `TargetBank`; negatives of a query are then the whole bank, or the
+query's pool of it, for the price of a matrix product.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twn_rl.adapter_files import adapter_state
+from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, SNAPSHOT_ADAPTER
+from twn_rl.metrics import TIE_TOLERANCE
+from twn_rl.target_bank import BankError, ScorerMismatchError, TargetBank
+
+__all__ = [
+    "SCORING_COLUMNS",
+    "BankError",
+    "ScorerMismatchError",
+    "TargetBank",
+    "scorer_fingerprint",
+    "similarity_columns",
+]
+
+SCORING_COLUMNS = (
+    "positive_similarity",
+    "negative_similarities",
+    "no_think_positive_similarity",
+    "no_think_negative_similarities",
+    "target_rank",
+    "think_tokens",
+    "is_think_complete",
+)
+_PROBE_BYTES = 1 << 20
+
+
+@torch.no_grad()
+def similarity_columns(
+    query_embeds: Tensor,
+    positive_ids: Sequence[str],
+    bank: TargetBank,
+    *,
+    num_negatives: int = 16,
+    false_negative_ids: Sequence[Sequence[str]] | None = None,
+    pools: Sequence[str] | None = None,
+    chunk_size: int = 16_384,
+) -> dict[str, list[Any]]:
+    """Return the similarity columns of N queries against the whole bank, one value per query.
+
+    Args:
+        query_embeds: (N, D) unit vectors on any device, local to this process; detached here.
+        positive_ids: Id of each query's positive.
+        bank: An open bank. Equal targets share one row there, so a duplicate of the positive can
+            never be a negative.
+        num_negatives: K, how many of the hardest negatives to return.
+        false_negative_ids: Per query, ids that are neither negatives nor rivals: its other
+            positives, and known false negatives. Ids outside the bank are ignored.
+        pools: Per query, the pool whose targets it competes with; `None` means the whole bank.
+        chunk_size: Bank rows per matrix product; bounds memory, does not change the result.
+
+    Returns:
+        `positive_similarity` (float in [-1, 1]), `negative_similarities` (at most K floats, hardest
+        first; fewer in a small pool) and `target_rank` (int, 1 is best: 1 + number of rivals
+        whose similarity reaches the positive's; ties count against it).
+
+    Raises:
+        BankError: If a positive is not in the bank or not in the query's pool, the widths differ,
+            lists have other lengths than N, or a query vector is not finite.
+    """
+    queries = query_embeds.detach().float()
+    num_queries = len(queries)
+    names = list(pools) if pools is not None else [None] * num_queries
+    false_negatives = list(false_negative_ids) if false_negative_ids is not None else []
+    false_negatives = false_negatives or [()] * num_queries
+    _check_queries(queries, positive_ids, names, false_negatives, bank, num_negatives)
+    columns: dict[str, list[Any]] = {
+        "positive_similarity": [0.0] * num_queries,
+        "negative_similarities": [[] for _ in range(num_queries)],
+        "target_rank": [1] * num_queries,
+    }
+    for name in dict.fromkeys(names):
+        members = [row for row in range(num_queries) if names[row] == name]
+        pool = np.arange(len(bank)) if name is None else _pool(bank, name)
+        positives = np.array([bank.row_of[positive_ids[row]] for row in members])
+        outside = [row for row, ok in zip(members, np.isin(positives, pool), strict=True) if not ok]
+        if outside:
+            raise BankError(
+                f"positive of row {outside[0]} = {positive_ids[outside[0]]} is not in pool "
+                f"{name!r}, expected it among the pool's {len(pool)} targets; correct pools"
+            )
+        ignored = [
+            [bank.row_of[i] for i in (positive_ids[row], *false_negatives[row]) if i in bank.row_of]
+            for row in members
+        ]
+        similarity, hardest, ranks = _score_pool(
+            queries[members], positives, ignored, pool, bank, num_negatives, chunk_size
+        )
+        for position, row in enumerate(members):
+            columns["positive_similarity"][row] = similarity[position]
+            columns["negative_similarities"][row] = hardest[position]
+            columns["target_rank"][row] = ranks[position]
+    return columns
+
+
+def _score_pool(
+    queries: Tensor,
+    positives: np.ndarray,
+    ignored: list[list[int]],
+    pool: np.ndarray,
+    bank: TargetBank,
+    num_negatives: int,
+    chunk_size: int,
+) -> tuple[list[float], list[list[float]], list[int]]:
+    """Score n queries that share one pool; `ignored` holds bank rows that are no rivals."""
+    device = queries.device
+    positive = (queries * bank.rows(positives, device)).sum(dim=1)  # (n,)
+    owner = np.repeat(np.arange(len(ignored)), [len(rows) for rows in ignored])
+    ignored_rows = np.concatenate([np.array(rows, dtype=np.int64) for rows in ignored])
+    hardest = queries.new_empty((len(queries), 0))
+    rivals = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    for start in range(0, len(pool), chunk_size):
+        rows = pool[start : start + chunk_size]
+        similarities = queries @ bank.rows(rows, device).T  # (n, chunk)
+        column = np.searchsorted(rows, ignored_rows)
+        is_here = rows[np.minimum(column, len(rows) - 1)] == ignored_rows
+        similarities[owner[is_here], column[is_here]] = -torch.inf
+        rivals += (similarities >= positive[:, None] - TIE_TOLERANCE).sum(dim=1)
+        merged = torch.cat([hardest, similarities], dim=1)
+        hardest = merged.topk(min(num_negatives, merged.shape[1]), dim=1).values
+    negatives = [[value for value in row if value != -torch.inf] for row in hardest.tolist()]
+    return positive.tolist(), negatives, (1 + rivals).tolist()
+
+
+def _pool(bank: TargetBank, name: str) -> np.ndarray:
+    if name not in bank.pools:
+        raise BankError(
+            f"pool = {name!r} is not in the bank, expected one of {sorted(bank.pools)[:10]}; "
+            "name the pools when building the bank"
+        )
+    return bank.pools[name]
+
+
+def _check_queries(
+    queries: Tensor,
+    positive_ids: Sequence[str],
+    names: Sequence[str | None],
+    false_negatives: Sequence[Sequence[str]],
+    bank: TargetBank,
+    num_negatives: int,
+) -> None:
+    width = bank.embeddings.shape[1]
+    lengths = [len(positive_ids), len(names), len(false_negatives)]
+    if queries.ndim != 2 or queries.shape[1] != width or lengths != [len(queries)] * 3:
+        raise BankError(
+            f"query_embeds has shape {tuple(queries.shape)}; positive_ids, pools and "
+            f"false_negative_ids have lengths {lengths}; expected (N, {width}) and N each; pass "
+            "one entry per query, and vectors of the bank's scorer"
+        )
+    if num_negatives < 1:
+        raise BankError(f"num_negatives = {num_negatives}, expected at least 1; raise it")
+    bad = torch.nonzero(~torch.isfinite(queries).all(dim=1)).flatten().tolist()
+    if bad:
+        raise BankError(
+            f"query_embeds rows {bad[:5]} hold NaN or infinity, expected finite numbers; check "
+            "the scorer's precision and the padding of these rows"
+        )
+    unknown = [row for row, target_id in enumerate(positive_ids) if target_id not in bank.row_of]
+    if unknown:
+        raise BankError(
+            f"positive of row {unknown[0]} = {positive_ids[unknown[0]]} is not in the bank "
+            f"({len(unknown)} such rows), expected its content key among {len(bank)} targets; "
+            "build the bank from the records that are trained on"
+        )
+
+
+def scorer_fingerprint(model: Any) -> str:
+    """Return a sha256 that changes whenever the same target would get another vector.
+
+    It covers the embedding adapter with its read-out rows, the interface, the renderer and the
+    backbone: its revision and, for a local folder, samples of its weight files instead of its path.
+    With `kv_detach` it also covers the reasoning adapter that scores, its snapshot if there is one.
+    Under ZeRO-3 every process must call this.
+
+    Args:
+        model: Anything with `peft_model` and `config` like `DualLoraModel`.
+    """
+    config = model.config
+    described = {
+        "backbone": _backbone_identity(config.backbone),
+        "backbone_revision": config.backbone_revision,
+        "interface": config.interface,
+        "num_readout_tokens": config.num_readout_tokens,
+        "embedding_lora": asdict(config.embedding_lora),
+        "renderer": config.renderer.to_dict(),
+    }
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
+    names = [EMBEDDING_ADAPTER]
+    if config.interface == "kv_detach":
+        has_snapshot = SNAPSHOT_ADAPTER in model.peft_model.peft_config
+        names.append(SNAPSHOT_ADAPTER if has_snapshot else REASONING_ADAPTER)
+    for name in names:
+        for key, weight in sorted(adapter_state(model.peft_model, name).items()):
+            digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
+            # View as bytes: numpy has no bfloat16.
+            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _backbone_identity(backbone: str) -> list[str]:
+    if not backbone or not Path(backbone).is_dir():
+        return [backbone]
+    identity = []
+    for path in sorted(Path(backbone).glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(_PROBE_BYTES)
+            file.seek(max(0, size - _PROBE_BYTES))
+            sample = hashlib.sha256(start + file.read(_PROBE_BYTES)).hexdigest()
+        identity.append(f"{path.name} {size} {sample}")
+    return identity or [backbone]
