@@ -1,0 +1,116 @@
+"""Runs of several arms and seeds -> mean, spread, table and plot; knows no model and no training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from twn_rl.evaluation.results import METRICS_FILE
+
+Summary = dict[str, dict[str, dict[str, float | list[float]]]]
+# What the table and the plot show: group -> mode of thinking.
+HEADLINE_GROUPS = ("hop0", "hop1", "hop2", "all")
+HEADLINE_MODES = ("never", "always", "sampled", "gold")
+
+
+def summarize_runs(runs: Mapping[str, Sequence[Path]]) -> Summary:
+    """Return arm -> metric key -> mean, sample standard deviation and the values by seed.
+
+    Args:
+        runs: Arm -> one evaluation folder per seed, in the same order for every arm.
+
+    Raises:
+        ValueError: If the seeds of an arm measured different metrics.
+    """
+    summary: Summary = {}
+    for arm, folders in runs.items():
+        metrics = [json.loads((f / METRICS_FILE).read_text(encoding="utf-8")) for f in folders]
+        for folder, measured in zip(folders, metrics, strict=True):
+            if set(measured) != set(metrics[0]):
+                differing = sorted(set(measured) ^ set(metrics[0]))[:5]
+                raise ValueError(
+                    f"{folder} measured other metrics than {folders[0]}: {differing}; expected the same; "
+                    "evaluate both with the same splits and modes"
+                )
+        summary[arm] = {
+            key: describe([measured[key] for measured in metrics]) for key in metrics[0]
+        }
+    return summary
+
+
+def describe(values: Sequence[float]) -> dict[str, float | list[float]]:
+    """Return mean, sample standard deviation (0 for one value) and the values.
+
+    >>> describe([1.0, 3.0])["std"]
+    1.4142135623730951
+    """
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    return {"mean": float(np.mean(values)), "std": std, "values": list(values)}
+
+
+def table(summary: Summary, *, metric: str = "hit@1") -> str:
+    """Return a Markdown table of one metric in per cent: rows are split, group and mode, columns are arms."""
+    arms = list(summary)
+    lines = [
+        f"| {metric} in % | " + " | ".join(arms) + " |",
+        "| --- |" + " ---: |" * len(arms),
+    ]
+    for key in _headline_keys(summary, metric):
+        cells = [_cell(summary[arm].get(key)) for arm in arms]
+        lines.append(f"| {key.rpartition('/')[0]} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Mapping[str, float | list[float]] | None) -> str:
+    if value is None:
+        return "-"
+    mean, std = value["mean"], value["std"]
+    assert isinstance(mean, float)
+    assert isinstance(std, float)
+    return f"{100 * mean:.1f} ± {100 * std:.1f}"
+
+
+def _headline_keys(summary: Summary, metric: str) -> list[str]:
+    splits = dict.fromkeys(key.split("/")[0] for arm in summary.values() for key in arm)
+    keys = [
+        f"{split}/{group}/{mode}/{metric}"
+        for split in splits
+        for group in HEADLINE_GROUPS
+        for mode in HEADLINE_MODES
+    ]
+    return [key for key in keys if any(key in arm for arm in summary.values())]
+
+
+def plot_summary(summary: Summary, path: Path, *, metric: str = "hit@1") -> None:
+    """Draw always-think quality of every arm by hops, one panel a split; bars are standard deviations."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    splits = list(dict.fromkeys(key.split("/")[0] for key in _headline_keys(summary, metric)))
+    figure, axes = plt.subplots(1, len(splits), figsize=(5.5 * len(splits), 3.6), squeeze=False)
+    width = 0.8 / len(summary)
+    for axis, split in zip(axes[0], splits, strict=True):
+        for number, (arm, metrics) in enumerate(summary.items()):
+            found = [metrics.get(f"{split}/{group}/always/{metric}") for group in HEADLINE_GROUPS]
+            places = np.arange(len(found)) + (number - (len(summary) - 1) / 2) * width
+            means = [np.nan if cell is None else 100 * _number(cell["mean"]) for cell in found]
+            errors = [0.0 if cell is None else 100 * _number(cell["std"]) for cell in found]
+            axis.bar(places, means, width, yerr=errors, label=arm, capsize=3)
+        axis.set_xticks(range(len(HEADLINE_GROUPS)), HEADLINE_GROUPS)
+        axis.set_title(f"{split}: always think")
+        axis.set_ylim(0, 100)
+        axis.set_ylabel(f"{metric} (%)")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _number(value: float | list[float]) -> float:
+    assert isinstance(value, float)
+    return value

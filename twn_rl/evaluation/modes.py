@@ -1,0 +1,96 @@
+"""Which thought a query is embedded with; knows strings and ids, no models and no vectors.
+
+A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
+of serving; `oracle` takes the better of both per query and is the ceiling of any gate; `auto` is
+what a gate chooses; `sampled` averages over sampled thoughts. The ablations swap the thought and
+keep everything else, which tells whether its content matters or only its presence.
+"""
+
+import random
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from twn_rl.records import Record
+from twn_rl.templates import Renderer
+
+MODES = ("never", "always", "oracle", "auto", "sampled")
+ABLATIONS = ("gold", "shuffled", "foreign", "empty")
+
+
+@dataclass(frozen=True)
+class Thought:
+    """What one query is embedded with.
+
+    Attributes:
+        completion: What follows the prompt, as text or ids; None embeds without thinking.
+        text: The chain of thought to show.
+        think_tokens: Tokens the model wrote for it, end of turn not counted.
+        problem: Why the thought was not used ("truncated", "no_open", ...); None if it was.
+    """
+
+    completion: str | tuple[int, ...] | None = None
+    text: str = ""
+    think_tokens: int = 0
+    problem: str | None = None
+
+
+NO_THOUGHT = Thought()
+
+
+def task_of(record: Record) -> str:
+    """Return `metadata["task"]`, or the source of records that name no task."""
+    return str(record.metadata.get("task") or record.source)
+
+
+def hop_of(record: Record) -> str | None:
+    """Return "hop0", "hop1", ... from `metadata["hops"]`; None for records without hops."""
+    hops = record.metadata.get("hops")
+    return None if hops is None else f"hop{int(hops)}"
+
+
+def gold_thoughts(records: Sequence[Record], renderer: Renderer) -> list[Thought | None]:
+    """Return the right thought of each record, `metadata["gold_cot"]` or else `query_cot`."""
+    cots = [record.metadata.get("gold_cot") or record.query_cot for record in records]
+    return [Thought(completion=renderer.completion(cot), text=cot) if cot else None for cot in cots]
+
+
+def empty_thoughts(records: Sequence[Record], renderer: Renderer) -> list[Thought | None]:
+    """Return an opened and closed think span without content for each record."""
+    empty = Thought(completion=f"{renderer.think_open} {renderer.think_close}")
+    return [empty for _ in records]
+
+
+def shuffled_thoughts(
+    records: Sequence[Record], own: Sequence[Thought], *, seed: int = 0
+) -> list[Thought | None]:
+    """Return for each record another record's own thought, of the same task and hop.
+
+    Only usable thoughts are handed on, and none to the record it came from. A record whose task
+    has no other usable thought is left out.
+    """
+    groups = [(task_of(record), hop_of(record)) for record in records]
+    return _borrow(own, groups, seed=seed, is_same_group=True)
+
+
+def foreign_thoughts(
+    records: Sequence[Record], own: Sequence[Thought], *, seed: int = 0
+) -> list[Thought | None]:
+    """Return for each record the own thought of a record of another task or hop."""
+    groups = [(task_of(record), hop_of(record)) for record in records]
+    return _borrow(own, groups, seed=seed, is_same_group=False)
+
+
+def _borrow(
+    own: Sequence[Thought], groups: Sequence[Hashable], *, seed: int, is_same_group: bool
+) -> list[Thought | None]:
+    rng = random.Random(seed)
+    usable = [index for index, thought in enumerate(own) if thought.completion is not None]
+    lenders = {
+        group: [index for index in usable if (groups[index] == group) == is_same_group]
+        for group in dict.fromkeys(groups)
+    }
+    borrowed: list[Thought | None] = []
+    for index, group in enumerate(groups):
+        others = [lender for lender in lenders[group] if lender != index]
+        borrowed.append(own[rng.choice(others)] if others else None)
+    return borrowed

@@ -1,0 +1,133 @@
+"""What an evaluation found, as numbers and on disk; knows no models and no drawing."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twn_rl.metrics import bootstrap_interval
+
+METRICS_FILE = "metrics.json"
+QUERIES_FILE = "per_query.jsonl"
+TARGETS_FILE = "targets.json"
+# Metrics whose uncertainty is reported.
+INTERVAL_METRICS = ("hit@1", "mrr", "ndcg@5")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, one row for each query and mode, and the targets the rows name.
+
+    Attributes:
+        metrics: Flat, `<split>/<group>/<mode>/<metric>`; groups are `all`, tasks and hops.
+        queries: Rows with `split, id, task, hop, mode, ranks, cot, think_tokens, problems,
+            nearest, positive, query`.
+        targets: Target key -> `instruction, text, images`.
+    """
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    queries: list[dict[str, Any]] = field(default_factory=list)
+    targets: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `metrics.json`, `per_query.jsonl` and `targets.json` into a folder."""
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
+        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.queries)
+        _write(folder / QUERIES_FILE, rows)
+        _write(folder / TARGETS_FILE, json.dumps(self.targets, ensure_ascii=False) + "\n")
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "Evaluation":
+        """Return the evaluation that `save` wrote.
+
+        Raises:
+            FileNotFoundError: If the folder holds none.
+        """
+        folder = Path(directory)
+        missing = [
+            name
+            for name in (METRICS_FILE, QUERIES_FILE, TARGETS_FILE)
+            if not (folder / name).is_file()
+        ]
+        if missing:
+            raise FileNotFoundError(
+                f"{folder} has no {', '.join(missing)}; expected a folder written by an "
+                "evaluation; run recipes/eval_embed.py first or correct the path"
+            )
+        lines = (folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
+        return cls(
+            metrics=json.loads((folder / METRICS_FILE).read_text(encoding="utf-8")),
+            queries=[json.loads(line) for line in lines],
+            targets=json.loads((folder / TARGETS_FILE).read_text(encoding="utf-8")),
+        )
+
+
+def merge_evaluations(evaluations: Iterable[Evaluation]) -> Evaluation:
+    """Return one evaluation of several splits."""
+    merged = Evaluation()
+    for evaluation in evaluations:
+        merged.metrics.update(evaluation.metrics)
+        merged.queries.extend(evaluation.queries)
+        merged.targets.update(evaluation.targets)
+    return merged
+
+
+def ndcg_of_rank(rank: int, k: int) -> float:
+    """Return nDCG@k of a query with one positive at `rank`, in [0, 1].
+
+    >>> [round(ndcg_of_rank(rank, 5), 3) for rank in (1, 3, 6)]
+    [1.0, 0.5, 0.0]
+    """
+    return float(1.0 / np.log2(1.0 + rank)) if rank <= k else 0.0
+
+
+def query_values(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of one row; over several thoughts, their means.
+
+    >>> query_values({"ranks": [1, 2], "think_tokens": [4, 6], "problems": [None, "truncated"]})
+    ... # doctest: +ELLIPSIS
+    {'hit@1': 0.5, 'mrr': 0.75, 'ndcg@5': 0.815..., 'think_tokens': 5.0, 'truncated_ratio': 0.5, ...
+    """
+    ranks, problems = row["ranks"], row["problems"]
+    return {
+        "hit@1": float(np.mean([rank == 1 for rank in ranks])),
+        "mrr": float(np.mean([1.0 / rank for rank in ranks])),
+        "ndcg@5": float(np.mean([ndcg_of_rank(rank, 5) for rank in ranks])),
+        "think_tokens": float(np.mean(row["think_tokens"])),
+        "truncated_ratio": float(np.mean([problem == "truncated" for problem in problems])),
+        "malformed_ratio": float(np.mean([problem is not None for problem in problems])),
+    }
+
+
+def summarize(
+    rows: Sequence[Mapping[str, Any]], *, split: str, confidence: float = 0.95, seed: int = 0
+) -> dict[str, float]:
+    """Return flat metrics of all groups and modes, with bootstrap bounds `_low` and `_high`."""
+    cells: dict[str, list[dict[str, float]]] = {}
+    for row in rows:
+        values = query_values(row)
+        groups = dict.fromkeys(["all", row["task"], *([row["hop"]] if row["hop"] else [])])
+        for group in groups:
+            cells.setdefault(f"{split}/{group}/{row['mode']}", []).append(values)
+    metrics: dict[str, float] = {}
+    for cell, members in cells.items():
+        metrics[f"{cell}/num_queries"] = float(len(members))
+        for name in members[0]:
+            column = [values[name] for values in members]
+            metrics[f"{cell}/{name}"] = float(np.mean(column))
+            if name in INTERVAL_METRICS:
+                interval = bootstrap_interval(column, confidence=confidence, seed=seed)
+                metrics[f"{cell}/{name}_low"] = interval.low
+                metrics[f"{cell}/{name}_high"] = interval.high
+    return metrics
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
