@@ -28,38 +28,10 @@ from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
 
-WORDS = [
-    "find",
-    "the",
-    "picture",
-    "of",
-    "a",
-    "camel",
-    "pizza",
-    "zebra",
-    "tree",
-    "above",
-    "below",
-    "left",
-    "right",
-    "top",
-    "bottom",
-    "center",
-    "it",
-    "is",
-    "one",
-    "two",
-    "three",
-    "in",
-    "row",
-    "column",
-    "which",
-    "object",
-    "answer",
-    "Assistant:",
-    "User:",
-    "System:",
-]
+WORDS = (  # noqa: SIM905 -- one string keeps the list readable
+    "find the picture of a camel pizza zebra tree above below left right top bottom center it is "
+    "one two three in row column which object answer Assistant: User: System:"
+).split()
 IDEFICS3_TEMPLATE = (
     "{% for m in messages %}<|im_start|> {{ m['role'] }} {% if m['content'] is string %}"
     "{{ m['content'] }}{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"

@@ -7,6 +7,7 @@ changes what is trainable.
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -91,7 +92,8 @@ def _init_readout_rows(peft_model: PeftModel) -> None:
     for name, rows in adapter_parameters(peft_model, EMBEDDING_ADAPTER).items():
         if "trainable_tokens_delta" not in name:
             continue
-        table = peft_model.get_base_model().get_input_embeddings().token_adapter.base_layer.weight
+        base: Any = peft_model.get_base_model()
+        table = base.get_input_embeddings().token_adapter.base_layer.weight
         if table.is_meta:
             return
         with torch.no_grad():

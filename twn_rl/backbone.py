@@ -18,7 +18,6 @@ from transformers import (
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
@@ -65,7 +64,7 @@ class Backbone:
 
     model: PreTrainedModel
     processor: Any
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # transformers types special tokens as int | list | str
     is_multimodal: bool
     language_prefix: str
     hidden_size: int
@@ -81,7 +80,7 @@ class Backbone:
     @property
     def eos_token_id(self) -> int:
         """The token that ends a completion."""
-        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.eos_token_id)
 
     def suppressed_token_ids(self, keep: Iterable[str] = ()) -> list[int]:
         """Return the sorted ids a policy must never write.

@@ -95,5 +95,5 @@ def completion_ids(backbone: Backbone, completion: Completion) -> list[int]:
         return []
     if isinstance(completion, str):
         encoded = backbone.tokenizer(completion, add_special_tokens=False)
-        return list(encoded["input_ids"])  # type: ignore[arg-type]
+        return list(encoded["input_ids"])
     return [int(token_id) for token_id in completion]

@@ -267,6 +267,11 @@ class DualLoraModel(nn.Module):
         """Return a completion without end of turn, or [] (no-think) if it is malformed."""
         return thoughts.completion_for_embedding(self.backbone, self.renderer, ids)
 
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass; trainers ask for it."""
+        return bool(self.backbone.model.is_gradient_checkpointing)
+
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
     ) -> None:

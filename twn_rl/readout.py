@@ -34,7 +34,8 @@ def add_readout_tokens(backbone: Backbone, num_readout_tokens: int) -> list[int]
     The table only grows if it has no spare rows. New rows are the mean of the old ones, so that
     they are the same in every session; what is learned lives in the embedding adapter.
     """
-    tokenizer, model = backbone.tokenizer, backbone.model
+    tokenizer = backbone.tokenizer
+    model: Any = backbone.model
     tokens = readout_tokens(num_readout_tokens)
     missing = [token for token in tokens if token not in tokenizer.get_vocab()]
     if missing:
