@@ -34,10 +34,10 @@ $(STAMP): pyproject.toml constraints.txt
 env .venv: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/python recipes/demo.py --output_dir $(OUTPUTS)/demo
+	$(BIN)/accelerate launch --num_processes 1 recipes/grpo_embed.py
 
 ablation: $(STAMP)
-	$(BIN)/python recipes/ablation.py --output_dir $(OUTPUTS)/ablation
+	$(BIN)/python recipes/ablate.py --output_dir $(OUTPUTS)/ablation
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,0 +1,173 @@
+"""Stage 3, GRPO with retrieval rewards: the policy writes CoTs, the frozen embedding adapter scores them.
+
+TRL's GRPOTrainer (Shao et al., 2402.03300) on the reasoning adapter. Default reward: similarity of the think
+vector to its positive minus the mean of its K hardest negatives in the whole target bank.
+
+    accelerate launch recipes/grpo_embed.py
+    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/grpo_embed.py
+    accelerate launch recipes/grpo_embed.py --rewards margin format --reward_weights 1 0.1
+    accelerate launch recipes/grpo_embed.py --rewards my_rewards.py:my_reward
+
+Without arguments it reads recipes/configs/demo_grpo.yaml: the embedded emoji scenes, warm start included if there is none
+yet, evaluation and report.html at the end; about ten minutes on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import eval_embed
+import sft_embed
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from transformers import set_seed
+
+from rewards import REWARDS
+from twn_rl.config import CONFIG_FILE
+from twn_rl.grpo import (
+    ROLLOUT_COLUMNS,
+    EmbedGRPOConfig,
+    EmbedGRPOTrainer,
+    freeze_scorer,
+)
+from twn_rl.model import DualLoraModel
+from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
+from twn_rl.reward_loading import load_rewards
+from twn_rl.rollouts import RolloutScorer
+from twn_rl.run import (
+    DataArguments,
+    ModelArguments,
+    checkpoint_to_resume,
+    parse_arguments,
+    save_run,
+    set_up_logging,
+)
+from twn_rl.scoring import SCORING_COLUMNS
+from twn_rl.sft import SftConfig
+
+logger = logging.getLogger(__name__)
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_grpo.yaml"
+
+
+@dataclass
+class GrpoScriptArguments:
+    """What only this script needs."""
+
+    warm_start: str = field(
+        default="outputs/sft", metadata={"help": "Warm-started model; trained first if it is not there."}
+    )
+    warm_start_config: str | None = field(
+        default=None,
+        metadata={"help": "YAML of recipes/sft_embed.py for that case; null: a missing model is an error."},
+    )
+    rewards: list[str] = field(
+        default_factory=lambda: ["margin"],
+        metadata={"help": f"Any of {', '.join(REWARDS)}, package.module:function or file.py:function."},
+    )
+    reward_parameters: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Reward name -> its keyword arguments (YAML, or JSON as a flag)."}
+    )
+    stop_on_collapse: bool = field(
+        default=False, metadata={"help": "End the run at the first warning of the collapse watch."}
+    )
+    evaluate: bool = field(
+        default=False, metadata={"help": "Evaluate before and after RL and write report.html."}
+    )
+
+
+def main(script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOConfig) -> Path:
+    """Warm-start if needed, train, save, evaluate; return the folder of the model."""
+    set_up_logging()
+    output = Path(training.output_dir or "outputs/grpo")
+
+    # Rewards first: a misspelt name must show before anything is trained.
+    parameters = script.reward_parameters
+    reward_funcs = load_rewards(
+        script.rewards,
+        REWARDS,
+        json.loads(parameters) if isinstance(parameters, str) else parameters,
+        available_columns=[*SCORING_COLUMNS, *ROLLOUT_COLUMNS],
+    )
+
+    # Model and adapters
+    ensure_warm_start(script, data)
+    set_seed(training.seed)
+    model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
+    freeze_scorer(model)
+
+    # Data: every target of the RL records is embedded once.
+    records = data.load("rl")
+    scorer = RolloutScorer(
+        model,
+        records,
+        training.bank_dir or output / "bank",
+        num_negatives=training.num_negatives,
+        batch_size=training.scorer_batch_size,
+        processes=PartialState(),
+    )
+
+    # Trainer
+    watch = CollapseWatch(CollapseThresholds(), stop_on_collapse=script.stop_on_collapse)
+    trainer = EmbedGRPOTrainer(
+        model,
+        reward_funcs,
+        training,
+        records,
+        scorer,
+        callbacks=[watch, MetricsWriter(output / "metrics.jsonl")],
+    )
+
+    # Train
+    save_run(output, script, data, training)
+    trainer.train(
+        resume_from_checkpoint=checkpoint_to_resume(output, training.resume_from_checkpoint)
+    )
+
+    # Save
+    trainer.save_model(str(output))
+    logger.info("Policy saved to %s", output)
+
+    # Evaluate
+    if script.evaluate:
+        eval_embed.main(
+            eval_embed.EvalScriptArguments(
+                model=str(output), before=script.warm_start, output_dir=str(output / "evaluation")
+            ),
+            data,
+        )
+    return output
+
+
+def ensure_warm_start(script: GrpoScriptArguments, data: DataArguments) -> None:
+    """Run the warm start in this process group if its model is not there yet."""
+    is_there = (Path(script.warm_start) / CONFIG_FILE).is_file()
+    PartialState().wait_for_everyone()  # all have looked before one of them writes
+    if is_there:
+        return
+    if script.warm_start_config is None:
+        raise FileNotFoundError(
+            f"warm_start = {script.warm_start!r} holds no {CONFIG_FILE}; expected a model of recipes/sft_embed.py; "
+            "train it first, or pass --warm_start_config so that it is trained here"
+        )
+    logger.info("No warm-started model in %s: running the warm start first", script.warm_start)
+    config = ["--config", script.warm_start_config, "--output_dir", script.warm_start]
+    sft_script, model_args, _, training = parse_arguments(
+        (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig), arguments=config
+    )
+    sft_embed.main(sft_script, model_args, data, training)
+    # The next trainer reads its own DeepSpeed settings; the process group stays.
+    AcceleratorState._reset_state()
+
+
+if __name__ == "__main__":
+    main(
+        *parse_arguments(
+            (GrpoScriptArguments, DataArguments, EmbedGRPOConfig),
+            default_config=DEFAULT_CONFIG,
+            description=__doc__,
+        )
+    )

@@ -1,0 +1,130 @@
+"""Train the tiny vision-language backbone that ships as the embedded default.
+
+Stage 1 aligns each picture tile with the word of its object (tower and connector only); stage 2 trains the whole
+model to state scene facts in random order. It learns to see and to name, not to reason: no lesson contains a hop.
+
+    python recipes/pretrain_demo_backbone.py --output_dir twn_rl/demo/backbone
+
+Expected on two CPU cores: about 30 minutes; at least 97 % of cells named right in both artwork styles, two-hop
+questions answered directly at chance of the few plausible neighbours. The measured figures are written into the
+model card beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import Idefics3ForConditionalGeneration
+from trl import TrlParser
+
+from twn_rl.demo import pretraining, tiny_vlm
+from twn_rl.demo.scenes import STYLES
+
+
+@dataclass
+class PretrainArguments:
+    """Settings of the pretraining run."""
+
+    output_dir: str = field(default="outputs/demo_backbone", metadata={"help": "Where to save."})
+    alignment_steps: int = field(default=500, metadata={"help": "Stage 1 steps (64 scenes each)."})
+    steps: int = field(default=3000, metadata={"help": "Stage 2 steps."})
+    batch_size: int = field(default=64, metadata={"help": "Scenes per step, both stages."})
+    num_scenes: int = field(default=6000, metadata={"help": "Distinct scenes drawn."})
+    find_share: float = field(
+        default=0.4, metadata={"help": "Share of scene facts that give an object and ask for its cell."}
+    )
+    start_from: str | None = field(
+        default=None, metadata={"help": "Earlier backbone to go on from; skips drawing weights and stage 1."}
+    )
+    examine_every: int = field(default=500, metadata={"help": "Steps between examinations."})
+    seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and lessons."})
+
+
+def main(arguments: PretrainArguments) -> None:
+    """Draw pictures, align, learn scenes, examine, save."""
+    started = time.perf_counter()
+    output = Path(arguments.output_dir)
+    processor = tiny_vlm.make_processor()
+    if arguments.start_from is None:
+        model = tiny_vlm.make_model(processor, seed=arguments.seed)
+    else:
+        model = Idefics3ForConditionalGeneration.from_pretrained(arguments.start_from)
+
+    # Data
+    store = pretraining.PictureStore.build(
+        processor, num_scenes=arguments.num_scenes, num_singles=512, seed=arguments.seed
+    )
+
+    # Stage 1
+    batch_size, seed = arguments.batch_size, arguments.seed
+    if arguments.start_from is None:
+        steps = arguments.alignment_steps
+        pretraining.align(model, processor, store, steps=steps, batch_size=batch_size, seed=seed)
+
+    # Stage 2
+    progress = tqdm(total=arguments.steps, desc="scene facts")
+    lessons = pretraining.learn_scenes(
+        model,
+        processor,
+        store,
+        steps=arguments.steps,
+        batch_size=batch_size,
+        seed=seed,
+        find_share=arguments.find_share,
+    )
+    report: dict[str, dict[str, float]] = {}
+    for step, loss, right in lessons:
+        progress.update()
+        progress.set_postfix(loss=f"{loss:.3f}", right=f"{right:.3f}")
+        if step % 50 == 0:
+            tqdm.write(f"step {step}: loss {loss:.3f}, asked words right {right:.3f}")
+        if step % arguments.examine_every == 0 or step == arguments.steps:
+            report = {style: pretraining.examine(model, processor, style=style) for style in STYLES}
+            tqdm.write(f"step {step}: {json.dumps(report)}")
+            save(model, processor, output, report, time.perf_counter() - started, step)
+            model.train()
+    progress.close()
+
+
+def save(model, processor, output: Path, report: dict, seconds: float, step: int) -> None:
+    """Save weights, processor and the model card with the measured figures."""
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    parameters = sum(p.numel() for p in model.parameters())
+    rows = "\n".join(
+        f"| {style} | " + " | ".join(f"{100 * report[style][k]:.1f}" for k in report[style]) + " |"
+        for style in report
+    )
+    header = " | ".join(next(iter(report.values())))
+    (output / "README.md").write_text(
+        f"""---
+license: apache-2.0
+library_name: transformers
+---
+# Emoji-scene backbone
+
+Idefics3 architecture, {parameters / 1e6:.2f} million parameters, word-level tokenizer. Trained from scratch by
+`recipes/pretrain_demo_backbone.py` ({step} steps, {seconds / 60:.0f} minutes on two CPU cores, torch
+{torch.__version__}) on generated 3x3 emoji scenes in two artwork styles. It names what is in a cell, finds the cell
+of an object, knows categories and neighbouring cells. It was shown no chain of thought and no hop question.
+
+Per cent right on 128 fresh scenes per style:
+
+| style | {header} |
+| --- | {" | ".join("---" for _ in next(iter(report.values())))} |
+{rows}
+
+The artwork's licences are in `NOTICE`.
+""",
+        encoding="utf-8",
+    )
+
+
+if __name__ == "__main__":
+    (parsed,) = TrlParser(PretrainArguments).parse_args_and_config()
+    main(parsed)

@@ -1,0 +1,213 @@
+"""Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures; knows no model and no trainer.
+
+Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test`` and ``ood``. All but ``ood`` are
+drawn in Fluent artwork and never ask the held-out relation pairs; ``ood`` is drawn in Noto artwork and its
+two-hop questions ask held-out pairs only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from twn_rl.demo import questions
+from twn_rl.demo.questions import Question, TeacherNoise
+from twn_rl.demo.scenes import (
+    GRID,
+    ROW_WORDS,
+    STYLES,
+    Scene,
+    cell_words,
+    concepts,
+    draw_tile,
+)
+from twn_rl.records import Item, Record, write_records
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "rl", "validation", "test", "ood")
+QUESTIONS_PER_SCENE = 4
+SCENE_RETRIEVAL = "scene_retrieval"
+# Kind of question -> share of the records. Easy kinds (no walk over the grid) are 65 % of the default mix.
+DEFAULT_MIX = {
+    "hop0": 0.25,
+    "hop1": 0.15,
+    "hop2": 0.20,
+    questions.CLASSIFY: 0.10,
+    questions.GROUND: 0.10,
+    questions.RETRIEVE: 0.10,
+    SCENE_RETRIEVAL: 0.10,
+}
+RL_MIX = {"hop0": 0.10, "hop1": 0.40, "hop2": 0.50}
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """What the generator writes; equal settings give byte-identical records."""
+
+    seed: int = 0
+    num_train: int = 4800
+    num_rl: int = 1600
+    num_validation: int = 300
+    num_test: int = 1000
+    num_ood: int = 600
+    noise: TeacherNoise = field(default_factory=TeacherNoise)
+
+    def size(self, split: str) -> int:
+        """Return the number of records of a split."""
+        return int(getattr(self, f"num_{split}"))
+
+
+def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
+    """Write all splits below ``directory`` and return split -> records file; an equal data set is reused."""
+    files = {split: directory / f"{split}.jsonl" for split in SPLITS}
+    stamp = directory / "settings.json"
+    wanted = json.dumps(asdict(settings), indent=1, sort_keys=True)
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        logger.info("Reusing the emoji-scene records in %s", directory)
+        return files
+    if directory.exists():
+        _refuse_foreign(directory, stamp)
+        shutil.rmtree(directory)
+    _write_pictures(directory)
+    for split in SPLITS:
+        write_records(files[split], list(_split_records(directory, split, settings)))
+    stamp.write_text(wanted, encoding="utf-8")
+    return files
+
+
+def _refuse_foreign(directory: Path, stamp: Path) -> None:
+    known = {stamp.name, "images", *(f"{split}.jsonl" for split in SPLITS)}
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
+    if foreign:
+        raise ValueError(
+            f"data_dir = {directory} holds files that are not the demo's: {foreign[:5]}; expected an empty "
+            "folder or an earlier demo data set; choose another folder"
+        )
+
+
+def _write_pictures(directory: Path) -> None:
+    for style in STYLES:
+        folder = directory / "images" / "emoji" / style
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in concepts():
+            draw_tile(name, style).save(folder / f"{name}.png")
+
+
+def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[Record]:
+    style = STYLES[1] if split == "ood" else STYLES[0]
+    rng = random.Random(f"{settings.seed}/{split}")
+    folder = directory / "images" / "scenes" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    mix = RL_MIX if split == "rl" else DEFAULT_MIX
+    kinds = rng.choices(list(mix), weights=list(mix.values()), k=settings.size(split))
+    records: list[Record] = []
+    scene, picture = Scene.sample(rng, style), ""
+    for i, kind in enumerate(tqdm(kinds, desc=f"writing {split}")):
+        if i % QUESTIONS_PER_SCENE == 0:
+            scene = Scene.sample(rng, style)
+            picture = f"images/scenes/{split}/{i // QUESTIONS_PER_SCENE:05d}.png"
+            scene.draw().save(directory / picture, compress_level=1)
+        draw = random.Random(rng.getrandbits(64))
+        identity = f"{split}-{i:05d}"
+        if kind == SCENE_RETRIEVAL:
+            others = [record for record in records[-400:] if record.query.images]
+            records.append(_scene_record(identity, scene, picture, others, draw))
+        else:
+            question = ask(kind, scene, draw, held_out=split == "ood")
+            cot, mistake = questions.teach(scene, question, settings.noise, draw)
+            records.append(_record(identity, scene, picture, question, cot, mistake, draw))
+    return records
+
+
+def ask(kind: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Question:
+    """Ask a question of one kind of the mix."""
+    if kind.startswith("hop"):
+        return questions.ask_hops(scene, int(kind[3:]), rng, held_out=held_out)
+    if kind == questions.CLASSIFY:
+        return questions.ask_classification(scene, rng)
+    if kind == questions.GROUND:
+        return questions.ask_grounding(scene, rng)
+    return questions.ask_caption(scene, rng)
+
+
+def _record(
+    identity: str,
+    scene: Scene,
+    picture: str,
+    question: Question,
+    cot: str,
+    mistake: str | None,
+    rng: random.Random,
+) -> Record:
+    if question.task == questions.GROUND:
+        pool, instruction = "place", "find the place"
+        others = [cell_words(cell) for cell in range(GRID * GRID)]
+    elif question.task == questions.RETRIEVE:
+        pool, instruction, others = "caption", "find the caption", list(question.distractors)
+    else:
+        is_picture = rng.random() < 0.5
+        pool = f"picture/{scene.style}" if is_picture else "name"
+        instruction = "find the picture" if is_picture else "find the name"
+        category = concepts()[question.answer]
+        others = [n for n in scene.objects] + [n for n, c in concepts().items() if c == category]
+    negatives = [name for name in dict.fromkeys(others) if name != question.answer]
+    return Record(
+        id=identity,
+        source=f"emoji_scenes/{question.task}",
+        query=Item(instruction=instruction, text=question.text, images=(picture,)),
+        positive=_target(question.answer, pool),
+        negatives=tuple(_target(name, pool) for name in negatives),
+        query_cot=cot,
+        metadata={
+            "task": question.task,
+            "hops": question.hops,
+            "relations": list(question.relations),
+            "style": scene.style,
+            "pool": pool,
+            "gold_cot": question.gold_cot,
+            "teacher_mistake": mistake,
+        },
+    )
+
+
+def _target(answer: str, pool: str) -> Item:
+    if pool.startswith("picture/"):
+        return Item(images=(f"images/emoji/{pool.split('/')[1]}/{answer}.png",))
+    return Item(text=answer)
+
+
+def _scene_record(
+    identity: str, scene: Scene, picture: str, earlier: list[Record], rng: random.Random
+) -> Record:
+    """Ask for a scene by the words of one of its rows; negatives are earlier scenes of the split."""
+    row = rng.randrange(GRID)
+    names = scene.row(row)
+    word = ROW_WORDS[row]
+    gold = " ; ".join(
+        f"{name} {cell_words(row * GRID + i)}" for i, name in enumerate(names)
+    )
+    pictures = [p for p in dict.fromkeys(r.query.images[0] for r in earlier) if p != picture]
+    return Record(
+        id=identity,
+        source=f"emoji_scenes/{SCENE_RETRIEVAL}",
+        query=Item(instruction="find the scene", text=f"{word} row is {' '.join(names)}"),
+        positive=Item(images=(picture,)),
+        negatives=tuple(Item(images=(p,)) for p in rng.sample(pictures, min(4, len(pictures)))),
+        query_cot=gold,
+        metadata={
+            "task": SCENE_RETRIEVAL,
+            "hops": None,
+            "relations": [],
+            "style": scene.style,
+            "pool": f"scene/{scene.style}",
+            "gold_cot": gold,
+            "teacher_mistake": None,
+        },
+    )

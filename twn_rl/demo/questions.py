@@ -1,0 +1,178 @@
+"""What can be asked about a scene: question, answer, chain of thought, teacher mistakes; strings only."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from twn_rl.demo.scenes import GRID, ROW_WORDS, STEPS, Scene, cell_words, concepts, step
+
+# Two-hop relation pairs never asked in training; the out-of-domain split asks only these.
+HELD_OUT_PAIRS = (("left", "above"), ("above", "left"), ("right", "below"), ("below", "right"))
+# Relations that a biased teacher swaps in the hop that decides the answer.
+SWAPPED_RELATIONS = {"right": "below", "below": "right"}
+
+CLASSIFY = "classification"
+ANSWER = "question_answering"
+RETRIEVE = "retrieval"
+GROUND = "grounding"
+
+
+@dataclass(frozen=True)
+class TeacherNoise:
+    """How a teacher errs: shares of the chains of thought, each between 0 and 1.
+
+    Attributes:
+        random_rate: share of CoTs in which one hop goes to a random wrong cell.
+        swap_rate: share of the last hops over a relation in ``SWAPPED_RELATIONS`` taken the other way.
+    """
+
+    random_rate: float = 0.15
+    swap_rate: float = 0.7
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one scene. ``hops`` is None outside question answering."""
+
+    task: str
+    text: str
+    answer: str
+    gold_cot: str
+    hops: int | None = None
+    start: str | None = None
+    relations: tuple[str, ...] = ()
+    distractors: tuple[str, ...] = field(default=())
+
+
+def write_hops(scene: Scene, start: str, relations: tuple[str, ...], cells: list[int]) -> str:
+    """Write a walk as text: where it starts, every step with the cell it reaches, the object there.
+
+    >>> scene = Scene(("camel", "pizza", "bus", *"abcdef"), "fluent", 0)
+    >>> write_hops(scene, "camel", ("right",), [0, 1])
+    'camel top left ; right top center ; pizza'
+    """
+    parts = [f"{start} {cell_words(cells[0])}"]
+    parts += [f"{r} {cell_words(c)}" for r, c in zip(relations, cells[1:], strict=True)]
+    return " ; ".join([*parts, scene.objects[cells[-1]]])
+
+
+def walk(cell: int, relations: tuple[str, ...]) -> list[int] | None:
+    """Return the visited cells, start included, or None when a step leaves the grid."""
+    cells = [cell]
+    for relation in relations:
+        reached = step(cells[-1], relation)
+        if reached is None:
+            return None
+        cells.append(reached)
+    return cells
+
+
+def is_round_trip(pair: tuple[str, ...]) -> bool:
+    """Tell whether two steps undo each other, which would make the question trivial."""
+    return len(pair) == 2 and all(a == -b for a, b in zip(*(STEPS[r] for r in pair), strict=True))
+
+
+def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
+    """Ask for the object ``hops`` steps away from a named one (0: at a named cell)."""
+    if hops == 0:
+        cell = rng.randrange(GRID * GRID)
+        answer = scene.objects[cell]
+        place = cell_words(cell)
+        return Question(
+            ANSWER, f"which object is at the {place}", answer, f"{place} ; {answer}", 0
+        )
+    while True:
+        cell = rng.randrange(GRID * GRID)
+        relations = tuple(rng.choice(list(STEPS)) for _ in range(hops))
+        if hops == 2 and (is_round_trip(relations) or (relations in HELD_OUT_PAIRS) != held_out):
+            continue
+        cells = walk(cell, relations)
+        if cells is not None:
+            break
+    start, answer = scene.objects[cell], scene.objects[cells[-1]]
+    # "above the one left of the camel" walks left first, then above.
+    place = " the one ".join(_phrase(r) for r in reversed(relations))
+    text = f"which object is {place} the {start}"
+    gold = write_hops(scene, start, relations, cells)
+    return Question(ANSWER, text, answer, gold, hops, start, relations)
+
+
+def _phrase(relation: str) -> str:
+    return relation if relation in ("above", "below") else f"{relation} of"
+
+
+def ask_classification(scene: Scene, rng: random.Random) -> Question:
+    """Ask which object of a category is in a row, where exactly one is."""
+    while True:
+        row = rng.randrange(GRID)
+        names = scene.row(row)
+        categories = [concepts()[name] for name in names]
+        unique = [n for n, c in zip(names, categories, strict=True) if categories.count(c) == 1]
+        if unique:
+            break
+        scene = Scene.sample(rng, scene.style)
+    answer = rng.choice(unique)
+    text = f"which {concepts()[answer]} is in the {ROW_WORDS[row]} row"
+    return Question(CLASSIFY, text, answer, f"{' '.join(names)} ; {answer}")
+
+
+def ask_grounding(scene: Scene, rng: random.Random) -> Question:
+    """Ask in which cell an object is."""
+    cell = rng.randrange(GRID * GRID)
+    name = scene.objects[cell]
+    place = cell_words(cell)
+    return Question(GROUND, f"where is the {name}", place, f"{name} {place}")
+
+
+def ask_caption(scene: Scene, rng: random.Random) -> Question:
+    """Ask for the caption of a row; distractors permute it or exchange one object."""
+    row = rng.randrange(GRID)
+    names = list(scene.row(row))
+    others = [name for name in scene.objects if name not in names]
+    distractors = [" ".join(names[::-1]), " ".join([names[1], names[0], names[2]])]
+    for place in range(GRID):
+        changed = list(names)
+        changed[place] = rng.choice(others)
+        distractors.append(" ".join(changed))
+    caption = " ".join(names)
+    text = f"caption of the {ROW_WORDS[row]} row"
+    return Question(
+        RETRIEVE, text, caption, f"{ROW_WORDS[row]} row ; {caption}", distractors=tuple(distractors)
+    )
+
+
+def teach(scene: Scene, question: Question, noise: TeacherNoise, rng: random.Random) -> tuple[str, str | None]:
+    """Return the teacher's CoT and the kind of its mistake (``"random"``, ``"swap"`` or None).
+
+    A mistaken CoT goes on consistently from its mistake, so that its answer is wrong too. Both dice are thrown
+    for every question, so that one noise setting never changes the randomness of the other.
+    """
+    wants_swap, wants_random = rng.random() < noise.swap_rate, rng.random() < noise.random_rate
+    detour = random.Random(rng.getrandbits(32))
+    if question.hops is None or question.start is None:
+        return question.gold_cot, None
+    start_cell = scene.objects.index(question.start)
+    last = question.relations[-1]
+    if wants_swap and last in SWAPPED_RELATIONS:
+        relations = (*question.relations[:-1], SWAPPED_RELATIONS[last])
+        cells = walk(start_cell, relations)
+        if cells is not None:
+            return write_hops(scene, question.start, relations, cells), "swap"
+    if wants_random:
+        return _wrong_hop(scene, question, start_cell, detour), "random"
+    return question.gold_cot, None
+
+
+def _wrong_hop(scene: Scene, question: Question, start_cell: int, rng: random.Random) -> str:
+    """Send one hop (0 is the look-up of the start) to a random wrong cell and go on from there."""
+    gold = walk(start_cell, question.relations)
+    while gold is not None:
+        wrong_hop = rng.randrange(len(gold))
+        cells = list(gold)
+        cells[wrong_hop] = rng.choice([c for c in range(GRID * GRID) if c != gold[wrong_hop]])
+        tail = walk(cells[wrong_hop], question.relations[wrong_hop:])
+        if tail is not None and tail[-1] != gold[-1]:
+            cells[wrong_hop:] = tail
+            return write_hops(scene, question.start or "", question.relations, cells)
+    raise ValueError(f"question.relations = {question.relations} leaves the grid from cell {start_cell}")

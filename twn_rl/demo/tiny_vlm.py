@@ -1,0 +1,108 @@
+"""The embedded backbone: a word-level tokenizer and an Idefics3 of a few million parameters, untrained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    Idefics3Processor,
+    PreTrainedTokenizerFast,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from twn_rl.demo.scenes import COLUMN_WORDS, GRID, ROW_WORDS, STEPS, TILE_PIXELS, concepts
+
+BACKBONE_DIR = Path(__file__).parent / "backbone"
+MAX_READOUT_TOKENS = 16
+FUNCTION_WORDS = (
+    "which object is at the of in row where caption one find name picture scene place represent this with and "
+    "category describe answer query document a an image text"
+).split()
+PUNCTUATION = (";", ".", ":", "?", ",")
+SPECIAL_TOKENS = (
+    "<pad>", "<unk>", "<bos>", "<end_of_utterance>", "<user>", "<assistant>", "<system>", "<think>", "</think>",
+    "<fake_token_around_image>", "<global-img>", "<image>",
+)  # fmt: skip
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<{{ message['role'] }}> "
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image>"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Return every token, special ones first; the order is the token id."""
+    names = list(concepts())
+    categories = list(dict.fromkeys(concepts().values()))
+    tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(GRID) for c in range(GRID)]
+    readouts = [f"<|readout_{i}|>" for i in range(MAX_READOUT_TOKENS)]
+    words = [*ROW_WORDS, *COLUMN_WORDS, *STEPS, *FUNCTION_WORDS, *PUNCTUATION]
+    return list(dict.fromkeys([*SPECIAL_TOKENS, *tiles, *readouts, *words, *categories, *names]))
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the word-level tokenizer: one lower-case word, one token."""
+    tokens = vocabulary()
+    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = [t for t in tokens if t.startswith("<") and t not in ("<think>", "</think>")]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<bos>",
+        eos_token="<end_of_utterance>",
+        padding_side="left",
+        model_max_length=512,
+        chat_template=CHAT_TEMPLATE,
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return tokenizer
+
+
+def make_processor() -> Idefics3Processor:
+    """Build the real Idefics3 processor: a 96x96 scene becomes 3x3 tiles of 32 pixels, one token each."""
+    image_processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": GRID * TILE_PIXELS},
+        max_image_size={"longest_edge": TILE_PIXELS},
+        do_image_splitting=True,
+    )
+    return Idefics3Processor(
+        image_processor, make_tokenizer(), image_seq_len=1, chat_template=CHAT_TEMPLATE
+    )
+
+
+def make_model(processor: Idefics3Processor, *, seed: int = 0) -> Idefics3ForConditionalGeneration:
+    """Build the untrained VLM: SigLIP-style tower (patch 8, pixel shuffle 4) and a Llama decoder."""
+    torch.manual_seed(seed)
+    tokenizer = processor.tokenizer
+    config = Idefics3Config(
+        vision_config={
+            "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "image_size": TILE_PIXELS, "patch_size": 8,
+        },
+        text_config={
+            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 160, "intermediate_size": 448,
+            "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 5,
+            "max_position_embeddings": 512, "tie_word_embeddings": True,
+            "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        scale_factor=4,
+        tie_word_embeddings=True,
+        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = Idefics3ForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    return model
+

@@ -1,0 +1,162 @@
+"""GRPO on the reasoning adapter, scored by the frozen embedding adapter: TRL's trainer plus three hooks.
+
+Knows no reward function and no data format beyond `Record`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from trl import GRPOConfig, GRPOTrainer
+
+from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
+from twn_rl.checkpoint import load_weights
+from twn_rl.images import open_image
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Record
+from twn_rl.rollouts import RolloutScorer
+
+ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
+
+
+@dataclass
+class EmbedGRPOConfig(GRPOConfig):
+    """TRL's GRPO settings plus what the retrieval reward needs."""
+
+    num_negatives: int = field(
+        default=16, metadata={"help": "K hardest bank negatives handed to the rewards."}
+    )
+    scorer_batch_size: int = field(
+        default=64, metadata={"help": "Items per forward pass while the banks are built."}
+    )
+    bank_dir: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the target bank; default: <output_dir>/bank. Reused while it fits."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the scorer's fields, then TRL's."""
+        if self.num_negatives < 1 or self.scorer_batch_size < 1:
+            raise ValueError(
+                f"EmbedGRPOConfig: num_negatives = {self.num_negatives}, scorer_batch_size = "
+                f"{self.scorer_batch_size}; expected both >= 1; change these fields"
+            )
+        super().__post_init__()
+
+
+def freeze_scorer(model: DualLoraModel) -> None:
+    """Leave only the reasoning adapter trainable; in "kv_detach" the scorer keeps a snapshot of it."""
+    if model.config.interface == "kv_detach":
+        model.prefill_adapter = snapshot_reasoning_adapter(model.peft_model)
+    set_trainable(model.peft_model, [REASONING_ADAPTER])
+
+
+def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
+    """Return TRL's view of the records: prompt messages, pictures opened on access, columns for rewards."""
+    renderer, is_multimodal = model.renderer, model.backbone.is_multimodal
+
+    def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        chosen = [records[i] for i in batch["record_index"]]
+        rendered = {
+            **batch,
+            "prompt": [renderer.messages(record.query, is_multimodal) for record in chosen],
+        }
+        if is_multimodal:
+            rendered["images"] = [
+                [open_image(source) for source in renderer.images(r.query)] for r in chosen
+            ]
+        return rendered
+
+    rows = {
+        "record_index": list(range(len(records))),
+        "record_id": [record.id for record in records],
+        "source": [record.source for record in records],
+        "task": [str(record.metadata.get("task", "")) for record in records],
+        "hops": [record.metadata.get("hops") for record in records],
+    }
+    return Dataset.from_dict(rows).with_transform(render)
+
+
+class EmbedGRPOTrainer(GRPOTrainer):
+    """TRL's GRPO with retrieval columns for the rewards; generation, loss and logging are TRL's own."""
+
+    def __init__(
+        self,
+        model: DualLoraModel,
+        reward_funcs: Sequence[Callable[..., list[float | None]]],
+        args: EmbedGRPOConfig,
+        records: Sequence[Record],
+        scorer: RolloutScorer,
+        **kwargs: Any,
+    ) -> None:
+        """Freeze the scorer, forbid placeholder tokens, and hand the rest to TRL.
+
+        Args:
+            model: Warm-started model; its reasoning adapter becomes the policy.
+            reward_funcs: From `reward_loading.load_rewards`.
+            args: Settings.
+            records: What to roll out, the same that `scorer` was built with.
+            scorer: Makes the similarity columns.
+            **kwargs: For `GRPOTrainer`, such as callbacks.
+        """
+        args.generation_kwargs = {
+            **(args.generation_kwargs or {}),
+            "suppress_tokens": model.suppressed_token_ids,
+        }
+        set_trainable(model.peft_model, [REASONING_ADAPTER])
+        super().__init__(
+            model=model.peft_model,
+            reward_funcs=list(reward_funcs),
+            args=args,
+            train_dataset=rollout_dataset(model, records),
+            processing_class=model.processor,
+            **kwargs,
+        )
+        self.dual_model = model
+        self.scorer = scorer
+
+    def _calculate_rewards(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        completions: list[Any],
+        completion_ids_list: list[list[int]],
+    ) -> Tensor:
+        """Add the similarity columns to the examples, then let TRL call the rewards."""
+        indices = [example["record_index"] for example in inputs]
+        columns = self.scorer.columns(indices, completion_ids_list)
+        self._log_rollouts(columns)
+        scored = [
+            {**example, **{name: values[row] for name, values in columns.items()}}
+            for row, example in enumerate(inputs)
+        ]
+        return super()._calculate_rewards(scored, prompts, completions, completion_ids_list)
+
+    def _log_rollouts(self, columns: dict[str, list[Any]]) -> None:
+        """Log retrieval quality of the rollouts: sampled hit@1, think rate that held, spread of vectors."""
+        ranks, baseline = columns["target_rank"], columns["no_think_target_rank"]
+        metrics = {
+            "rollouts/hit@1": [float(rank == 1) for rank in ranks],
+            "rollouts/no_think_hit@1": [float(rank == 1) for rank in baseline],
+            "rollouts/think_tokens": [float(count) for count in columns["think_tokens"]],
+            "rollouts/incomplete_ratio": [float(not ok) for ok in columns["is_think_complete"]],
+            "embedding_variance": columns["embedding_variance"],
+        }
+        mode = "train" if self.model.training else "eval"
+        for name, values in metrics.items():
+            local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).mean()
+            self._metrics[mode][name].append(self.accelerator.gather(local).mean().item())
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir or ".")
+        self.dual_model.save_pretrained(directory, state_dict=state_dict)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.dual_model, resume_from_checkpoint)

@@ -1,0 +1,161 @@
+"""Sampled CoTs -> the columns rewards read, by the frozen embedding adapter; knows no reward and no trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Item, Record
+from twn_rl.scoring import scorer_fingerprint, similarity_columns
+from twn_rl.target_bank import Processes, TargetBank
+
+DEFAULT_POOL = ""
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Switch dropout off in the body and restore every module's mode afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
+
+
+@torch.no_grad()
+def embed_items(
+    model: DualLoraModel, items: Sequence[Item], completions: Sequence[list[int]] | None = None
+) -> Tensor:
+    """Return detached unit vectors (N, D) float32 of one batch, dropout off."""
+    with evaluating(model.peft_model):
+        return model.embed(model.collate(items, completions))
+
+
+class RolloutScorer:
+    """Scores rollouts against every target of the data, each of which was embedded once.
+
+    Attributes:
+        targets: Bank of all positives and listed negatives.
+        queries: Bank of the no-think query vectors.
+    """
+
+    def __init__(
+        self,
+        model: DualLoraModel,
+        records: Sequence[Record],
+        directory: str | Path,
+        *,
+        num_negatives: int = 16,
+        batch_size: int = 64,
+        processes: Processes | None = None,
+    ) -> None:
+        """Build or reopen both banks below ``directory``; all processes must call this together.
+
+        Args:
+            model: The policy's model; its embedding adapter must not change from here on.
+            records: What the rollouts are about; `columns` takes positions in it.
+            directory: Where the banks live; they are reused as long as content and scorer are the same.
+            num_negatives: K hardest negatives handed to the rewards.
+            batch_size: Items per forward pass.
+            processes: `PartialState` or `Accelerator` when several processes share the work.
+        """
+        self.model, self.records = model, records
+        self.num_negatives, self.batch_size = num_negatives, batch_size
+        items = [item for r in records for item in (r.positive, *r.negatives)]
+        pools = [pool_of(r) for r in records for _ in (r.positive, *r.negatives)]
+
+        def encode(batch: list[Item]) -> Tensor:
+            return embed_items(model, batch)
+
+        shared: dict[str, Any] = {
+            "fingerprint": scorer_fingerprint(model),
+            "batch_size": batch_size,
+            "processes": processes,
+            "rebuild": False,
+        }
+        self.targets = TargetBank(Path(directory) / "targets").build(
+            items, encode, pools=pools, **shared
+        )
+        self.queries = TargetBank(Path(directory) / "queries").build(
+            [r.query for r in records], encode, **shared
+        )
+        self._positive_ids = [r.positive.content_key() for r in records]
+        self._query_ids = [r.query.content_key() for r in records]
+
+    def columns(
+        self, indices: Sequence[int], completion_ids: Sequence[list[int]]
+    ) -> dict[str, list[Any]]:
+        """Return the reward columns of N rollouts, one value per rollout.
+
+        Truncated or malformed thinks get the columns of their no-think vector. Rollouts of one query that wrote
+        the same CoT are embedded once.
+
+        Args:
+            indices: Position of each rollout's record.
+            completion_ids: What the policy wrote, with its end of turn.
+        """
+        usable = [self.model.completion_for_embedding(ids) for ids in completion_ids]
+        rows = torch.tensor([self.queries.row_of[self._query_ids[i]] for i in indices])
+        no_think = self.queries.rows(rows.numpy(), torch.device("cpu"))
+        vectors = no_think.clone()
+        is_complete = [bool(ids) for ids in usable]
+        distinct = self._distinct(indices, usable)
+        embedded = self._embed(list(distinct))
+        for position, (index, ids) in enumerate(zip(indices, usable, strict=True)):
+            if ids:
+                vectors[position] = embedded[distinct[index, tuple(ids)]]
+        think = self._similarities(vectors, indices)
+        baseline = self._similarities(no_think, indices)
+        eos = self.model.backbone.eos_token_id
+        return {
+            **think,
+            "no_think_positive_similarity": baseline["positive_similarity"],
+            "no_think_negative_similarities": baseline["negative_similarities"],
+            "no_think_target_rank": baseline["target_rank"],
+            "think_tokens": [sum(token != eos for token in ids) for ids in completion_ids],
+            "is_think_complete": is_complete,
+            "embedding_variance": [self._variance(vectors)] * len(indices),
+        }
+
+    @staticmethod
+    def _distinct(
+        indices: Sequence[int], usable: Sequence[list[int]]
+    ) -> dict[tuple[int, tuple[int, ...]], int]:
+        distinct: dict[tuple[int, tuple[int, ...]], int] = {}
+        for index, ids in zip(indices, usable, strict=True):
+            if ids:
+                distinct.setdefault((index, tuple(ids)), len(distinct))
+        # Under ZeRO-3 every process must run a forward, also one whose thinks all failed.
+        return distinct or {(indices[0], ()): 0}
+
+    def _embed(self, thoughts: list[tuple[int, tuple[int, ...]]]) -> Tensor:
+        """Embed query + CoT in one forward pass: one per step on every process, as ZeRO-3 needs."""
+        items = [self.records[index].query for index, _ in thoughts]
+        return embed_items(self.model, items, [list(ids) for _, ids in thoughts]).cpu()
+
+    def _similarities(self, vectors: Tensor, indices: Sequence[int]) -> dict[str, list[Any]]:
+        return similarity_columns(
+            vectors,
+            [self._positive_ids[i] for i in indices],
+            self.targets,
+            num_negatives=self.num_negatives,
+            pools=[pool_of(self.records[i]) for i in indices],
+        )
+
+    @staticmethod
+    def _variance(vectors: Tensor) -> float:
+        """Return 1 - |mean vector|^2: 0 when all vectors are equal, 1 when they spread out."""
+        return 1.0 - float(vectors.mean(0).square().sum())
+
+
+def pool_of(record: Record) -> str:
+    """Return the pool a record's query competes in: `metadata["pool"]`, or one pool for all."""
+    return str(record.metadata.get("pool", DEFAULT_POOL))

@@ -1,0 +1,232 @@
+"""What surrounds every run: which model, which records, what was resolved; knows no losses and no rewards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from accelerate import PartialState
+from transformers.trainer_utils import get_last_checkpoint
+from trl import TrlParser
+
+from twn_rl.config import LoraSettings, TwnConfig
+from twn_rl.demo.dataset import DemoSettings, write_demo
+from twn_rl.demo.questions import TeacherNoise
+from twn_rl.demo.tiny_vlm import BACKBONE_DIR
+from twn_rl.model import DualLoraModel
+from twn_rl.records import RecordSet, load_records
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "numpy")
+Split = Literal["train", "rl", "validation", "test", "ood"]
+
+
+@dataclass
+class ModelArguments:
+    """Backbone and adapters of a new model; a warm-started checkpoint brings its own."""
+
+    backbone: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone."},
+    )
+    backbone_revision: str | None = field(
+        default=None, metadata={"help": "Commit of the backbone; default: its main branch."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "Parameter type: auto, float32, bfloat16."})
+    interface: str = field(
+        default="reencode",
+        metadata={"help": "reencode (input + CoT are read again) or kv_detach (read-outs use the cache)."},
+    )
+    num_readout_tokens: int = field(default=4, metadata={"help": "Learned read-out tokens Q."})
+    reasoning_rank: int = field(default=32, metadata={"help": "LoRA rank of the reasoning adapter."})
+    embedding_rank: int = field(default=64, metadata={"help": "LoRA rank of the embedding adapter."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 is off."})
+    max_think_tokens: int = field(default=256, metadata={"help": "Longest CoT in tokens."})
+
+    def config(self) -> TwnConfig:
+        """Return the model config; alpha is twice the rank, as in Embed-RL (2602.13823)."""
+        reasoning, embedding = self.reasoning_rank, self.embedding_rank
+        return TwnConfig(
+            backbone=self.backbone or str(BACKBONE_DIR),
+            backbone_revision=self.backbone_revision,
+            interface=self.interface,  # pyright: ignore[reportArgumentType]  (checked by TwnConfig)
+            num_readout_tokens=self.num_readout_tokens,
+            reasoning_lora=LoraSettings(reasoning, 2 * reasoning, self.lora_dropout),
+            embedding_lora=LoraSettings(embedding, 2 * embedding, self.lora_dropout),
+            max_think_tokens=self.max_think_tokens,
+        )
+
+    def build(self, seed: int) -> DualLoraModel:
+        """Return a new model with untrained adapters."""
+        config = self.config()
+        return DualLoraModel.from_backbone(config.backbone, config, dtype=self.dtype, seed=seed)
+
+
+@dataclass
+class DataArguments:
+    """Where the records are. Without files the embedded emoji scenes are written and used."""
+
+    train_file: str | None = field(default=None, metadata={"help": "Records of the warm start."})
+    rl_file: str | None = field(default=None, metadata={"help": "Records of RL; default: train_file."})
+    validation_file: str | None = field(default=None, metadata={"help": "Records to tune on."})
+    test_file: str | None = field(default=None, metadata={"help": "Records to report on."})
+    ood_file: str | None = field(default=None, metadata={"help": "Out-of-domain records to report on."})
+    data_root: str | None = field(
+        default=None, metadata={"help": "Folder no image path may leave; default: each file's folder."}
+    )
+    on_bad_record: str = field(
+        default="raise", metadata={"help": "raise, or skip (counted) for single bad records."}
+    )
+    demo_dir: str = field(
+        default="outputs/demo/data", metadata={"help": "Where the embedded emoji scenes are written."}
+    )
+    demo_seed: int = field(default=0, metadata={"help": "Seed of scenes, questions and teacher mistakes."})
+    demo_scale: float = field(
+        default=1.0, metadata={"help": "Multiplies the sizes of the emoji splits, for quick tries."}
+    )
+    teacher_random_rate: float = field(
+        default=0.15, metadata={"help": "Share of teacher CoTs with a random wrong hop; 0 is off."}
+    )
+    teacher_swap_rate: float = field(
+        default=0.7,
+        metadata={"help": "Share of the deciding right/below hops that the teacher swaps; 0 is off."},
+    )
+
+    def is_demo(self) -> bool:
+        """Tell whether the embedded default is used."""
+        return self.train_file is None and self.rl_file is None and self.test_file is None
+
+    def load(self, split: Split) -> RecordSet:
+        """Return the verified records of a split.
+
+        Raises:
+            ValueError: If files are given, but none for this split.
+        """
+        if self.is_demo():
+            path = self._write_demo()[split]
+        else:
+            fallback = {"rl": self.train_file}.get(split)
+            path = getattr(self, f"{split}_file") or fallback
+            if path is None:
+                raise ValueError(
+                    f"{split}_file = None while other record files are given; expected a .jsonl or .parquet "
+                    f"file; pass --{split}_file"
+                )
+        return load_records(path, data_root=self.data_root, on_bad_record=self.on_bad_record)  # pyright: ignore[reportArgumentType]
+
+    def has(self, split: Split) -> bool:
+        """Tell whether `load(split)` would find records."""
+        return self.is_demo() or getattr(self, f"{split}_file") is not None
+
+    def _write_demo(self) -> dict[str, Path]:
+        sizes = {
+            name: max(8, round(size * self.demo_scale))
+            for name, size in asdict(DemoSettings()).items()
+            if name.startswith("num_")
+        }
+        noise = TeacherNoise(self.teacher_random_rate, self.teacher_swap_rate)
+        settings = DemoSettings(seed=self.demo_seed, noise=noise, **sizes)
+        with PartialState().local_main_process_first():
+            return write_demo(Path(self.demo_dir), settings)
+
+
+def parse_arguments(
+    types: Sequence[type],
+    *,
+    arguments: Sequence[str] | None = None,
+    default_config: Path | None = None,
+    description: str | None = None,
+) -> Any:
+    """Parse YAML, then flags, into one object per dataclass; without `--config` the default file is read.
+
+    Unknown keys and flags raise. `arguments` are the process's own if None.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    has_config = any(word == "--config" or word.startswith("--config=") for word in words)
+    if default_config is not None and not has_config:
+        words = ["--config", str(default_config), *words]
+    parser = TrlParser(types, description=description)  # pyright: ignore[reportArgumentType]
+    return parser.parse_args_and_config(args=words)
+
+
+def set_up_logging() -> None:
+    """Log at INFO on the first process and at WARNING on the others."""
+    level = logging.INFO if PartialState().is_main_process else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    for noisy in ("httpx", "filelock", "deepspeed", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def save_run(directory: str | Path, *arguments: Any) -> None:
+    """Write `run.yaml` (resolved settings) and `environment.json` (versions, commit, command)."""
+    if not PartialState().is_main_process:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    resolved = {type(a).__name__: _plain(a) for a in arguments}
+    text = yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True)
+    (directory / "run.yaml").write_text(text, encoding="utf-8")
+    environment = {
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "num_processes": PartialState().num_processes,
+    }
+    (directory / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+
+
+def _plain(arguments: Any) -> Any:
+    if hasattr(arguments, "to_dict"):  # TrainingArguments hides tokens in it
+        return json.loads(json.dumps(arguments.to_dict(), default=str))
+    if is_dataclass(arguments) and not isinstance(arguments, type):
+        return json.loads(json.dumps(asdict(arguments), default=str))
+    return arguments
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the working tree, with "-dirty" if it was changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def checkpoint_to_resume(output_dir: str | Path, resume: str | None) -> str | None:
+    """Return the checkpoint folder to resume from: a path, the last one for "true", or None.
+
+    Raises:
+        FileNotFoundError: If a path is given that is no folder.
+    """
+    if resume is None or resume.lower() in ("false", "none", ""):
+        return None
+    if resume.lower() in ("true", "last"):
+        last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+        if last is None:
+            logger.warning("No checkpoint in %s to resume from; starting at step 0", output_dir)
+        return last
+    if not Path(resume).is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint = {resume!r} is no folder; expected a checkpoint-N folder, or true for the "
+            "last one in output_dir; correct the path"
+        )
+    return resume

@@ -1,0 +1,269 @@
+"""The warm start: token loss on chains of thought plus InfoNCE with and without them, in one trainer.
+
+Knows no rewards, no rollouts and no data format beyond `Record`.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments
+from trl.models import unwrap_model_for_generation
+
+from twn_rl.checkpoint import load_weights
+from twn_rl.losses import contrastive_accuracy, false_negative_mask, gather_with_grad, info_nce, key_ids
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Item, Record
+
+@dataclass
+class SftConfig(TrainingArguments):
+    """Hyper-parameters of the warm start. Weights of 1 and temperature 0.02 are UME-R1's (2511.00405)."""
+
+    temperature: float = field(
+        default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
+    )
+    token_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the token loss on CoTs; 0 is off."}
+    )
+    think_weight: float = field(
+        default=1.0, metadata={"help": "Weight of InfoNCE(query + CoT, target); 0 is off."}
+    )
+    no_think_weight: float = field(
+        default=1.0, metadata={"help": "Weight of InfoNCE(query, target); 0 is off."}
+    )
+    cross_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight of both cross-mode InfoNCE terms, which keep one vector space; only pairs with a "
+            "target CoT have them, since think queries meet no-think targets in the think term otherwise."
+        },
+    )
+    num_hard_negatives: int = field(
+        default=1, metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."}
+    )
+    contrastive_from: float = field(
+        default=0.0,
+        metadata={"help": "Share of the steps after which the contrastive terms join; 1 is never."},
+    )
+    self_written_from: float = field(
+        default=0.5,
+        metadata={"help": "Share of the steps after which some think vectors read the model's own CoT."},
+    )
+    self_written_share: float = field(
+        default=0.3,
+        metadata={"help": "Share of those later steps that use self-written CoTs; 0 is off. Gold CoTs leak."},
+    )
+
+    def __post_init__(self) -> None:
+        """Check the method's own fields, all problems at once, then HF's."""
+        problems = []
+        if self.temperature <= 0:
+            problems.append(f"temperature = {self.temperature}, expected > 0")
+        for name in ("contrastive_from", "self_written_from", "self_written_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                problems.append(f"{name} = {getattr(self, name)}, expected in [0, 1]")
+        if self.num_hard_negatives < 0:
+            problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
+        if problems:
+            raise ValueError("SftConfig: " + "; ".join(problems) + "; change these fields")
+        self.remove_unused_columns = False
+        super().__post_init__()
+
+
+class RecordDataset(Dataset):
+    """Records by index; pictures stay on disk until a batch is collated."""
+
+    def __init__(self, records: Sequence[Record]) -> None:
+        """Hold the records."""
+        self.records = records
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Record:
+        """Return one record with image paths."""
+        return self.records[index]
+
+
+class SftCollator:
+    """Records -> the tensors of one step. Every distinct target is encoded once."""
+
+    def __init__(self, model: DualLoraModel, *, num_hard_negatives: int) -> None:
+        """Keep what renders and tokenizes."""
+        self.model = model
+        self.num_hard_negatives = num_hard_negatives
+
+    def __call__(self, records: list[Record]) -> dict[str, Any]:
+        """Return prompts, CoT ids with and without end of turn, distinct targets and who needs which.
+
+        `target_rows` (N * (1 + k),) points into the distinct targets: the N positives, then the negatives;
+        the same number on every process, so that vectors can be gathered. `target_keys` (as `target_rows`) and
+        `query_keys` (N,) are int64 content keys, equal for equal content.
+        """
+        cots = [self._completion(record.query_cot) for record in records]
+        positives = [(record.positive, record.positive_cot) for record in records]
+        negatives = [(item, None) for record in records for item in self._negatives(record)]
+        distinct: dict[tuple[Item, str | None], int] = {}
+        rows = [distinct.setdefault(target, len(distinct)) for target in [*positives, *negatives]]
+        keys = key_ids([content_key(item) for item, _ in distinct])
+        target_cots = [self._completion(cot) for _, cot in distinct]
+        has_target_cot = any(target_cots)
+        target = self.model.collate([item for item, _ in distinct])
+        empty: list[list[int]] = [[] for _ in distinct]
+        eos = self.model.backbone.eos_token_id
+        return {
+            "query": self.model.collate([record.query for record in records]),
+            "taught": self.model.collate_completions([[*ids, eos] if ids else [] for ids in cots]),
+            "think": self.model.collate_completions(cots),
+            "target": target,
+            "target_think": self.model.collate_completions(target_cots if has_target_cot else empty),
+            "has_target_cot": torch.tensor([has_target_cot]),
+            "target_rows": torch.tensor(rows),
+            "target_keys": keys[rows],
+            "query_keys": key_ids([content_key(record.query) for record in records]),
+        }
+
+    def _completion(self, cot: str | None) -> list[int]:
+        return [] if cot is None else self.model.completion_ids(self.model.renderer.completion(cot))
+
+    def _negatives(self, record: Record) -> list[Item]:
+        """Return exactly k negatives; short lists repeat and empty ones repeat the positive (masked later)."""
+        if not self.num_hard_negatives:
+            return []
+        pool = list(record.negatives) or [record.positive]
+        start = int(content_key(record.query)[:8], 16) % len(pool)
+        return [pool[(start + i) % len(pool)] for i in range(self.num_hard_negatives)]
+
+
+@lru_cache(maxsize=200_000)
+def content_key(item: Item) -> str:
+    """Return an item's content key; a picture file is read once."""
+    return item.content_key()
+
+
+class SftTrainer(Trainer):
+    """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step, all losses from its output."""
+
+    args: SftConfig
+
+    def __init__(self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any) -> None:
+        """Build the collator; `kwargs` go to `Trainer`."""
+        collator = SftCollator(model, num_hard_negatives=args.num_hard_negatives)
+        super().__init__(
+            model=model, args=args, train_dataset=RecordDataset(records), data_collator=collator, **kwargs
+        )
+        self.dual_model = model
+        self._sums: dict[str, list[float]] = defaultdict(list)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the weighted sum of the stage's losses; it is the same however many processes hold the batch."""
+        done = self.state.global_step / max(1, self.state.max_steps)
+        taught = {**inputs["query"], **inputs["taught"]} if self.args.token_weight else None
+        if done < self.args.contrastive_from:
+            outputs = model(token_nll=taught)
+            parts = {"token": self._token_loss(outputs)}
+        else:
+            think = self._own_thoughts(inputs) if self._is_self_written(done) else inputs["think"]
+            embed = {
+                "no_think": inputs["query"],
+                "think": {**inputs["query"], **think},
+                "target": inputs["target"],
+            }
+            if bool(inputs["has_target_cot"].any()):
+                embed["target_think"] = {**inputs["target"], **inputs["target_think"]}
+            outputs = model(embed=embed, token_nll=taught)
+            parts = self._contrastive_losses(outputs["embeds"], inputs)
+            if taught is not None:
+                parts["token"] = self._token_loss(outputs)
+        weights = {
+            "token": self.args.token_weight,
+            "think": self.args.think_weight,
+            "no_think": self.args.no_think_weight,
+            "cross": self.args.cross_weight,
+        }
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        for name, part in parts.items():
+            self._sums[f"loss_{name}"].append(part.item())
+        return (loss, outputs) if return_outputs else loss
+
+    def _token_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the mean NLL over the tokens of all processes, scaled for DDP's mean over them."""
+        count = self.accelerator.reduce(outputs["token_count"].sum().float(), reduction="sum")
+        return outputs["token_nll"].sum() * self.accelerator.num_processes / count.clamp(min=1)
+
+    def _contrastive_losses(self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
+        rows = inputs["target_rows"]
+        count = len(embeds["no_think"])
+        # Positives of all processes first, then negatives of all processes.
+        positive_keys = gather_with_grad(inputs["target_keys"][:count])
+        keys = torch.cat([positive_keys, gather_with_grad(inputs["target_keys"][count:])])
+        index = torch.arange(len(positive_keys), device=keys.device)
+        query_keys = gather_with_grad(inputs["query_keys"])
+        mask = false_negative_mask(query_keys, keys, positive_index=index)
+
+        def targets(name: str) -> Tensor:
+            vectors = embeds[name][rows]
+            return torch.cat([gather_with_grad(vectors[:count]), gather_with_grad(vectors[count:])])
+
+        def loss(query: Tensor, target: Tensor) -> Tensor:
+            return info_nce(
+                query, target, temperature=self.args.temperature, positive_index=index, mask=mask
+            )
+
+        think, no_think = gather_with_grad(embeds["think"]), gather_with_grad(embeds["no_think"])
+        target = targets("target")
+        think_target = targets("target_think") if "target_think" in embeds else target
+        parts = {"think": loss(think, think_target), "no_think": loss(no_think, target)}
+        if "target_think" in embeds:
+            parts["cross"] = (loss(think, target) + loss(no_think, think_target)) / 2
+        for name, query in (("think", think), ("no_think", no_think)):
+            accuracy = contrastive_accuracy(query.detach(), target.detach(), positive_index=index, mask=mask)
+            self._sums[f"in_batch_hit@1_{name}"].append(float(accuracy))
+        return parts
+
+    def _is_self_written(self, done: float) -> bool:
+        """Throw this step's die; the same on every process and after a resume."""
+        if done < self.args.self_written_from:
+            return False
+        die = random.Random(f"{self.args.seed}/{self.state.global_step}").random()
+        return die < self.args.self_written_share
+
+    def _own_thoughts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Let the reasoning adapter write the CoTs of the batch (greedy); malformed ones become no-think."""
+        dual = self.dual_model
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as unwrapped:
+            ids = dual.reason(inputs["query"], generation_model=unwrapped.peft_model)
+        usable = [dual.completion_for_embedding(row) for row in ids]
+        self._sums["self_written_malformed_ratio"].append(sum(not row for row in usable) / len(usable))
+        batch = dual.collate_completions(usable)
+        return {key: value.to(self.args.device) for key, value in batch.items()}
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of the loss parts since the last log."""
+        means = {name: sum(values) / len(values) for name, values in self._sums.items() if values}
+        self._sums.clear()
+        super().log({**logs, **means}, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        directory = Path(output_dir or self.args.output_dir or ".")
+        self.dual_model.save_pretrained(directory, state_dict=state_dict)
+        torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.dual_model, resume_from_checkpoint)
