@@ -80,7 +80,13 @@ def make_evaluation(folder: Path, *, rank: int) -> Evaluation:
 def report(tmp_path: Path) -> str:
     log = tmp_path / "metrics.jsonl"
     lines = [
-        {"step": s, "loss": 1 / s, "reward": s, "reward_std": "nan" if s == 2 else 0.1, "kl": 0.0}
+        {
+            "step": s,
+            "loss_think": 1 / s,
+            "reward": s,
+            "reward_std": "nan" if s == 2 else 0.1,
+            "kl": 0.0,
+        }
         for s in range(1, 6)
     ]
     log.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -30,7 +30,7 @@ _STYLE: Any = {
 }
 # Panel title -> which logged names it shows, in this order.
 PANELS = {
-    "Loss": r"loss|loss/.*|.*_loss|losses/.*",
+    "Loss": r"loss|loss[_/].*|.*_loss",
     "Reward": r"reward|rewards/.*/mean",
     "Spread of rewards": r"reward_std",
     "Groups without signal": r"frac_reward_zero_std",
