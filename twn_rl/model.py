@@ -18,8 +18,10 @@ from twn_rl.config import TwnConfig
 from twn_rl.readout import add_readout_tokens, join_sequence, kv_detach, position_ids, reencode
 from twn_rl.records import Item
 from twn_rl.templates import Think
+from twn_rl.vision import share_images
 
-Batch = Mapping[str, Tensor]
+# Tensors, and `mm_encoder_outputs` once pictures are encoded.
+Batch = Mapping[str, Any]
 
 
 class DualLoraModel(nn.Module):
@@ -204,7 +206,8 @@ class DualLoraModel(nn.Module):
     ) -> dict[str, Any]:
         """Return every vector and token loss of one training step in one forward.
 
-        DDP and DeepSpeed must see exactly one forward of the wrapped module per backward.
+        DDP and DeepSpeed must see exactly one forward of the wrapped module per backward. Batches
+        that hold the very same pixel tensor share one pass of the vision tower.
 
         Args:
             embed: Batches by name, each given to `embed`.
@@ -213,11 +216,17 @@ class DualLoraModel(nn.Module):
         Returns:
             `embeds`: name -> (N, D); `token_nll`, `token_count`: (N,), if asked for.
         """
-        output: dict[str, Any] = {
-            "embeds": {name: self.embed(batch) for name, batch in (embed or {}).items()}
-        }
+        batches = {("embed", name): batch for name, batch in (embed or {}).items()}
         if token_nll is not None:
-            output["token_nll"], output["token_count"] = self.token_nll(token_nll)
+            batches["token_nll", ""] = token_nll
+        batches = {key: self._on_device(batch) for key, batch in batches.items()}
+        batches = share_images(self.backbone, batches)
+        last = batches.pop(("token_nll", ""), None)
+        output: dict[str, Any] = {
+            "embeds": {name: self.embed(batch) for (_, name), batch in batches.items()}
+        }
+        if last is not None:
+            output["token_nll"], output["token_count"] = self.token_nll(last)
         return output
 
     def reason(
@@ -285,4 +294,7 @@ class DualLoraModel(nn.Module):
         self.backbone.model.gradient_checkpointing_disable()
 
     def _on_device(self, batch: Batch) -> dict[str, Tensor]:
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }

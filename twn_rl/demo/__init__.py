@@ -1,1 +1,1 @@
-"""The embedded default: emoji scenes and a tiny pretrained VLM; it knows nothing of adapters or training."""
+"""The embedded default: emoji scenes and a tiny pretrained VLM; knows no adapters, no training."""

@@ -1,8 +1,8 @@
-"""Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures; knows no model and no trainer.
+"""Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures; knows no model.
 
-Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test`` and ``ood``. All but ``ood`` are
-drawn in Fluent artwork and never ask the held-out relation pairs; ``ood`` is drawn in Noto artwork and its
-two-hop questions ask held-out pairs only.
+Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test`` and ``ood``. All but
+``ood`` are drawn in Fluent artwork and never ask the held-out relation pairs; ``ood`` is drawn in
+Noto artwork and its two-hop questions ask held-out pairs only.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from twn_rl.demo import questions
 from twn_rl.demo.questions import Question, TeacherNoise
 from twn_rl.demo.scenes import (
     GRID,
+    PLACES,
     ROW_WORDS,
     STYLES,
     Scene,
-    cell_words,
     concepts,
     draw_tile,
 )
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train", "rl", "validation", "test", "ood")
 QUESTIONS_PER_SCENE = 4
 SCENE_RETRIEVAL = "scene_retrieval"
-# Kind of question -> share of the records. Easy kinds (no walk over the grid) are 65 % of the default mix.
+# Kind of question -> share of the records. Easy kinds (no walk over the grid) are 65 % by default.
 DEFAULT_MIX = {
     "hop0": 0.25,
     "hop1": 0.15,
@@ -65,7 +65,7 @@ class DemoSettings:
 
 
 def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
-    """Write all splits below ``directory`` and return split -> records file; an equal data set is reused."""
+    """Write all splits below ``directory``, or reuse an equal data set; return split -> file."""
     files = {split: directory / f"{split}.jsonl" for split in SPLITS}
     stamp = directory / "settings.json"
     wanted = json.dumps(asdict(settings), indent=1, sort_keys=True)
@@ -87,8 +87,8 @@ def _refuse_foreign(directory: Path, stamp: Path) -> None:
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
     if foreign:
         raise ValueError(
-            f"data_dir = {directory} holds files that are not the demo's: {foreign[:5]}; expected an empty "
-            "folder or an earlier demo data set; choose another folder"
+            f"data_dir = {directory} holds files that are not the demo's: {foreign[:5]}; expected "
+            "an empty folder or an earlier demo data set; choose another folder"
         )
 
 
@@ -148,7 +148,7 @@ def _record(
 ) -> Record:
     if question.task == questions.GROUND:
         pool, instruction = "place", "find the place"
-        others = [cell_words(cell) for cell in range(GRID * GRID)]
+        others = list(PLACES)
     elif question.task == questions.RETRIEVE:
         pool, instruction, others = "caption", "find the caption", list(question.distractors)
     else:
@@ -156,7 +156,7 @@ def _record(
         pool = f"picture/{scene.style}" if is_picture else "name"
         instruction = "find the picture" if is_picture else "find the name"
         category = concepts()[question.answer]
-        others = [n for n in scene.objects] + [n for n, c in concepts().items() if c == category]
+        others = list(scene.objects) + [n for n, c in concepts().items() if c == category]
     negatives = [name for name in dict.fromkeys(others) if name != question.answer]
     return Record(
         id=identity,
@@ -186,13 +186,11 @@ def _target(answer: str, pool: str) -> Item:
 def _scene_record(
     identity: str, scene: Scene, picture: str, earlier: list[Record], rng: random.Random
 ) -> Record:
-    """Ask for a scene by the words of one of its rows; negatives are earlier scenes of the split."""
+    """Ask for a scene by the words of one of its rows; negatives are earlier scenes."""
     row = rng.randrange(GRID)
     names = scene.row(row)
     word = ROW_WORDS[row]
-    gold = " ; ".join(
-        f"{name} {cell_words(row * GRID + i)}" for i, name in enumerate(names)
-    )
+    gold = " ; ".join(f"{name} {PLACES[row * GRID + i]}" for i, name in enumerate(names))
     pictures = [p for p in dict.fromkeys(r.query.images[0] for r in earlier) if p != picture]
     return Record(
         id=identity,

@@ -1,11 +1,11 @@
-"""What can be asked about a scene: question, answer, chain of thought, teacher mistakes; strings only."""
+"""What can be asked about a scene: question, answer, CoT, teacher mistakes; knows strings only."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
 
-from twn_rl.demo.scenes import GRID, ROW_WORDS, STEPS, Scene, cell_words, concepts, step
+from twn_rl.demo.scenes import GRID, PLACES, ROW_WORDS, STEPS, Scene, concepts, step
 
 # Two-hop relation pairs never asked in training; the out-of-domain split asks only these.
 HELD_OUT_PAIRS = (("left", "above"), ("above", "left"), ("right", "below"), ("below", "right"))
@@ -24,7 +24,7 @@ class TeacherNoise:
 
     Attributes:
         random_rate: share of CoTs in which one hop goes to a random wrong cell.
-        swap_rate: share of the last hops over a relation in ``SWAPPED_RELATIONS`` taken the other way.
+        swap_rate: share of the last hops over a relation in ``SWAPPED_RELATIONS`` that are swapped.
     """
 
     random_rate: float = 0.15
@@ -50,10 +50,10 @@ def write_hops(scene: Scene, start: str, relations: tuple[str, ...], cells: list
 
     >>> scene = Scene(("camel", "pizza", "bus", *"abcdef"), "fluent", 0)
     >>> write_hops(scene, "camel", ("right",), [0, 1])
-    'camel top left ; right top center ; pizza'
+    'camel northwest ; right north ; pizza'
     """
-    parts = [f"{start} {cell_words(cells[0])}"]
-    parts += [f"{r} {cell_words(c)}" for r, c in zip(relations, cells[1:], strict=True)]
+    parts = [f"{start} {PLACES[cells[0]]}"]
+    parts += [f"{r} {PLACES[c]}" for r, c in zip(relations, cells[1:], strict=True)]
     return " ; ".join([*parts, scene.objects[cells[-1]]])
 
 
@@ -78,10 +78,8 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
     if hops == 0:
         cell = rng.randrange(GRID * GRID)
         answer = scene.objects[cell]
-        place = cell_words(cell)
-        return Question(
-            ANSWER, f"which object is at the {place}", answer, f"{place} ; {answer}", 0
-        )
+        place = PLACES[cell]
+        return Question(ANSWER, f"which object is at the {place}", answer, f"{place} ; {answer}", 0)
     while True:
         cell = rng.randrange(GRID * GRID)
         relations = tuple(rng.choice(list(STEPS)) for _ in range(hops))
@@ -103,25 +101,26 @@ def _phrase(relation: str) -> str:
 
 
 def ask_classification(scene: Scene, rng: random.Random) -> Question:
-    """Ask which object of a category is in a row, where exactly one is."""
-    while True:
-        row = rng.randrange(GRID)
-        names = scene.row(row)
-        categories = [concepts()[name] for name in names]
-        unique = [n for n, c in zip(names, categories, strict=True) if categories.count(c) == 1]
-        if unique:
-            break
-        scene = Scene.sample(rng, scene.style)
-    answer = rng.choice(unique)
+    """Ask which object of a category is in a row, where exactly one is.
+
+    The one scene in a million whose rows hold a single category each is asked for a caption.
+    """
+    alone = []
+    for row in range(GRID):
+        categories = [concepts()[name] for name in scene.row(row)]
+        alone += [(row, n) for n in scene.row(row) if categories.count(concepts()[n]) == 1]
+    if not alone:
+        return ask_caption(scene, rng)
+    row, answer = rng.choice(alone)
     text = f"which {concepts()[answer]} is in the {ROW_WORDS[row]} row"
-    return Question(CLASSIFY, text, answer, f"{' '.join(names)} ; {answer}")
+    return Question(CLASSIFY, text, answer, f"{' '.join(scene.row(row))} ; {answer}")
 
 
 def ask_grounding(scene: Scene, rng: random.Random) -> Question:
     """Ask in which cell an object is."""
     cell = rng.randrange(GRID * GRID)
     name = scene.objects[cell]
-    place = cell_words(cell)
+    place = PLACES[cell]
     return Question(GROUND, f"where is the {name}", place, f"{name} {place}")
 
 
@@ -142,11 +141,14 @@ def ask_caption(scene: Scene, rng: random.Random) -> Question:
     )
 
 
-def teach(scene: Scene, question: Question, noise: TeacherNoise, rng: random.Random) -> tuple[str, str | None]:
+def teach(
+    scene: Scene, question: Question, noise: TeacherNoise, rng: random.Random
+) -> tuple[str, str | None]:
     """Return the teacher's CoT and the kind of its mistake (``"random"``, ``"swap"`` or None).
 
-    A mistaken CoT goes on consistently from its mistake, so that its answer is wrong too. Both dice are thrown
-    for every question, so that one noise setting never changes the randomness of the other.
+    A mistaken CoT goes on consistently from its mistake, so that its answer is wrong too. Both dice
+    are thrown for every question, so that one noise setting never changes the randomness of the
+    other.
     """
     wants_swap, wants_random = rng.random() < noise.swap_rate, rng.random() < noise.random_rate
     detour = random.Random(rng.getrandbits(32))
@@ -175,4 +177,6 @@ def _wrong_hop(scene: Scene, question: Question, start_cell: int, rng: random.Ra
         if tail is not None and tail[-1] != gold[-1]:
             cells[wrong_hop:] = tail
             return write_hops(scene, question.start or "", question.relations, cells)
-    raise ValueError(f"question.relations = {question.relations} leaves the grid from cell {start_cell}")
+    raise ValueError(
+        f"question.relations = {question.relations} leaves the grid from cell {start_cell}"
+    )

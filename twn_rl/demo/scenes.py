@@ -1,4 +1,4 @@
-"""Emoji scenes: the artwork, the 3x3 grid and walking on it; knows no records, no text rendering, no model."""
+"""Emoji scenes: the artwork, the 3x3 grid and walking on it; knows no records and no model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ STYLES = ("fluent", "noto")
 TILE_PIXELS = 32
 GRID = 3
 ROW_WORDS = ("top", "middle", "bottom")
-COLUMN_WORDS = ("left", "center", "right")
+# One word a cell, in reading order.
+PLACES = (
+    "northwest", "north", "northeast",
+    "west", "center", "east",
+    "southwest", "south", "southeast",
+)  # fmt: skip
 STEPS = {"left": (0, -1), "right": (0, 1), "above": (-1, 0), "below": (1, 0)}
 
 
@@ -55,15 +60,6 @@ def draw_tile(
     tile = Image.new("RGB", (pixels, pixels), background)
     tile.paste(artwork, corner, artwork)
     return tile
-
-
-def cell_words(cell: int) -> str:
-    """Return the two words that name a cell.
-
-    >>> cell_words(0), cell_words(4), cell_words(5)
-    ('top left', 'middle center', 'middle right')
-    """
-    return f"{ROW_WORDS[cell // GRID]} {COLUMN_WORDS[cell % GRID]}"
 
 
 def step(cell: int, relation: str) -> int | None:

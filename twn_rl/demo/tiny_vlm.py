@@ -1,4 +1,4 @@
-"""The embedded backbone: a word-level tokenizer and an Idefics3 of a few million parameters, untrained."""
+"""The embedded backbone, untrained: word-level tokenizer, small Idefics3; knows no training."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from twn_rl.demo.scenes import COLUMN_WORDS, GRID, ROW_WORDS, STEPS, TILE_PIXELS, concepts
+from twn_rl.demo.scenes import GRID, PLACES, ROW_WORDS, STEPS, TILE_PIXELS, concepts
 
 BACKBONE_DIR = Path(__file__).parent / "backbone"
 MAX_READOUT_TOKENS = 16
-FUNCTION_WORDS = (
-    "which object is at the of in row where caption one find name picture scene place represent this with and "
-    "category describe answer query document a an image text"
+EMBEDDING_STD = 0.1
+MATCHING_HEADS = 2
+MATCHING_GAIN = 3.5
+FUNCTION_WORDS = (  # noqa: SIM905 -- one string keeps the list readable
+    "which object is at the of in row where caption one find name picture scene place represent "
+    "this with and category describe answer query document a an image text"
 ).split()
 PUNCTUATION = (";", ".", ":", "?", ",")
 SPECIAL_TOKENS = (
-    "<pad>", "<unk>", "<bos>", "<end_of_utterance>", "<user>", "<assistant>", "<system>", "<think>", "</think>",
+    "<pad>", "<unk>", "<bos>", "<end_of_utterance>", "<user>", "<assistant>", "<system>",
+    "<think>", "</think>",
     "<fake_token_around_image>", "<global-img>", "<image>",
 )  # fmt: skip
 CHAT_TEMPLATE = (
@@ -42,7 +46,7 @@ def vocabulary() -> list[str]:
     categories = list(dict.fromkeys(concepts().values()))
     tiles = [f"<row_{r + 1}_col_{c + 1}>" for r in range(GRID) for c in range(GRID)]
     readouts = [f"<|readout_{i}|>" for i in range(MAX_READOUT_TOKENS)]
-    words = [*ROW_WORDS, *COLUMN_WORDS, *STEPS, *FUNCTION_WORDS, *PUNCTUATION]
+    words = [*ROW_WORDS, *PLACES, *STEPS, *FUNCTION_WORDS, *PUNCTUATION]
     return list(dict.fromkeys([*SPECIAL_TOKENS, *tiles, *readouts, *words, *categories, *names]))
 
 
@@ -68,7 +72,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_processor() -> Idefics3Processor:
-    """Build the real Idefics3 processor: a 96x96 scene becomes 3x3 tiles of 32 pixels, one token each."""
+    """Build the real Idefics3 processor: a 96x96 scene is 3x3 tiles and a whole, a token each."""
     image_processor = Idefics3ImageProcessorPil(
         size={"longest_edge": GRID * TILE_PIXELS},
         max_image_size={"longest_edge": TILE_PIXELS},
@@ -80,16 +84,18 @@ def make_processor() -> Idefics3Processor:
 
 
 def make_model(processor: Idefics3Processor, *, seed: int = 0) -> Idefics3ForConditionalGeneration:
-    """Build the untrained VLM: SigLIP-style tower (patch 8, pixel shuffle 4) and a Llama decoder."""
+    """Build the VLM: SigLIP-style tower (patch 8, pixel shuffle 4) and a Llama decoder."""
     torch.manual_seed(seed)
     tokenizer = processor.tokenizer
     config = Idefics3Config(
         vision_config={
-            "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "hidden_size": 96, "intermediate_size": 192,
+            "num_hidden_layers": 3, "num_attention_heads": 4,
             "image_size": TILE_PIXELS, "patch_size": 8,
         },
         text_config={
-            "model_type": "llama", "vocab_size": len(tokenizer), "hidden_size": 160, "intermediate_size": 448,
+            "model_type": "llama", "vocab_size": len(tokenizer),
+            "hidden_size": 160, "intermediate_size": 448,
             "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 5,
             "max_position_embeddings": 512, "tie_word_embeddings": True,
             "pad_token_id": tokenizer.pad_token_id, "bos_token_id": tokenizer.bos_token_id,
@@ -101,8 +107,26 @@ def make_model(processor: Idefics3Processor, *, seed: int = 0) -> Idefics3ForCon
         pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = Idefics3ForConditionalGeneration(config)
+    _ease_matching(model)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     return model
 
+
+@torch.no_grad()
+def _ease_matching(model: Idefics3ForConditionalGeneration) -> None:
+    """Start where "the tile that shows this word" is easy to find: a match of two equal vectors.
+
+    Words as long as what the layers add to them stay recognisable above the first layer, and in
+    `MATCHING_HEADS` of each later layer queries equal keys, so that attention starts as content
+    similarity. From ordinary initialisation the match was not found in 2,600 steps (object -> cell
+    stayed at 1/9).
+    """
+    decoder = model.model.text_model
+    decoder.embed_tokens.weight.normal_(std=EMBEDDING_STD)
+    for layer in decoder.layers[1:]:
+        attention = layer.self_attn
+        rows = slice(0, MATCHING_HEADS * attention.head_dim)
+        attention.k_proj.weight[rows] *= MATCHING_GAIN
+        attention.q_proj.weight[rows] = attention.k_proj.weight[rows]

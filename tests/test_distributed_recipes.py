@@ -1,0 +1,133 @@
+"""The recipes under real `accelerate launch`: one process, two processes, ZeRO-2 and ZeRO-3."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from twn_rl.demo.tiny_vlm import BACKBONE_DIR
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Item
+
+ROOT = Path(__file__).parents[1]
+GLOBAL_BATCH = 8
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def launch(
+    recipe: str, flags: list[str], *, config: str | None, cwd: Path
+) -> subprocess.CompletedProcess:
+    """Run a recipe as a user would and return what it printed."""
+    options = ["--num_processes", "1"]
+    if config is not None:
+        options = ["--config_file", str(ROOT / "recipes" / "accelerate" / config)]
+        options += ["--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    return subprocess.run(
+        [*command, str(ROOT / "recipes" / recipe), *flags],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def train(folder: Path, config: str | None, num_processes: int) -> dict[str, list[dict]]:
+    """Warm-start and run GRPO for two steps each in one launch; return both metrics files."""
+    sft = (ROOT / "recipes" / "configs" / "demo_sft.yaml").read_text(encoding="utf-8")
+    share = GLOBAL_BATCH // num_processes
+    replaced = {
+        "max_steps": 2,
+        "per_device_train_batch_size": share,
+        "logging_steps": 1,
+        "contrastive_from": 0.0,
+        "self_written_from": 0.5,
+        "self_written_share": 1.0,
+        "warmup_steps": 0,
+    }
+    lines = [line for line in sft.splitlines() if line.split(":")[0] not in replaced]
+    lines += [f"{name}: {value}" for name, value in replaced.items()]
+    (folder / "sft.yaml").write_text("\n".join(lines), encoding="utf-8")
+    flags = {
+        "warm_start": folder / "sft",
+        "warm_start_config": folder / "sft.yaml",
+        "output_dir": folder / "grpo",
+        "demo_dir": folder / "data",
+        "demo_scale": 0.02,
+        "max_steps": 2,
+        "per_device_train_batch_size": share,
+        "num_generations": 4,
+        # Nearly greedy, so that one and two processes sample the same thoughts.
+        "temperature": 0.01,
+        "max_completion_length": 12,
+        "evaluate": "false",
+    }
+    done = launch(
+        "grpo_embed.py",
+        [f"--{name}={value}" for name, value in flags.items()],
+        config=config,
+        cwd=folder,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return {
+        stage: [
+            json.loads(line)
+            for line in (folder / stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
+        for stage in ("sft", "grpo")
+    }
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict]]:
+    return train(tmp_path_factory.mktemp("one"), None, 1)
+
+
+@pytest.mark.parametrize("config", ["cpu.yaml", "zero2.yaml", "zero3.yaml"])
+def test_two_processes_train_like_one_and_leave_a_model_that_one_process_loads(
+    config: str, one_process: dict[str, list[dict]], tmp_path: Path
+) -> None:
+    if config.startswith("zero") and shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles an operator on CPU and needs a C++ compiler (g++)")
+    two = train(tmp_path, config, 2)
+    for name in ("loss", "loss_think", "loss_no_think", "loss_token"):
+        alone = [row[name] for row in one_process["sft"] if name in row]
+        together = [row[name] for row in two["sft"] if name in row]
+        assert together == pytest.approx(alone, rel=2e-3), name
+    rewards = [[row["reward"] for row in run["grpo"] if "reward" in row] for run in (one_process, two)]
+    assert rewards[1][0] == pytest.approx(rewards[0][0], abs=0.02)
+    model = DualLoraModel.from_pretrained(tmp_path / "grpo")
+    vector = model.embed(model.collate([Item(text="camel")]))
+    assert torch.isfinite(vector).all()
+    before = DualLoraModel.from_pretrained(tmp_path / "sft")
+    assert torch.equal(before.embed(before.collate([Item(text="camel")])), vector)
+
+
+def test_an_unknown_yaml_key_ends_the_recipe_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("output_dir: out\nlearning_rat: 1.0e-3\n", encoding="utf-8")
+    done = launch("sft_embed.py", ["--config", "bad.yaml"], config=None, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "learning_rat" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_misspelt_reward_ends_the_recipe_before_the_warm_start(tmp_path: Path) -> None:
+    flags = ["--rewards", "margn", "--warm_start=sft", "--output_dir=grpo"]
+    done = launch("grpo_embed.py", flags, config=None, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "margn" in done.stderr
+    assert "margin" in done.stderr
+    assert not (tmp_path / "sft").exists()
+
+
+def test_the_embedded_backbone_is_small_enough_to_ship() -> None:
+    size = sum(path.stat().st_size for path in BACKBONE_DIR.rglob("*") if path.is_file())
+    assert 0 < size < 12e6
