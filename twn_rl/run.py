@@ -1,4 +1,4 @@
-"""What surrounds every run: which model, which records, what was resolved; knows no losses and no rewards."""
+"""What surrounds every run: which model, which records, what was resolved; knows no losses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.demo.dataset import DemoSettings, write_demo
@@ -37,19 +37,29 @@ class ModelArguments:
 
     backbone: str | None = field(
         default=None,
-        metadata={"help": "Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone."},
+        metadata={
+            "help": "Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone."
+        },
     )
     backbone_revision: str | None = field(
         default=None, metadata={"help": "Commit of the backbone; default: its main branch."}
     )
-    dtype: str = field(default="auto", metadata={"help": "Parameter type: auto, float32, bfloat16."})
+    dtype: str = field(
+        default="auto", metadata={"help": "Parameter type: auto, float32, bfloat16."}
+    )
     interface: str = field(
         default="reencode",
-        metadata={"help": "reencode (input + CoT are read again) or kv_detach (read-outs use the cache)."},
+        metadata={
+            "help": "reencode (input + CoT are read again) or kv_detach (read-outs use the cache)."
+        },
     )
     num_readout_tokens: int = field(default=4, metadata={"help": "Learned read-out tokens Q."})
-    reasoning_rank: int = field(default=32, metadata={"help": "LoRA rank of the reasoning adapter."})
-    embedding_rank: int = field(default=64, metadata={"help": "LoRA rank of the embedding adapter."})
+    reasoning_rank: int = field(
+        default=32, metadata={"help": "LoRA rank of the reasoning adapter."}
+    )
+    embedding_rank: int = field(
+        default=64, metadata={"help": "LoRA rank of the embedding adapter."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 is off."})
     max_think_tokens: int = field(default=256, metadata={"help": "Longest CoT in tokens."})
 
@@ -77,20 +87,28 @@ class DataArguments:
     """Where the records are. Without files the embedded emoji scenes are written and used."""
 
     train_file: str | None = field(default=None, metadata={"help": "Records of the warm start."})
-    rl_file: str | None = field(default=None, metadata={"help": "Records of RL; default: train_file."})
+    rl_file: str | None = field(
+        default=None, metadata={"help": "Records of RL; default: train_file."}
+    )
     validation_file: str | None = field(default=None, metadata={"help": "Records to tune on."})
     test_file: str | None = field(default=None, metadata={"help": "Records to report on."})
-    ood_file: str | None = field(default=None, metadata={"help": "Out-of-domain records to report on."})
+    ood_file: str | None = field(
+        default=None, metadata={"help": "Out-of-domain records to report on."}
+    )
     data_root: str | None = field(
-        default=None, metadata={"help": "Folder no image path may leave; default: each file's folder."}
+        default=None,
+        metadata={"help": "Folder no image path may leave; default: each file's folder."},
     )
     on_bad_record: str = field(
         default="raise", metadata={"help": "raise, or skip (counted) for single bad records."}
     )
     demo_dir: str = field(
-        default="outputs/demo/data", metadata={"help": "Where the embedded emoji scenes are written."}
+        default="outputs/demo/data",
+        metadata={"help": "Where the embedded emoji scenes are written."},
     )
-    demo_seed: int = field(default=0, metadata={"help": "Seed of scenes, questions and teacher mistakes."})
+    demo_seed: int = field(
+        default=0, metadata={"help": "Seed of scenes, questions and teacher mistakes."}
+    )
     demo_scale: float = field(
         default=1.0, metadata={"help": "Multiplies the sizes of the emoji splits, for quick tries."}
     )
@@ -99,12 +117,14 @@ class DataArguments:
     )
     teacher_swap_rate: float = field(
         default=0.7,
-        metadata={"help": "Share of the deciding right/below hops that the teacher swaps; 0 is off."},
+        metadata={
+            "help": "Share of the deciding right/below hops that the teacher swaps; 0 is off."
+        },
     )
 
     def is_demo(self) -> bool:
         """Tell whether the embedded default is used."""
-        return self.train_file is None and self.rl_file is None and self.test_file is None
+        return not any(getattr(self, f"{split}_file") for split in get_args(Split))
 
     def load(self, split: Split) -> RecordSet:
         """Return the verified records of a split.
@@ -115,18 +135,21 @@ class DataArguments:
         if self.is_demo():
             path = self._write_demo()[split]
         else:
-            fallback = {"rl": self.train_file}.get(split)
-            path = getattr(self, f"{split}_file") or fallback
+            path = self._given(split)
             if path is None:
                 raise ValueError(
-                    f"{split}_file = None while other record files are given; expected a .jsonl or .parquet "
-                    f"file; pass --{split}_file"
+                    f"{split}_file = None while other record files are given; expected a .jsonl or "
+                    f".parquet file; pass --{split}_file"
                 )
         return load_records(path, data_root=self.data_root, on_bad_record=self.on_bad_record)  # pyright: ignore[reportArgumentType]
 
     def has(self, split: Split) -> bool:
         """Tell whether `load(split)` would find records."""
-        return self.is_demo() or getattr(self, f"{split}_file") is not None
+        return self.is_demo() or self._given(split) is not None
+
+    def _given(self, split: Split) -> str | None:
+        path = getattr(self, f"{split}_file")
+        return self.train_file if path is None and split == "rl" else path
 
     def _write_demo(self) -> dict[str, Path]:
         sizes = {
@@ -147,13 +170,16 @@ def parse_arguments(
     default_config: Path | None = None,
     description: str | None = None,
 ) -> Any:
-    """Parse YAML, then flags, into one object per dataclass; without `--config` the default file is read.
+    """Parse YAML, then flags, into one object per dataclass.
 
-    Unknown keys and flags raise. `arguments` are the process's own if None.
+    Without `--config` the default file is read. Unknown keys and flags raise. `arguments` are the
+    process's own if None.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    has_config = any(word == "--config" or word.startswith("--config=") for word in words)
-    if default_config is not None and not has_config:
+    words: list[str] = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        # TrlParser knows the two-word form only.
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    if default_config is not None and "--config" not in words:
         words = ["--config", str(default_config), *words]
     parser = TrlParser(types, description=description)  # pyright: ignore[reportArgumentType]
     return parser.parse_args_and_config(args=words)
@@ -162,7 +188,9 @@ def parse_arguments(
 def set_up_logging() -> None:
     """Log at INFO on the first process and at WARNING on the others."""
     level = logging.INFO if PartialState().is_main_process else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
     for noisy in ("httpx", "filelock", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -211,13 +239,14 @@ def _git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def checkpoint_to_resume(output_dir: str | Path, resume: str | None) -> str | None:
+def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> str | None:
     """Return the checkpoint folder to resume from: a path, the last one for "true", or None.
 
     Raises:
         FileNotFoundError: If a path is given that is no folder.
     """
-    if resume is None or resume.lower() in ("false", "none", ""):
+    resume = str(resume)  # YAML gives true as a bool, a flag gives it as a word
+    if resume.lower() in ("false", "none", ""):
         return None
     if resume.lower() in ("true", "last"):
         last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
@@ -226,7 +255,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume: str | None) -> str | No
         return last
     if not Path(resume).is_dir():
         raise FileNotFoundError(
-            f"resume_from_checkpoint = {resume!r} is no folder; expected a checkpoint-N folder, or true for the "
-            "last one in output_dir; correct the path"
+            f"resume_from_checkpoint = {resume!r} is no folder; expected a checkpoint-N folder, or "
+            "true for the last one in output_dir; correct the path"
         )
     return resume

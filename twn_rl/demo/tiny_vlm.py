@@ -104,7 +104,7 @@ def make_model(processor: Idefics3Processor, *, seed: int = 0) -> Idefics3ForCon
         scale_factor=4,
         tie_word_embeddings=True,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     model = Idefics3ForConditionalGeneration(config)
     _ease_matching(model)
