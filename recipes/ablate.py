@@ -1,15 +1,17 @@
-"""Does RL help, or would more SFT have done the same? SFT-only against SFT + GRPO over several seeds.
+"""Does RL help, or would more SFT do the same? SFT-only against SFT + GRPO over several seeds.
 
-Every seed trains one warm start; from it each arm trains on the same records (split rl), for the same number of optimiser steps
-and samples: `sft_only` goes on with the token loss on the teacher's CoTs, `grpo` (or `grpo:REWARD`, one arm per reward)
-samples its own and is rewarded by retrieval. The embedding adapter is frozen in every arm.
+Every seed trains one warm start; from it each arm trains on the same records (split rl), for the
+same number of optimiser steps and samples: `sft_only` goes on with the token loss on the teacher's
+CoTs, `grpo` (or `grpo:REWARD`, one arm per reward) samples its own and is rewarded by retrieval.
+The embedding adapter is frozen in every arm.
 
     python recipes/ablate.py --seeds 0 1 2
-    python recipes/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/ablation_rewards
+    python recipes/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     python recipes/ablate.py --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
 
-Writes summary.json ({arm: {metric key: {mean, std, values}}}), a table and a plot. Finished runs are kept: the same command
-goes on where it was stopped. About 15 minutes a seed on two CPU cores; --parallel 2 runs two seeds side by side.
+Writes summary.json ({arm: {metric key: {mean, std, values}}}), a table and a plot. Finished runs
+are kept: the same command goes on where it was stopped. About 15 minutes a seed on two CPU cores;
+--parallel 2 runs two seeds side by side.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
 WARM_START = "warm_start"
+EVALUATION_MODES = ("never", "always", "sampled", "gold")
 
 
 @dataclass
@@ -40,13 +43,16 @@ class AblateArguments:
     """Arms and seeds."""
 
     output_dir: str = field(default="outputs/ablation", metadata={"help": "Where all runs go."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."}
+    )
     arms: list[str] = field(
         default_factory=lambda: ["sft_only", "grpo"],
         metadata={"help": "sft_only, grpo, or grpo:REWARD for another reward."},
     )
     sft_config: str = field(
-        default=str(RECIPES / "configs" / "demo_sft.yaml"), metadata={"help": "YAML of the warm start."}
+        default=str(RECIPES / "configs" / "demo_sft.yaml"),
+        metadata={"help": "YAML of the warm start."},
     )
     grpo_config: str = field(
         default=str(RECIPES / "configs" / "demo_grpo.yaml"), metadata={"help": "YAML of RL."}
@@ -54,7 +60,10 @@ class AblateArguments:
     parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
     launcher: list[str] = field(
         default_factory=lambda: ["--num_processes", "1"],
-        metadata={"help": "Arguments of accelerate launch, such as --config_file recipes/accelerate/zero2.yaml."},
+        metadata={
+            "help": "Arguments of accelerate launch, such as "
+            "--config_file recipes/accelerate/zero2.yaml."
+        },
     )
 
 
@@ -67,7 +76,8 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
         list(pool.map(lambda seed: run_seed(script, data, seed), script.seeds))
     arms = [WARM_START, *script.arms]
     runs = {
-        arm: [output / f"seed{seed}" / folder(arm) / "evaluation" for seed in script.seeds] for arm in arms
+        arm: [output / f"seed{seed}" / folder(arm) / "evaluation" for seed in script.seeds]
+        for arm in arms
     }
     summary = summarize_runs(runs)
     (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
@@ -86,7 +96,10 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
     seeded = [*shared, f"--seed={seed}"]
     warm = root / WARM_START
     launch(
-        script, "sft_embed.py", [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded], warm
+        script,
+        "sft_embed.py",
+        [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded],
+        warm,
     )
     evaluate(script, warm, shared)
     budget = rl_budget(script.grpo_config)
@@ -105,7 +118,7 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
 
 
 def rl_budget(grpo_config: str) -> list[str]:
-    """Return the flags that give the SFT-only arm RL's optimiser steps, samples per step and learning rate."""
+    """Return the flags that give SFT-only RL's optimiser steps, samples per step and learning rate."""
     types = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
     _, _, grpo = parse_arguments(types, arguments=["--config", grpo_config])
     names = (
@@ -131,11 +144,14 @@ def launch(script: AblateArguments, recipe: str, flags: list[str], target: Path)
     logger.info("Running %s, log in %s", target, target / "log.txt")
     started = time.perf_counter()
     with (target / "log.txt").open("w", encoding="utf-8") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        status = subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
     if status != 0:
         tail = (target / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
         raise RuntimeError(
-            f"{recipe} for {target} ended with status {status}; expected 0; see {target / 'log.txt'}:\n{tail}"
+            f"{recipe} for {target} ended with status {status}; expected 0; "
+            f"see {target / 'log.txt'}:\n{tail}"
         )
     seconds = time.perf_counter() - started
     done.write_text(json.dumps({"command": command, "seconds": seconds}), encoding="utf-8")
@@ -145,6 +161,7 @@ def evaluate(script: AblateArguments, model: Path, shared: list[str]) -> None:
     """Evaluate one model into its folder ``evaluation``."""
     target = model / "evaluation"
     flags = [f"--model={model}", f"--output_dir={target}", *shared, "--report=false"]
+    flags += ["--modes", *EVALUATION_MODES, "--num_thoughts=2"]
     launch(script, "eval_embed.py", flags, target)
 
 

@@ -1,10 +1,10 @@
-"""Measure a model: no-think, always-think, the better of both, and whether the vectors read their thoughts.
+"""Measure a model: no-think, always-think, the better of both; do vectors read their thoughts?
 
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --before outputs/demo/sft
 
-Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1), per_query.jsonl,
-targets.json and a self-contained report.html. Ties count against the model and non-finite vectors are refused. About a minute
-a model on two CPU cores for the embedded default.
+Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
+per_query.jsonl, targets.json and a self-contained report.html. Ties count against the model and
+non-finite vectors are refused. About a minute a model on two CPU cores for the embedded default.
 """
 
 from __future__ import annotations

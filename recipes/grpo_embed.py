@@ -1,15 +1,17 @@
-"""Stage 3, GRPO with retrieval rewards: the policy writes CoTs, the frozen embedding adapter scores them.
+"""Stage 3, GRPO with retrieval rewards: the policy writes CoTs, the frozen scorer rewards them.
 
-TRL's GRPOTrainer (Shao et al., 2402.03300) on the reasoning adapter. Default reward: similarity of the think
-vector to its positive minus the mean of its K hardest negatives in the whole target bank.
+TRL's GRPOTrainer (Shao et al., 2402.03300) on the reasoning adapter; the scorer is the embedding
+adapter. Default reward: similarity of the think vector to its positive minus the mean of its K
+hardest negatives in the whole target bank.
 
     accelerate launch recipes/grpo_embed.py
     accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/grpo_embed.py
     accelerate launch recipes/grpo_embed.py --rewards margin format --reward_weights 1 0.1
     accelerate launch recipes/grpo_embed.py --rewards my_rewards.py:my_reward
 
-Without arguments it reads recipes/configs/demo_grpo.yaml: the embedded emoji scenes, warm start included if there is none
-yet, evaluation and report.html at the end; about ten minutes on two CPU cores.
+Without arguments it reads recipes/configs/demo_grpo.yaml: the embedded emoji scenes, warm start
+included if there is none yet, evaluation and report.html at the end; about ten minutes on two CPU
+cores.
 """
 
 from __future__ import annotations
@@ -58,18 +60,24 @@ class GrpoScriptArguments:
     """What only this script needs."""
 
     warm_start: str = field(
-        default="outputs/sft", metadata={"help": "Warm-started model; trained first if it is not there."}
+        default="outputs/sft",
+        metadata={"help": "Warm-started model; trained first if it is not there."},
     )
     warm_start_config: str | None = field(
         default=None,
-        metadata={"help": "YAML of recipes/sft_embed.py for that case; null: a missing model is an error."},
+        metadata={
+            "help": "YAML of recipes/sft_embed.py for that case; null: a missing model is an error."
+        },
     )
     rewards: list[str] = field(
         default_factory=lambda: ["margin"],
-        metadata={"help": f"Any of {', '.join(REWARDS)}, package.module:function or file.py:function."},
+        metadata={
+            "help": f"Any of {', '.join(REWARDS)}, package.module:function or file.py:function."
+        },
     )
     reward_parameters: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Reward name -> its keyword arguments (YAML, or JSON as a flag)."}
+        default=None,
+        metadata={"help": "Reward name -> its keyword arguments (YAML, or JSON as a flag)."},
     )
     stop_on_collapse: bool = field(
         default=False, metadata={"help": "End the run at the first warning of the collapse watch."}
@@ -150,8 +158,9 @@ def ensure_warm_start(script: GrpoScriptArguments, data: DataArguments) -> None:
         return
     if script.warm_start_config is None:
         raise FileNotFoundError(
-            f"warm_start = {script.warm_start!r} holds no {CONFIG_FILE}; expected a model of recipes/sft_embed.py; "
-            "train it first, or pass --warm_start_config so that it is trained here"
+            f"warm_start = {script.warm_start!r} holds no {CONFIG_FILE}; expected a model of "
+            "recipes/sft_embed.py; train it first, or pass --warm_start_config so that it is "
+            "trained here"
         )
     logger.info("No warm-started model in %s: running the warm start first", script.warm_start)
     config = ["--config", script.warm_start_config, "--output_dir", script.warm_start]

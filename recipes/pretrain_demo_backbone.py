@@ -1,13 +1,14 @@
 """Train the tiny vision-language backbone that ships as the embedded default.
 
-Stage 1 aligns each picture tile with the word of its object (tower and connector only); stage 2 trains the whole
-model to state scene facts in random order. It learns to see and to name, not to reason: no lesson contains a hop.
+Stage 1 aligns each picture tile with the word of its object (tower and connector only); stage 2
+trains the language model to state scene facts in random order. It learns to see and to name, not
+to reason: no lesson contains a hop.
 
-    python recipes/pretrain_demo_backbone.py --output_dir twn_rl/demo/backbone
+    python recipes/pretrain_demo_backbone.py --output_dir outputs/demo_backbone
 
-Expected on two CPU cores: about 30 minutes; at least 97 % of cells named right in both artwork styles, two-hop
-questions answered directly at chance of the few plausible neighbours. The measured figures are written into the
-model card beside the weights.
+The shipped weights were made in several legs, told in twn_rl/demo/backbone/README.md with the
+figures they reach; a later leg starts from an earlier one with --start_from. About half a second a
+step on two CPU cores.
 """
 
 from __future__ import annotations
@@ -36,10 +37,12 @@ class PretrainArguments:
     batch_size: int = field(default=64, metadata={"help": "Scenes per step, both stages."})
     num_scenes: int = field(default=6000, metadata={"help": "Distinct scenes drawn."})
     find_share: float = field(
-        default=0.4, metadata={"help": "Share of scene facts that give an object and ask for its cell."}
+        default=0.4,
+        metadata={"help": "Share of scene facts that give an object and ask for its cell."},
     )
     start_from: str | None = field(
-        default=None, metadata={"help": "Earlier backbone to go on from; skips drawing weights and stage 1."}
+        default=None,
+        metadata={"help": "Earlier backbone to go on from; skips drawing weights and stage 1."},
     )
     examine_every: int = field(default=500, metadata={"help": "Steps between examinations."})
     seed: int = field(default=0, metadata={"help": "Seed of weights, scenes and lessons."})
@@ -108,10 +111,11 @@ library_name: transformers
 ---
 # Emoji-scene backbone
 
-Idefics3 architecture, {parameters / 1e6:.2f} million parameters, word-level tokenizer. Trained from scratch by
-`recipes/pretrain_demo_backbone.py` ({step} steps, {seconds / 60:.0f} minutes on two CPU cores, torch
-{torch.__version__}) on generated 3x3 emoji scenes in two artwork styles. It names what is in a cell, finds the cell
-of an object, knows categories and neighbouring cells. It was shown no chain of thought and no hop question.
+Idefics3 architecture, {parameters / 1e6:.2f} million parameters, word-level tokenizer. Trained from
+scratch by `recipes/pretrain_demo_backbone.py` ({step} steps, {seconds / 60:.0f} minutes on two CPU
+cores, torch {torch.__version__}) on generated 3x3 emoji scenes in two artwork styles. It names what
+is in a cell, finds the cell of an object, knows categories and neighbouring cells. It was shown no
+chain of thought and no hop question.
 
 Per cent right on 128 fresh scenes per style:
 

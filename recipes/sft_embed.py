@@ -1,13 +1,15 @@
-"""Stage 1, SFT warm start: token loss on chains of thought + InfoNCE with and without them.
+r"""Stage 1, SFT warm start: token loss on chains of thought + InfoNCE with and without them.
 
-One frozen backbone, two LoRA adapters (Think When Needed, 2605.14448; loss weights of UME-R1, 2511.00405).
+One frozen backbone, two LoRA adapters (Think When Needed, 2605.14448; loss weights of UME-R1,
+2511.00405).
 
     accelerate launch recipes/sft_embed.py
     accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/sft_embed.py
-    accelerate launch recipes/sft_embed.py --backbone Qwen/Qwen3-VL-2B-Instruct --train_file train.jsonl
+    accelerate launch recipes/sft_embed.py \
+        --backbone Qwen/Qwen3-VL-2B-Instruct --train_file train.jsonl
 
-Without arguments it reads recipes/configs/demo_sft.yaml and trains on the embedded emoji scenes (about five minutes on two
-CPU cores); every field of the file is also a flag.
+Without arguments it reads recipes/configs/demo_sft.yaml and trains on the embedded emoji scenes
+(about five minutes on two CPU cores); every field of the file is also a flag.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Tiny random backbones of each family, built in code. Knows no expected values."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from twn_rl.backbone import Backbone, from_parts
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.model import DualLoraModel
-from twn_rl.records import Item
+from twn_rl.records import Item, Record, RecordSet, load_records, write_records
 
 WORDS = (  # noqa: SIM905 -- one string keeps the list readable
     "find the picture of a camel pizza zebra tree above below left right top bottom center it is "
@@ -288,3 +289,41 @@ def make_items() -> Callable[[str], list[Item]]:
         ]
 
     return make
+
+
+def picture_records(folder: Path, count: int = 6, *, with_cots: bool = True) -> RecordSet:
+    """Write and load records whose queries are pictures and whose targets are pictures or words.
+
+    Every second target is a picture; the last record shares its positive with the first.
+    """
+    objects = ["camel", "pizza", "zebra", "tree"]
+    sides = ["left", "right", "above", "below"]
+    records = []
+    for i in range(count):
+        for name in (f"scene{i}", f"object{i}"):
+            picture(1000 * i + len(name)).save(folder / f"{name}.png")
+        word = Item(text=f"{objects[i % 4]} {sides[i // 4 % 4]}")
+        positive = Item(images=(f"object{i}.png",)) if i % 2 else word
+        if i == count - 1:
+            positive = records[0].positive
+        records.append(
+            Record(
+                id=f"r{i}",
+                source="test",
+                query=Item("find the object", f"{sides[i % 4]} of", (f"scene{i}.png",)),
+                positive=positive,
+                negatives=(Item(text="center"), Item(text="row"), Item(text="column"))[: i % 4],
+                query_cot=f"{objects[i % 4]} {sides[i % 4]} " * (1 + i % 2) if with_cots else None,
+                metadata={"pool": "all", "task": "find", "hops": i % 3},
+            )
+        )
+    write_records(folder / "records.jsonl", records)
+    return load_records(folder / "records.jsonl")
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> RecordSet:
+    """Six records with random pictures on disk."""
+    folder = tmp_path / "records"
+    folder.mkdir()
+    return picture_records(folder)

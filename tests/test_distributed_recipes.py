@@ -102,7 +102,9 @@ def test_two_processes_train_like_one_and_leave_a_model_that_one_process_loads(
         alone = [row[name] for row in one_process["sft"] if name in row]
         together = [row[name] for row in two["sft"] if name in row]
         assert together == pytest.approx(alone, rel=2e-3), name
-    rewards = [[row["reward"] for row in run["grpo"] if "reward" in row] for run in (one_process, two)]
+    rewards = [
+        [row["reward"] for row in run["grpo"] if "reward" in row] for run in (one_process, two)
+    ]
     assert rewards[1][0] == pytest.approx(rewards[0][0], abs=0.02)
     model = DualLoraModel.from_pretrained(tmp_path / "grpo")
     vector = model.embed(model.collate([Item(text="camel")]))

@@ -1,4 +1,4 @@
-"""GRPO on the reasoning adapter, scored by the frozen embedding adapter: TRL's trainer plus three hooks.
+"""GRPO on the reasoning adapter, scored by the frozen embedding adapter: TRL plus three hooks.
 
 Knows no reward function and no data format beyond `Record`.
 """
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
 from twn_rl.checkpoint import load_weights
@@ -37,7 +37,9 @@ class EmbedGRPOConfig(GRPOConfig):
     )
     bank_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of the target bank; default: <output_dir>/bank. Reused while it fits."},
+        metadata={
+            "help": "Folder of the target bank; default: <output_dir>/bank. Reused while it fits."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -51,14 +53,14 @@ class EmbedGRPOConfig(GRPOConfig):
 
 
 def freeze_scorer(model: DualLoraModel) -> None:
-    """Leave only the reasoning adapter trainable; in "kv_detach" the scorer keeps a snapshot of it."""
+    """Leave only the reasoning adapter trainable; a "kv_detach" scorer keeps a snapshot of it."""
     if model.config.interface == "kv_detach":
         model.prefill_adapter = snapshot_reasoning_adapter(model.peft_model)
     set_trainable(model.peft_model, [REASONING_ADAPTER])
 
 
 def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
-    """Return TRL's view of the records: prompt messages, pictures opened on access, columns for rewards."""
+    """Return TRL's view of the records: prompts, pictures opened on access, columns for rewards."""
     renderer, is_multimodal = model.renderer, model.backbone.is_multimodal
 
     def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -84,7 +86,7 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
 
 
 class EmbedGRPOTrainer(GRPOTrainer):
-    """TRL's GRPO with retrieval columns for the rewards; generation, loss and logging are TRL's own."""
+    """TRL's GRPO with retrieval columns for rewards; generation, loss and logging are TRL's own."""
 
     def __init__(
         self,
@@ -105,10 +107,8 @@ class EmbedGRPOTrainer(GRPOTrainer):
             scorer: Makes the similarity columns.
             **kwargs: For `GRPOTrainer`, such as callbacks.
         """
-        args.generation_kwargs = {
-            **(args.generation_kwargs or {}),
-            "suppress_tokens": model.suppressed_token_ids,
-        }
+        given: Any = args.generation_kwargs or {}
+        args.generation_kwargs = {**given, "suppress_tokens": model.suppressed_token_ids}
         set_trainable(model.peft_model, [REASONING_ADAPTER])
         super().__init__(
             model=model.peft_model,
@@ -139,7 +139,7 @@ class EmbedGRPOTrainer(GRPOTrainer):
         return super()._calculate_rewards(scored, prompts, completions, completion_ids_list)
 
     def _log_rollouts(self, columns: dict[str, list[Any]]) -> None:
-        """Log retrieval quality of the rollouts: sampled hit@1, think rate that held, spread of vectors."""
+        """Log the rollouts' quality: sampled hit@1, complete thinks, spread of vectors."""
         ranks, baseline = columns["target_rank"], columns["no_think_target_rank"]
         metrics = {
             "rollouts/hit@1": [float(rank == 1) for rank in ranks],
@@ -148,12 +148,16 @@ class EmbedGRPOTrainer(GRPOTrainer):
             "rollouts/incomplete_ratio": [float(not ok) for ok in columns["is_think_complete"]],
             "embedding_variance": columns["embedding_variance"],
         }
-        mode = "train" if self.model.training else "eval"
+        policy: Any = self.model
+        mode = "train" if policy.training else "eval"
         for name, values in metrics.items():
             local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).mean()
-            self._metrics[mode][name].append(self.accelerator.gather(local).mean().item())
+            everywhere: Any = self.accelerator.gather(local)
+            self._metrics[mode][name].append(everywhere.mean().item())
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         directory = Path(output_dir or self.args.output_dir or ".")
         self.dual_model.save_pretrained(directory, state_dict=state_dict)
         torch.save(self.args, directory / "training_args.bin")

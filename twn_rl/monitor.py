@@ -32,6 +32,7 @@ class CollapseThresholds:
         min_reward_std: Standard deviation of the rewards.
         min_mean_length_tokens: Mean length of the completions.
         max_clipped_ratio: Share of completions cut off at the budget.
+        max_incomplete_ratio: Share of thinks that fall back to no-think, truncated or malformed.
         max_kl: Mean KL divergence from the reference policy.
         min_embedding_variance: 1 - squared length of the mean unit vector; 0 if all are equal.
         patience: Logs in a row over a limit before it counts as a collapse.
@@ -62,6 +63,13 @@ class CollapseThresholds:
         False,
         "Share of completions cut off at max_completion_length: their thinks count as incomplete. "
         "Raise the budget or add the length reward. None: off.",
+    )
+    max_incomplete_ratio: float | None = _limit(
+        0.5,
+        "rollouts/incomplete_ratio",
+        False,
+        "Share of truncated or malformed thinks: the policy hides in the no-think fall-back. Add "
+        "the format reward or train the warm start longer. None: off.",
     )
     max_kl: float | None = _limit(
         10.0,

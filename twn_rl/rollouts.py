@@ -1,4 +1,4 @@
-"""Sampled CoTs -> the columns rewards read, by the frozen embedding adapter; knows no reward and no trainer."""
+"""Sampled CoTs -> the columns rewards read, by the frozen embedding adapter; knows no reward."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class RolloutScorer:
         Args:
             model: The policy's model; its embedding adapter must not change from here on.
             records: What the rollouts are about; `columns` takes positions in it.
-            directory: Where the banks live; they are reused as long as content and scorer are the same.
+            directory: Where the banks live; they are reused while content and scorer are the same.
             num_negatives: K hardest negatives handed to the rewards.
             batch_size: Items per forward pass.
             processes: `PartialState` or `Accelerator` when several processes share the work.
@@ -95,8 +95,8 @@ class RolloutScorer:
     ) -> dict[str, list[Any]]:
         """Return the reward columns of N rollouts, one value per rollout.
 
-        Truncated or malformed thinks get the columns of their no-think vector. Rollouts of one query that wrote
-        the same CoT are embedded once.
+        Truncated or malformed thinks get the columns of their no-think vector. Rollouts of one
+        query that wrote the same CoT are embedded once.
 
         Args:
             indices: Position of each rollout's record.

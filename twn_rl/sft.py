@@ -1,4 +1,4 @@
-"""The warm start: token loss on chains of thought plus InfoNCE with and without them, in one trainer.
+"""The warm start: token loss on CoTs plus InfoNCE with and without them, in one trainer.
 
 Knows no rewards, no rollouts and no data format beyond `Record`.
 """
@@ -17,16 +17,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from trl.models import unwrap_model_for_generation
+from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.checkpoint import load_weights
-from twn_rl.losses import contrastive_accuracy, false_negative_mask, gather_with_grad, info_nce, key_ids
+from twn_rl.losses import (
+    contrastive_accuracy,
+    false_negative_mask,
+    gather_with_grad,
+    info_nce,
+    key_ids,
+)
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 
+
 @dataclass
 class SftConfig(TrainingArguments):
-    """Hyper-parameters of the warm start. Weights of 1 and temperature 0.02 are UME-R1's (2511.00405)."""
+    """Hyper-parameters of the warm start; weights 1 and temperature 0.02: UME-R1 (2511.00405)."""
 
     temperature: float = field(
         default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
@@ -43,12 +50,14 @@ class SftConfig(TrainingArguments):
     cross_weight: float = field(
         default=1.0,
         metadata={
-            "help": "Weight of both cross-mode InfoNCE terms, which keep one vector space; only pairs with a "
-            "target CoT have them, since think queries meet no-think targets in the think term otherwise."
+            "help": "Weight of both cross-mode InfoNCE terms, which keep one vector space; only "
+            "pairs with a target CoT have them, since otherwise think queries meet no-think "
+            "targets in the think term."
         },
     )
     num_hard_negatives: int = field(
-        default=1, metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."}
+        default=1,
+        metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
     )
     contrastive_from: float = field(
         default=0.0,
@@ -56,11 +65,16 @@ class SftConfig(TrainingArguments):
     )
     self_written_from: float = field(
         default=0.5,
-        metadata={"help": "Share of the steps after which some think vectors read the model's own CoT."},
+        metadata={
+            "help": "Share of the steps after which some think vectors read the model's own CoT."
+        },
     )
     self_written_share: float = field(
         default=0.3,
-        metadata={"help": "Share of those later steps that use self-written CoTs; 0 is off. Gold CoTs leak."},
+        metadata={
+            "help": "Share of those later steps that use self-written CoTs; 0 is off. "
+            "Gold CoTs leak."
+        },
     )
 
     def __post_init__(self) -> None:
@@ -71,6 +85,11 @@ class SftConfig(TrainingArguments):
         for name in ("contrastive_from", "self_written_from", "self_written_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} = {getattr(self, name)}, expected in [0, 1]")
+        if not self.token_weight and self.contrastive_from:
+            problems.append(
+                f"contrastive_from = {self.contrastive_from} with token_weight = 0, expected 0: "
+                "the steps before it would have no loss"
+            )
         if self.num_hard_negatives < 0:
             problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
         if problems:
@@ -104,11 +123,11 @@ class SftCollator:
         self.num_hard_negatives = num_hard_negatives
 
     def __call__(self, records: list[Record]) -> dict[str, Any]:
-        """Return prompts, CoT ids with and without end of turn, distinct targets and who needs which.
+        """Return prompts, CoT ids with and without end of turn, and the distinct targets.
 
-        `target_rows` (N * (1 + k),) points into the distinct targets: the N positives, then the negatives;
-        the same number on every process, so that vectors can be gathered. `target_keys` (as `target_rows`) and
-        `query_keys` (N,) are int64 content keys, equal for equal content.
+        `target_rows` (N * (1 + k),) points into the distinct targets: the N positives, then the
+        negatives; the same number on every process, so that vectors can be gathered. `target_keys`
+        (as `target_rows`) and `query_keys` (N,) are int64 content keys, equal for equal content.
         """
         cots = [self._completion(record.query_cot) for record in records]
         positives = [(record.positive, record.positive_cot) for record in records]
@@ -126,7 +145,9 @@ class SftCollator:
             "taught": self.model.collate_completions([[*ids, eos] if ids else [] for ids in cots]),
             "think": self.model.collate_completions(cots),
             "target": target,
-            "target_think": self.model.collate_completions(target_cots if has_target_cot else empty),
+            "target_think": self.model.collate_completions(
+                target_cots if has_target_cot else empty
+            ),
             "has_target_cot": torch.tensor([has_target_cot]),
             "target_rows": torch.tensor(rows),
             "target_keys": keys[rows],
@@ -137,7 +158,7 @@ class SftCollator:
         return [] if cot is None else self.model.completion_ids(self.model.renderer.completion(cot))
 
     def _negatives(self, record: Record) -> list[Item]:
-        """Return exactly k negatives; short lists repeat and empty ones repeat the positive (masked later)."""
+        """Return k negatives; short lists repeat, empty ones repeat the positive (masked later)."""
         if not self.num_hard_negatives:
             return []
         pool = list(record.negatives) or [record.positive]
@@ -152,15 +173,21 @@ def content_key(item: Item) -> str:
 
 
 class SftTrainer(Trainer):
-    """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step, all losses from its output."""
+    """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step gives all losses."""
 
     args: SftConfig
 
-    def __init__(self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any) -> None:
+    def __init__(
+        self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any
+    ) -> None:
         """Build the collator; `kwargs` go to `Trainer`."""
         collator = SftCollator(model, num_hard_negatives=args.num_hard_negatives)
         super().__init__(
-            model=model, args=args, train_dataset=RecordDataset(records), data_collator=collator, **kwargs
+            model=model,
+            args=args,
+            train_dataset=RecordDataset(records),
+            data_collator=collator,
+            **kwargs,
         )
         self.dual_model = model
         self._sums: dict[str, list[float]] = defaultdict(list)
@@ -172,7 +199,7 @@ class SftTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the weighted sum of the stage's losses; it is the same however many processes hold the batch."""
+        """Return the weighted sum of the losses, the same however many processes hold the batch."""
         done = self.state.global_step / max(1, self.state.max_steps)
         taught = {**inputs["query"], **inputs["taught"]} if self.args.token_weight else None
         if done < self.args.contrastive_from:
@@ -185,7 +212,8 @@ class SftTrainer(Trainer):
                 "think": {**inputs["query"], **think},
                 "target": inputs["target"],
             }
-            if bool(inputs["has_target_cot"].any()):
+            # All processes take part in the same gathers, also those without a target CoT.
+            if bool(gather_with_grad(inputs["has_target_cot"]).any()):
                 embed["target_think"] = {**inputs["target"], **inputs["target_think"]}
             outputs = model(embed=embed, token_nll=taught)
             parts = self._contrastive_losses(outputs["embeds"], inputs)
@@ -204,10 +232,12 @@ class SftTrainer(Trainer):
 
     def _token_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Return the mean NLL over the tokens of all processes, scaled for DDP's mean over them."""
-        count = self.accelerator.reduce(outputs["token_count"].sum().float(), reduction="sum")
+        count: Any = self.accelerator.reduce(outputs["token_count"].sum().float(), reduction="sum")
         return outputs["token_nll"].sum() * self.accelerator.num_processes / count.clamp(min=1)
 
-    def _contrastive_losses(self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]) -> dict[str, Tensor]:
+    def _contrastive_losses(
+        self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
         rows = inputs["target_rows"]
         count = len(embeds["no_think"])
         # Positives of all processes first, then negatives of all processes.
@@ -233,7 +263,9 @@ class SftTrainer(Trainer):
         if "target_think" in embeds:
             parts["cross"] = (loss(think, target) + loss(no_think, think_target)) / 2
         for name, query in (("think", think), ("no_think", no_think)):
-            accuracy = contrastive_accuracy(query.detach(), target.detach(), positive_index=index, mask=mask)
+            accuracy = contrastive_accuracy(
+                query.detach(), target.detach(), positive_index=index, mask=mask
+            )
             self._sums[f"in_batch_hit@1_{name}"].append(float(accuracy))
         return parts
 
@@ -245,12 +277,16 @@ class SftTrainer(Trainer):
         return die < self.args.self_written_share
 
     def _own_thoughts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Let the reasoning adapter write the CoTs of the batch (greedy); malformed ones become no-think."""
+        """Let the reasoning adapter write the CoTs (greedy); malformed ones become no-think."""
         dual = self.dual_model
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as unwrapped:
-            ids = dual.reason(inputs["query"], generation_model=unwrapped.peft_model)
+        wrapped: Any = self.model_wrapped
+        with unwrap_model_for_generation(wrapped, self.accelerator) as unwrapped:
+            policy: Any = unwrapped
+            ids = dual.reason(inputs["query"], generation_model=policy.peft_model)
         usable = [dual.completion_for_embedding(row) for row in ids]
-        self._sums["self_written_malformed_ratio"].append(sum(not row for row in usable) / len(usable))
+        self._sums["self_written_malformed_ratio"].append(
+            sum(not row for row in usable) / len(usable)
+        )
         batch = dual.collate_completions(usable)
         return {key: value.to(self.args.device) for key, value in batch.items()}
 
@@ -260,7 +296,9 @@ class SftTrainer(Trainer):
         self._sums.clear()
         super().log({**logs, **means}, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
         directory = Path(output_dir or self.args.output_dir or ".")
         self.dual_model.save_pretrained(directory, state_dict=state_dict)
         torch.save(self.args, directory / "training_args.bin")

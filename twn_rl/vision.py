@@ -1,4 +1,4 @@
-"""Pictures -> features, once per picture: the frozen tower's output is shared by every pass that needs it.
+"""Pictures -> features, once per picture; all passes that need them share the tower's output.
 
 Knows no adapters: they sit in the language model, so features never depend on them.
 """
@@ -24,10 +24,10 @@ def encode_images(backbone: Backbone, batch: Mapping[str, Any]) -> dict[str, Any
     takes_features = FEATURES_KEY in inspect.signature(model.forward).parameters
     if batch.get("pixel_values") is None or not takes_features:
         return dict(batch)
-    encoder = model.get_image_features
+    encoder: Any = model.get_image_features
     known = inspect.signature(encoder).parameters
     with torch.no_grad():
-        features = encoder(**{key: batch[key] for key in batch if key in known})  # type: ignore[operator]
+        features = encoder(**{key: batch[key] for key in batch if key in known})
     rest = {key: value for key, value in batch.items() if key not in _PIXEL_KEYS}
     return {**rest, FEATURES_KEY: {"image": features}}
 
@@ -35,7 +35,7 @@ def encode_images(backbone: Backbone, batch: Mapping[str, Any]) -> dict[str, Any
 def share_images(
     backbone: Backbone, batches: Mapping[Any, Mapping[str, Any]]
 ) -> dict[Any, dict[str, Any]]:
-    """Return the batches with features; those that hold the very same pixel tensor share one encoding."""
+    """Return the batches with features; those with the very same pixels share one encoding."""
     encoded: dict[int, dict[str, Any]] = {}
     shared: dict[Any, dict[str, Any]] = {}
     for name, batch in batches.items():

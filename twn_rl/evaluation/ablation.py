@@ -1,4 +1,4 @@
-"""Runs of several arms and seeds -> mean, spread, table and plot; knows no model and no training."""
+"""Runs of several arms and seeds -> mean, spread, table, plot; knows no model and no training."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def summarize_runs(runs: Mapping[str, Sequence[Path]]) -> Summary:
             if set(measured) != set(metrics[0]):
                 differing = sorted(set(measured) ^ set(metrics[0]))[:5]
                 raise ValueError(
-                    f"{folder} measured other metrics than {folders[0]}: {differing}; expected the same; "
-                    "evaluate both with the same splits and modes"
+                    f"{folder} measured other metrics than {folders[0]}: {differing}; expected the "
+                    "same; evaluate both with the same splits and modes"
                 )
         summary[arm] = {
             key: describe([measured[key] for measured in metrics]) for key in metrics[0]
@@ -52,7 +52,7 @@ def describe(values: Sequence[float]) -> dict[str, float | list[float]]:
 
 
 def table(summary: Summary, *, metric: str = "hit@1") -> str:
-    """Return a Markdown table of one metric in per cent: rows are split, group and mode, columns are arms."""
+    """Return a Markdown table of one metric in per cent: rows split/group/mode, columns arms."""
     arms = list(summary)
     lines = [
         f"| {metric} in % | " + " | ".join(arms) + " |",
@@ -85,7 +85,7 @@ def _headline_keys(summary: Summary, metric: str) -> list[str]:
 
 
 def plot_summary(summary: Summary, path: Path, *, metric: str = "hit@1") -> None:
-    """Draw always-think quality of every arm by hops, one panel a split; bars are standard deviations."""
+    """Draw always-think quality of every arm by hops, one panel a split, with std error bars."""
     import matplotlib
 
     matplotlib.use("Agg")
