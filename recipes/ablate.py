@@ -118,7 +118,7 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
 
 
 def rl_budget(grpo_config: str) -> list[str]:
-    """Return the flags that give SFT-only RL's optimiser steps, samples per step and learning rate."""
+    """Return flags that give SFT-only RL's optimiser steps, samples a step and learning rate."""
     types = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
     _, _, grpo = parse_arguments(types, arguments=["--config", grpo_config])
     names = (

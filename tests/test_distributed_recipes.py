@@ -16,6 +16,7 @@ from twn_rl.records import Item
 
 ROOT = Path(__file__).parents[1]
 GLOBAL_BATCH = 8
+TORCHRUN = "torchrun"
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -24,11 +25,15 @@ def launch(
     recipe: str, flags: list[str], *, config: str | None, cwd: Path
 ) -> subprocess.CompletedProcess:
     """Run a recipe as a user would and return what it printed."""
-    options = ["--num_processes", "1"]
-    if config is not None:
-        options = ["--config_file", str(ROOT / "recipes" / "accelerate" / config)]
-        options += ["--main_process_port", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options]
+    if config == TORCHRUN:
+        # accelerate starts several CPU processes through MPI only.
+        launcher = ["torch.distributed.run", "--nproc_per_node=2"]
+        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
+    else:
+        launcher = ["accelerate.commands.launch"]
+        file = ["--config_file", str(ROOT / "recipes" / "accelerate" / str(config))]
+        launcher += ["--num_processes=1"] if config is None else [*file, "--main_process_port=0"]
+    command = [sys.executable, "-m", *launcher]
     return subprocess.run(
         [*command, str(ROOT / "recipes" / recipe), *flags],
         cwd=cwd,
@@ -91,7 +96,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
     return train(tmp_path_factory.mktemp("one"), None, 1)
 
 
-@pytest.mark.parametrize("config", ["cpu.yaml", "zero2.yaml", "zero3.yaml"])
+@pytest.mark.parametrize("config", [TORCHRUN, "zero2.yaml", "zero3.yaml"])
 def test_two_processes_train_like_one_and_leave_a_model_that_one_process_loads(
     config: str, one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:

@@ -109,7 +109,6 @@ class EmbedGRPOTrainer(GRPOTrainer):
         """
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {**given, "suppress_tokens": model.suppressed_token_ids}
-        set_trainable(model.peft_model, [REASONING_ADAPTER])
         super().__init__(
             model=model.peft_model,
             reward_funcs=list(reward_funcs),
@@ -118,6 +117,8 @@ class EmbedGRPOTrainer(GRPOTrainer):
             processing_class=model.processor,
             **kwargs,
         )
+        # TRL may have added a reference adapter, and PEFT makes every new adapter trainable.
+        set_trainable(model.peft_model, [REASONING_ADAPTER])
         self.dual_model = model
         self.scorer = scorer
 

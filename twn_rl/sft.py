@@ -226,8 +226,10 @@ class SftTrainer(Trainer):
             "cross": self.args.cross_weight,
         }
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        for name, part in parts.items():
-            self._sums[f"loss_{name}"].append(part.item())
+        # The token part of one process covers its own rows; only the mean over processes is a loss.
+        logged = self.accelerator.reduce(torch.stack(list(parts.values())).detach(), "mean")
+        for name, part in zip(parts, logged.tolist(), strict=True):
+            self._sums[f"loss_{name}"].append(part)
         return (loss, outputs) if return_outputs else loss
 
     def _token_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
