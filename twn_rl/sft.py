@@ -227,7 +227,8 @@ class SftTrainer(Trainer):
         }
         loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         # The token part of one process covers its own rows; only the mean over processes is a loss.
-        logged = self.accelerator.reduce(torch.stack(list(parts.values())).detach(), "mean")
+        own = torch.stack(list(parts.values())).detach()
+        logged: Any = self.accelerator.reduce(own, "mean")
         for name, part in zip(parts, logged.tolist(), strict=True):
             self._sums[f"loss_{name}"].append(part)
         return (loss, outputs) if return_outputs else loss
