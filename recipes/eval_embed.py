@@ -10,6 +10,7 @@ non-finite vectors are refused. About a minute a model on two CPU cores for the 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 logger = logging.getLogger(__name__)
 
 REPORTED_SPLITS = ("test", "ood")
+# The model before RL shares the frozen embedding adapter: only its own thoughts differ.
+BEFORE_MODES = ("never", "always")
 
 
 @dataclass
@@ -68,11 +71,11 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
     if PartialState().is_main_process:
         save_run(output, script, data)
-        after = measure(script, splits, script.model)
+        after = measure(script, splits, script.model, script.modes)
         after.save(output)
         before = None
         if script.before is not None:
-            before = measure(script, splits, script.before)
+            before = measure(script, splits, script.before, BEFORE_MODES)
             before.save(output / "before")
         if script.report:
             write_report(
@@ -87,7 +90,9 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     return output
 
 
-def measure(script: EvalScriptArguments, splits: dict, path: str) -> Evaluation:
+def measure(
+    script: EvalScriptArguments, splits: dict, path: str, modes: Sequence[str]
+) -> Evaluation:
     """Evaluate one model on every split."""
     model = DualLoraModel.from_pretrained(path)
     return merge_evaluations(
@@ -96,7 +101,7 @@ def measure(script: EvalScriptArguments, splits: dict, path: str) -> Evaluation:
             records,
             EvaluationSettings(
                 split=name,
-                modes=tuple(script.modes),
+                modes=tuple(modes),
                 batch_size=script.batch_size,
                 num_thoughts=script.num_thoughts,
                 seed=script.seed,

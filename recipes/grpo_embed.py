@@ -143,7 +143,10 @@ def main(script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOCo
     if script.evaluate:
         eval_embed.main(
             eval_embed.EvalScriptArguments(
-                model=str(output), before=script.warm_start, output_dir=str(output / "evaluation")
+                model=str(output),
+                before=script.warm_start,
+                output_dir=str(output / "evaluation"),
+                num_thoughts=2,
             ),
             data,
         )
