@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 from twn_rl.scoring import scorer_fingerprint, similarity_columns
 from twn_rl.target_bank import Processes, TargetBank
+from twn_rl.thoughts import evaluating
 
 DEFAULT_POOL = ""
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Switch dropout off in the body and restore every module's mode afterwards."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
 
 
 @torch.no_grad()

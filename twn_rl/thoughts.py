@@ -43,7 +43,8 @@ def _before_eos(backbone: Backbone, ids: Sequence[int]) -> list[int]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off in the body and restore every module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -102,7 +103,7 @@ def generate(
         torch.no_grad(),
         torch.random.fork_rng(devices=devices, enabled=seed is not None),
         without_checkpointing(model),
-        _evaluating(model),
+        evaluating(model),
     ):
         if seed is not None:
             torch.manual_seed(seed)
