@@ -79,7 +79,7 @@ def test_a_random_policy_never_writes_a_forbidden_token(make_model, make_items, 
         temperature=5.0,
         num_thoughts=4,
         max_think_tokens=30,
-        seed=0,
+        seeds=0,
     )
     written = [token_id for row in rows for token_id in row]
     assert len(rows) == 4 * len(items)
@@ -109,7 +109,7 @@ def test_greedy_thoughts_do_not_depend_on_the_batch(make_model, make_items):
 def test_sampling_is_repeatable_by_seed_and_leaves_the_random_state(make_model, make_items):
     model, items = make_model(), make_items("idefics3")
     batch, before = model.collate(items), torch.random.get_rng_state()
-    first, again, other = (model.reason(batch, do_sample=True, seed=s) for s in (1, 1, 2))
+    first, again, other = (model.reason(batch, do_sample=True, seeds=s) for s in (1, 1, 2))
     assert first == again != other
     assert torch.equal(before, torch.random.get_rng_state())
 

@@ -3,7 +3,8 @@
 Knows no losses, no rewards, no trainers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,25 @@ import torch
 from torch import Tensor, nn
 
 from twn_rl import batching, thoughts
-from twn_rl.adapters import REASONING_ADAPTER, attach_adapters, checkpoint_contexts, use_adapter
+from twn_rl.adapters import (
+    EMBEDDING_ADAPTER,
+    REASONING_ADAPTER,
+    attach_adapters,
+    checkpoint_contexts,
+    use_adapter,
+)
 from twn_rl.backbone import Backbone, load_backbone
 from twn_rl.config import TwnConfig
-from twn_rl.readout import add_readout_tokens, join_sequence, kv_detach, position_ids, reencode
+from twn_rl.decoding import decode, dice
+from twn_rl.prefix import Prefix, Prompts, prepare_prompts, read_out, read_rows
+from twn_rl.readout import (
+    add_readout_tokens,
+    join_sequence,
+    kv_detach,
+    position_ids,
+    reencode,
+    without_checkpointing,
+)
 from twn_rl.records import Item
 from twn_rl.templates import Think
 from twn_rl.vision import share_images
@@ -207,7 +223,8 @@ class DualLoraModel(nn.Module):
         """Return every vector and token loss of one training step in one forward.
 
         DDP and DeepSpeed must see exactly one forward of the wrapped module per backward. Batches
-        that hold the very same pixel tensor share one pass of the vision tower.
+        that hold the very same pixel tensor share one pass of the vision tower; those that hold the
+        very same prompt tensor share its key/value cache, gradient included.
 
         Args:
             embed: Batches by name, each given to `embed`.
@@ -216,57 +233,135 @@ class DualLoraModel(nn.Module):
         Returns:
             `embeds`: name -> (N, D); `token_nll`, `token_count`: (N,), if asked for.
         """
-        batches = {("embed", name): batch for name, batch in (embed or {}).items()}
+        groups = _by_prompt(embed or {})
+        batches: dict[Any, Batch] = {
+            ("embed", name): batch for name, batch in (embed or {}).items()
+        }
         if token_nll is not None:
             batches["token_nll", ""] = token_nll
         batches = {key: self._on_device(batch) for key, batch in batches.items()}
         batches = share_images(self.backbone, batches)
         last = batches.pop(("token_nll", ""), None)
-        output: dict[str, Any] = {
-            "embeds": {name: self.embed(batch) for (_, name), batch in batches.items()}
-        }
+        embeds: dict[str, Tensor] = {}
+        for names in groups:
+            shared = [batches["embed", name] for name in names]
+            embeds |= dict(zip(names, self._embed_together(shared), strict=True))
+        output: dict[str, Any] = {"embeds": {name: embeds[name] for name in embed or {}}}
         if last is not None:
             output["token_nll"], output["token_count"] = self.token_nll(last)
         return output
 
+    def prepare(self, batch: Batch) -> Prompts:
+        """Return the prompts of a batch from `collate`, pictures encoded; no gradient."""
+        with torch.no_grad():
+            return prepare_prompts(self.backbone, self._on_device(batch))
+
+    def read(self, prompts: Prompts, rows: Sequence[int] | None = None) -> Prefix:
+        """Return what the embedding side has read of N prompts, for any number of `read_out`.
+
+        Args:
+            prompts: Prompts from `prepare`.
+            rows: Which of them; all if None.
+        """
+        adapter = self.prefill_adapter if self._is_detached else EMBEDDING_ADAPTER
+        with self._inference():
+            return read_rows(self.backbone, self.peft_model, prompts, rows, adapter=adapter)
+
+    def read_out(
+        self, prefix: Prefix, completions: Sequence[batching.Completion] | None = None
+    ) -> Tensor:
+        """Return the mean read-out states (N, D), float32, not normalised, no gradient.
+
+        Normalised they are the vectors of `embed`, for the price of completion and read-outs alone.
+
+        Args:
+            prefix: What `read` returned.
+            completions: Per sequence a string, a list of ids, or None for no thinking.
+        """
+        rows = [()] * len(prefix) if completions is None else completions
+        batch = self._on_device(self.collate_completions(rows))
+        with self._inference():
+            return self._read_out(prefix, batch)
+
+    def _read_out(self, prefix: Prefix, batch: Batch) -> Tensor:
+        return read_out(
+            self.backbone,
+            self.peft_model,
+            prefix,
+            batch,
+            self.readout_ids,
+            prefill_adapter=self.prefill_adapter if self._is_detached else None,
+        )
+
     def reason(
         self,
-        batch: Batch,
+        batch: Batch | Prompts,
+        rows: Sequence[int] | None = None,
         *,
         max_think_tokens: int | None = None,
         do_sample: bool = False,
         temperature: float = 1.0,
         top_p: float = 1.0,
         num_thoughts: int = 1,
-        seed: int | None = None,
-        generation_model: Any = None,
+        seeds: int | Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """Return completion ids written by the reasoning adapter; see `thoughts.generate`.
+        """Return completion ids written by the reasoning adapter, `num_thoughts` rows per prompt.
+
+        Thoughts of a prompt stand next to each other; a row ends with the end of turn if it was
+        written, and holds no padding. Sampling settings stored with the backbone are not used.
 
         Args:
-            batch: Prompts from `collate`; completions are ignored.
+            batch: Prompts from `prepare`, or a batch from `collate`.
+            rows: Which prompts; all if None.
             max_think_tokens: Budget; the config's if None.
             do_sample: Sample instead of taking the likeliest token.
             temperature: Of sampling.
             top_p: Of nucleus sampling; 1 is off.
             num_thoughts: Completions per prompt.
-            seed: Makes sampling repeatable and leaves the global random state untouched.
-            generation_model: Model to generate with, such as an unwrapped one with gathered
-                weights; this model's `peft_model` if None.
+            seeds: Makes sampling repeatable: one seed a prompt, so that its thoughts do not depend
+                on its batch mates, or one for the batch. None draws from torch's global state.
         """
-        with use_adapter(self.peft_model, REASONING_ADAPTER):
-            return thoughts.generate(
-                self.backbone,
-                self.peft_model if generation_model is None else generation_model,
-                self._on_device(batch),
-                max_think_tokens=max_think_tokens or self.config.max_think_tokens,
-                suppress_tokens=self.suppressed_token_ids,
-                do_sample=do_sample,
-                temperature=temperature,
-                top_p=top_p,
-                num_thoughts=num_thoughts,
-                seed=seed,
+        if num_thoughts > 1 and not do_sample:
+            raise ValueError(
+                f"num_thoughts = {num_thoughts} with do_sample = False; expected sampling, greedy "
+                "thoughts are all equal; set do_sample=True"
             )
+        prompts = batch if isinstance(batch, Prompts) else self.prepare(batch)
+        budget = max_think_tokens or self.config.max_think_tokens
+        with self._inference():
+            parts = self.backbone, self.peft_model
+            prefix = read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
+            uniforms = dice(len(prefix), seeds, num_thoughts, budget) if do_sample else None
+            with use_adapter(self.peft_model, REASONING_ADAPTER):
+                return decode(
+                    self.backbone,
+                    prefix.select([row for row in range(len(prefix)) for _ in range(num_thoughts)]),
+                    max_new_tokens=budget,
+                    suppress_tokens=self.suppressed_token_ids,
+                    uniforms=uniforms,
+                    temperature=temperature,
+                    top_p=top_p,
+                )
+
+    def _embed_together(self, batches: Sequence[Batch]) -> list[Tensor]:
+        """Return the vectors of batches with the same prompts, which are read once if possible."""
+        # A recomputed layer drops its cache, and "kv_detach" has no gradient in the prompt anyway.
+        if len(batches) == 1 or self._is_detached or self.is_gradient_checkpointing:
+            return [self.embed(batch) for batch in batches]
+        prompts = prepare_prompts(self.backbone, batches[0])
+        prefix = read_rows(self.backbone, self.peft_model, prompts, adapter=EMBEDDING_ADAPTER)
+        return [nn.functional.normalize(self._read_out(prefix, b), dim=-1) for b in batches]
+
+    @property
+    def _is_detached(self) -> bool:
+        return self.config.interface == "kv_detach"
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Switch gradient, dropout and recomputation off in the body."""
+        model = self.peft_model
+        with torch.no_grad(), without_checkpointing(model), thoughts.evaluating(model):
+            yield
 
     def think(self, ids: Sequence[int]) -> Think:
         """Return what a generated completion thought, or why it is not a thought."""
@@ -298,3 +393,11 @@ class DualLoraModel(nn.Module):
             key: value.to(self.device) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+
+
+def _by_prompt(batches: Mapping[str, Batch]) -> list[list[str]]:
+    """Return the names grouped by the very tensor that holds their prompts."""
+    groups: dict[int, list[str]] = {}
+    for name, batch in batches.items():
+        groups.setdefault(id(batch["input_ids"]), []).append(name)
+    return list(groups.values())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -282,10 +282,9 @@ class SftTrainer(Trainer):
     def _own_thoughts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Let the reasoning adapter write the CoTs (greedy); malformed ones become no-think."""
         dual = self.dual_model
-        wrapped: Any = self.model_wrapped
-        with unwrap_model_for_generation(wrapped, self.accelerator) as unwrapped:
-            policy: Any = unwrapped
-            ids = dual.reason(inputs["query"], generation_model=policy.peft_model)
+        # Under ZeRO-3 the weights are gathered in here; the unwrapped model is `dual` itself.
+        with unwrap_model_for_generation(cast(Any, self.model_wrapped), self.accelerator):
+            ids = dual.reason(inputs["query"])
         usable = [dual.completion_for_embedding(row) for row in ids]
         self._sums["self_written_malformed_ratio"].append(
             sum(not row for row in usable) / len(usable)

@@ -1,15 +1,11 @@
-"""Writing chains of thought and reading them back. Knows no vectors, no losses, no rewards."""
+"""What was written, read back as a thought. Knows no vectors, no losses, no rewards."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import nn
 
 from twn_rl.backbone import Backbone
-from twn_rl.readout import without_checkpointing
 from twn_rl.templates import Renderer, Think, parse_think
 
 
@@ -52,66 +48,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def generate(
-    backbone: Backbone,
-    model: Any,
-    batch: Mapping[str, Tensor],
-    *,
-    max_think_tokens: int,
-    suppress_tokens: list[int],
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    num_thoughts: int = 1,
-    seed: int | None = None,
-) -> list[list[int]]:
-    """Return completion ids under the adapter that is active, `num_thoughts` rows per prompt.
-
-    Sampling settings stored with the backbone (top-k, repetition penalty) are overridden, so that a
-    rollout is drawn from the distribution its log-probabilities are computed under.
-
-    Returns:
-        N * num_thoughts rows, thoughts of a prompt next to each other; a row ends with the end of
-        turn if it was written, and holds no padding.
-    """
-    prompt = {k: v for k, v in batch.items() if k not in ("completion_ids", "completion_mask")}
-    if num_thoughts > 1 and not do_sample:
-        raise ValueError(
-            f"num_thoughts = {num_thoughts} with do_sample = False; expected sampling, greedy "
-            "thoughts are all equal; set do_sample=True"
-        )
-    settings = GenerationConfig(
-        max_new_tokens=max_think_tokens,
-        do_sample=do_sample,
-        temperature=temperature if do_sample else 1.0,
-        top_p=top_p if do_sample else 1.0,
-        top_k=0 if do_sample else 50,  # 0 is off; 50 is the library's default and unused
-        min_p=None,
-        repetition_penalty=1.0,
-        num_beams=1,
-        num_return_sequences=num_thoughts,
-        suppress_tokens=suppress_tokens,
-        eos_token_id=backbone.eos_token_id,
-        pad_token_id=backbone.tokenizer.pad_token_id,
-        bos_token_id=backbone.tokenizer.bos_token_id,
-        use_cache=True,
-    )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        torch.no_grad(),
-        torch.random.fork_rng(devices=devices, enabled=seed is not None),
-        without_checkpointing(model),
-        evaluating(model),
-    ):
-        if seed is not None:
-            torch.manual_seed(seed)
-        output = model.generate(**prompt, generation_config=settings)
-    rows = output[:, prompt["input_ids"].shape[1] :].tolist()
-    return [_until_eos(row, backbone.eos_token_id) for row in rows]
-
-
-def _until_eos(row: list[int], eos_token_id: int) -> list[int]:
-    # Padding only ever follows an end of turn, so a row without one has none to strip.
-    return row[: row.index(eos_token_id) + 1] if eos_token_id in row else row

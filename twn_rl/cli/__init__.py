@@ -28,7 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, line) in COMMANDS.items():
         subparser = subparsers.add_parser(
-            name, help=line, description=line, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name,
+            help=line,
+            description=line,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == chosen:
             _module(name).add_arguments(subparser)

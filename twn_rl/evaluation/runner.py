@@ -229,7 +229,7 @@ class _Run:
                 do_sample=do_sample,
                 temperature=self.settings.temperature,
                 num_thoughts=num_thoughts,
-                seed=seed + start if do_sample else None,
+                seeds=[seed * 1_000_003 + start + row for row in range(len(items))],
             )
             thoughts += [self._thought(ids) for ids in rows]
         return thoughts

@@ -1,0 +1,313 @@
+"""Prompts read once and continued many times: picture features, key/value caches, positions.
+
+Knows token tensors only: no items, no text, no losses. A cache belongs to the adapter that made it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.utils.generic import ModelOutput
+
+from twn_rl.adapters import EMBEDDING_ADAPTER, use_adapter
+from twn_rl.backbone import Backbone
+from twn_rl.readout import TOKEN_ALIGNED_KEYS, position_ids
+from twn_rl.vision import FEATURES_KEY, encode_images
+
+_COMPLETION_KEYS = ("completion_ids", "completion_mask")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """N left-padded prompts whose pictures have been encoded; any adapter can read them.
+
+    Attributes:
+        inputs: `input_ids`, `attention_mask` and token-aligned tensors, all (N, P).
+        position_ids: (N, P), or (3, N, P) for 3-D positions.
+        vision: What else the model's forward needs for the pictures: features or pixels.
+        image_tokens: Per row how many tokens the pictures fill; None if rows cannot be told apart
+            in `vision`, so that `select` would have to encode again.
+    """
+
+    inputs: dict[str, Tensor]
+    position_ids: Tensor
+    vision: dict[str, Any]
+    image_tokens: list[int] | None
+
+    def __len__(self) -> int:
+        """Return the number N of prompts."""
+        return len(self.inputs["input_ids"])
+
+    def lengths(self) -> list[int]:
+        """Return the tokens of each prompt, padding not counted."""
+        return self.inputs["attention_mask"].sum(1).tolist()
+
+    def select(self, rows: Sequence[int]) -> Prompts:
+        """Return some of the prompts, in the order of `rows`, which may repeat."""
+        if self.image_tokens is None:
+            raise ValueError(
+                "pictures of single prompts cannot be told apart for this backbone; expected "
+                "features per image token; read all prompts and select from the prefix"
+            )
+        counts = self.image_tokens
+        index = torch.tensor(rows, device=self.position_ids.device)
+        vision = dict(self.vision)
+        if FEATURES_KEY in vision:
+            images = vision.pop(FEATURES_KEY)["image"]
+            if any(counts[row] for row in rows):
+                vision[FEATURES_KEY] = {"image": _select_features(images, counts, rows)}
+        return Prompts(
+            inputs={key: value[index] for key, value in self.inputs.items()},
+            position_ids=self.position_ids.index_select(-2, index),
+            vision=vision,
+            image_tokens=[counts[row] for row in rows],
+        )
+
+
+def prepare_prompts(backbone: Backbone, batch: Mapping[str, Any]) -> Prompts:
+    """Return the prompts of a batch; pictures go through the tower here and never again."""
+    batch = {key: value for key, value in batch.items() if key not in _COMPLETION_KEYS}
+    positions = position_ids(backbone, batch)
+    encoded = encode_images(backbone, batch)
+    kept = ("input_ids", "attention_mask", *TOKEN_ALIGNED_KEYS)
+    inputs = {key: encoded.pop(key) for key in kept if key in encoded}
+    counts: list[int] | None = [0] * len(inputs["input_ids"])
+    if FEATURES_KEY in encoded:
+        # Features are all a forward needs besides positions; grids only told how to lay them out.
+        encoded = {FEATURES_KEY: encoded[FEATURES_KEY]}
+        image = inputs["input_ids"] == backbone.model.config.image_token_id
+        counts = image.sum(1).tolist()
+        if not _has_row_features(encoded[FEATURES_KEY]["image"], sum(counts)):
+            counts = None
+    elif encoded.get("pixel_values") is not None:
+        counts = None
+    return Prompts(inputs, positions, encoded, counts)
+
+
+def _has_row_features(output: Any, tokens: int) -> bool:
+    features = getattr(output, "pooler_output", None)
+    return features is not None and len(_by_token(features)) == tokens
+
+
+def _by_token(features: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return (image tokens, D): row-major over images, as the model scatters them."""
+    parts = [features] if isinstance(features, Tensor) else features
+    return torch.cat([part.flatten(0, -2) for part in parts])
+
+
+def _select_features(output: ModelOutput, counts: list[int], rows: Sequence[int]) -> Any:
+    def pick(features: Tensor | Sequence[Tensor]) -> Any:
+        by_row = _by_token(features).split(counts)
+        picked = torch.cat([by_row[row] for row in rows])
+        return picked if isinstance(features, Tensor) else (picked,)
+
+    fields: dict[str, Any] = {"pooler_output": pick(output["pooler_output"])}
+    if output.get("deepstack_features") is not None:
+        fields["deepstack_features"] = [pick(layer) for layer in output["deepstack_features"]]
+    return type(output)(**fields)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What a model has read of N sequences under one adapter, to be continued any number of times.
+
+    Attributes:
+        cache: Keys and values of P tokens; never changed, continuations fork it.
+        attention_mask: (N, P), 1 on real tokens.
+        next_position: (N,) position of the next token.
+        logits: (N, V) of the next token, if they were asked for.
+    """
+
+    cache: Any
+    attention_mask: Tensor
+    next_position: Tensor
+    logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return the number N of sequences."""
+        return len(self.next_position)
+
+    def select(self, rows: Sequence[int]) -> Prefix:
+        """Return some of the sequences, in the order of `rows`, which may repeat."""
+        if list(rows) == list(range(len(self))):
+            return self
+        index = torch.tensor(rows, device=self.next_position.device)
+        cache = fork(self.cache)
+        cache.batch_select_indices(index)
+        logits = None if self.logits is None else self.logits[index]
+        return Prefix(cache, self.attention_mask[index], self.next_position[index], logits)
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether every layer keeps all keys, so that rows of other lengths can join."""
+        return all(type(layer) is DynamicLayer for layer in self.cache.layers)
+
+
+def merge(prefixes: Sequence[Prefix]) -> Prefix:
+    """Return one prefix of all sequences, left-padded to the longest; logits are dropped."""
+    if len(prefixes) == 1:
+        return prefixes[0]
+    length = max(prefix.attention_mask.shape[1] for prefix in prefixes)
+    cache = fork(prefixes[0].cache)
+    for number, layer in enumerate(cache.layers):
+        layers = [prefix.cache.layers[number] for prefix in prefixes]
+        layer.keys = torch.cat([_pad_left(part.keys, length, 2) for part in layers])
+        layer.values = torch.cat([_pad_left(part.values, length, 2) for part in layers])
+    masks = [_pad_left(prefix.attention_mask, length, 1) for prefix in prefixes]
+    positions = torch.cat([prefix.next_position for prefix in prefixes])
+    return Prefix(cache, torch.cat(masks), positions)
+
+
+def _pad_left(tensor: Tensor, length: int, dim: int) -> Tensor:
+    missing = length - tensor.shape[dim]
+    if not missing:
+        return tensor
+    padding = [0, 0] * (tensor.ndim - 1 - dim) + [missing, 0]
+    return torch.nn.functional.pad(tensor, padding)
+
+
+def fork(cache: Any) -> Any:
+    """Return a cache that can grow without changing the original; no tensor is copied.
+
+    Layers of a dynamic cache replace their tensors instead of writing into them.
+    """
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
+
+
+def read_prompts(
+    backbone: Backbone,
+    peft_model: PeftModel,
+    prompts: Prompts,
+    *,
+    adapter: str,
+    with_logits: bool = False,
+) -> Prefix:
+    """Return what `adapter` reads in the prompts; gradient reaches that adapter through the cache.
+
+    Args:
+        backbone: The frozen model.
+        peft_model: The model with its adapters.
+        prompts: N prompts.
+        adapter: Adapter to read with.
+        with_logits: Also run the language head on the last token, to write from here.
+    """
+    model: Any = backbone.model if with_logits else backbone.inner_model
+    options = {"logits_to_keep": 1} if with_logits else {}
+    with use_adapter(peft_model, adapter):
+        output = model(
+            **prompts.inputs,
+            **prompts.vision,
+            **options,
+            position_ids=prompts.position_ids,
+            past_key_values=DynamicCache(
+                config=backbone.model.config.get_text_config(decoder=True)
+            ),
+            use_cache=True,
+            return_dict=True,
+        )
+    mask = prompts.inputs["attention_mask"]
+    positions = prompts.position_ids.masked_fill(mask == 0, -1)
+    positions = positions if positions.ndim == 2 else positions.amax(0)
+    logits = output.logits[:, -1] if with_logits else None
+    return Prefix(output.past_key_values, mask, positions.amax(1) + 1, logits)
+
+
+def read_rows(
+    backbone: Backbone,
+    peft_model: PeftModel,
+    prompts: Prompts,
+    rows: Sequence[int] | None = None,
+    *,
+    adapter: str,
+    with_logits: bool = False,
+) -> Prefix:
+    """Return what `adapter` reads in some prompts (None: all); others only if they must be read."""
+    is_partial = rows is not None and list(rows) != list(range(len(prompts)))
+    if is_partial and prompts.image_tokens is not None:
+        prompts, rows = prompts.select(rows), None
+    prefix = read_prompts(backbone, peft_model, prompts, adapter=adapter, with_logits=with_logits)
+    return prefix if rows is None else prefix.select(rows)
+
+
+def continue_prefix(
+    backbone: Backbone,
+    peft_model: PeftModel,
+    prefix: Prefix,
+    ids: Tensor,
+    mask: Tensor,
+    *,
+    adapter: str,
+) -> tuple[Tensor, Prefix]:
+    """Return last states (N, T, D) of T more tokens a sequence, and the longer prefix.
+
+    Args:
+        backbone: The frozen model.
+        peft_model: The model with its adapters.
+        prefix: What came before; stays as it is.
+        ids: (N, T) tokens.
+        mask: (N, T), 1 on real tokens; others take no position and are never attended to.
+        adapter: Adapter to read with.
+    """
+    steps = (mask.long().cumsum(1) - 1).clamp(min=0)
+    positions = prefix.next_position[:, None] + steps
+    attention = torch.cat([prefix.attention_mask, mask.to(prefix.attention_mask)], 1)
+    with use_adapter(peft_model, adapter):
+        output = backbone.inner_model(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions.expand(3, -1, -1) if backbone.uses_mrope else positions,
+            past_key_values=fork(prefix.cache),
+            use_cache=True,
+            return_dict=True,
+        )
+    longer = replace(
+        prefix,
+        cache=output.past_key_values,
+        attention_mask=attention,
+        next_position=prefix.next_position + mask.sum(1),
+        logits=None,
+    )
+    return output.last_hidden_state, longer
+
+
+def read_out(
+    backbone: Backbone,
+    peft_model: PeftModel,
+    prefix: Prefix,
+    completions: Mapping[str, Tensor],
+    readout_ids: Sequence[int],
+    *,
+    prefill_adapter: str | None = None,
+) -> Tensor:
+    """Return mean read-out states (N, D), float32, not normalised; gradient flows.
+
+    Args:
+        backbone: The frozen model.
+        peft_model: The model with its adapters.
+        prefix: Prompts read by the embedding adapter, or by `prefill_adapter`.
+        completions: `completion_ids`, `completion_mask` (N, C), or neither; rows may be empty.
+        readout_ids: Q read-out tokens.
+        prefill_adapter: For "kv_detach": adapter that also reads the completions, so that only the
+            read-outs run under the embedding adapter. None is "reencode".
+    """
+    ids = prefix.next_position.new_tensor(readout_ids).expand(len(prefix), -1)
+    mask = torch.ones_like(ids)
+    if "completion_mask" in completions and bool(completions["completion_mask"].any()):
+        written = completions["completion_ids"], completions["completion_mask"]
+        if prefill_adapter is None:
+            ids, mask = torch.cat([written[0], ids], 1), torch.cat([written[1], mask], 1)
+        else:
+            _, prefix = continue_prefix(
+                backbone, peft_model, prefix, *written, adapter=prefill_adapter
+            )
+    states, _ = continue_prefix(backbone, peft_model, prefix, ids, mask, adapter=EMBEDDING_ADAPTER)
+    return states[:, -len(readout_ids) :].float().mean(1)
