@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
 WARM_START = "warm_start"
-EVALUATION_MODES = ("never", "always", "sampled", "gold")
+EVALUATION_MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 
 
 @dataclass

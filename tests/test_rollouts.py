@@ -10,6 +10,7 @@ from torch import Tensor
 from twn_rl.config import LoraSettings
 from twn_rl.metrics import TIE_TOLERANCE
 from twn_rl.model import DualLoraModel
+from twn_rl.prefix import Prefix
 from twn_rl.records import Item, RecordSet
 from twn_rl.rollouts import RolloutScorer, embed_items, evaluating, pool_of
 from twn_rl.scoring import SCORING_COLUMNS, ScorerMismatchError
@@ -128,17 +129,28 @@ def test_failed_thinks_have_exactly_the_columns_of_no_thinking(
 
 
 class Counting:
-    """Counts what passes through `model.embed`."""
+    """Counts the vectors that `model.embed` and `model.read_out` make, and prompts read."""
 
     def __init__(self, model: DualLoraModel, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rows: list[int] = []
-        inner = model.embed
+        self.prompts: list[int] = []
+        embed, read, read_out = model.embed, model.read, model.read_out
 
-        def embed(batch) -> Tensor:
+        def counting_embed(batch) -> Tensor:
             self.rows.append(len(batch["input_ids"]))
-            return inner(batch)
+            return embed(batch)
 
-        monkeypatch.setattr(model, "embed", embed)
+        def counting_read(prompts) -> Prefix:
+            self.prompts.append(len(prompts))
+            return read(prompts)
+
+        def counting_read_out(prefix, completions) -> Tensor:
+            self.rows.append(len(prefix))
+            return read_out(prefix, completions)
+
+        monkeypatch.setattr(model, "embed", counting_embed)
+        monkeypatch.setattr(model, "read", counting_read)
+        monkeypatch.setattr(model, "read_out", counting_read_out)
 
 
 def test_equal_thoughts_about_one_record_are_embedded_once_in_one_forward(
@@ -150,6 +162,7 @@ def test_equal_thoughts_about_one_record_are_embedded_once_in_one_forward(
     counting = Counting(model, monkeypatch)
     columns = scorer.columns(GROUPS, rollouts)
     assert counting.rows == [4]  # two of record 0, one of record 1, one of record 5
+    assert counting.prompts == [3]  # each of these records once
     assert columns["positive_similarity"][0] == columns["positive_similarity"][2]
 
 

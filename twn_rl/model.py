@@ -278,10 +278,9 @@ class DualLoraModel(nn.Module):
             prefix: What `read` returned.
             completions: Per sequence a string, a list of ids, or None for no thinking.
         """
-        rows = [()] * len(prefix) if completions is None else completions
-        batch = self._on_device(self.collate_completions(rows))
+        batch = {} if completions is None else self.collate_completions(completions)
         with self._inference():
-            return self._read_out(prefix, batch)
+            return self._read_out(prefix, self._on_device(batch))
 
     def _read_out(self, prefix: Prefix, batch: Batch) -> Tensor:
         return read_out(

@@ -301,7 +301,7 @@ def read_out(
     """
     ids = prefix.next_position.new_tensor(readout_ids).expand(len(prefix), -1)
     mask = torch.ones_like(ids)
-    if "completion_mask" in completions and bool(completions["completion_mask"].any()):
+    if "completion_ids" in completions:  # also if all are empty: processes must run in step
         written = completions["completion_ids"], completions["completion_mask"]
         if prefill_adapter is None:
             ids, mask = torch.cat([written[0], ids], 1), torch.cat([written[1], mask], 1)

@@ -19,12 +19,10 @@ DEFAULT_POOL = ""
 
 
 @torch.no_grad()
-def embed_items(
-    model: DualLoraModel, items: Sequence[Item], completions: Sequence[list[int]] | None = None
-) -> Tensor:
-    """Return detached unit vectors (N, D) float32 of one batch, dropout off."""
+def embed_items(model: DualLoraModel, items: Sequence[Item]) -> Tensor:
+    """Return detached no-think unit vectors (N, D) float32 of one batch, dropout off."""
     with evaluating(model.peft_model):
-        return model.embed(model.collate(items, completions))
+        return model.embed(model.collate(items))
 
 
 class RolloutScorer:
@@ -125,9 +123,17 @@ class RolloutScorer:
         return distinct or {(indices[0], ()): 0}
 
     def _embed(self, thoughts: list[tuple[int, tuple[int, ...]]]) -> Tensor:
-        """Embed query + CoT in one forward pass: one per step on every process, as ZeRO-3 needs."""
-        items = [self.records[index].query for index, _ in thoughts]
-        return embed_items(self.model, items, [list(ids) for _, ids in thoughts]).cpu()
+        """Return vectors (N, D) of query + CoT; every distinct query is read once.
+
+        The number of forward passes does not depend on the thoughts: ZeRO-3 needs the same on
+        every process.
+        """
+        queries = {index: row for row, index in enumerate(dict.fromkeys(i for i, _ in thoughts))}
+        items = [self.records[index].query for index in queries]
+        prompts = self.model.prepare(self.model.collate(items))
+        prefix = self.model.read(prompts).select([queries[index] for index, _ in thoughts])
+        states = self.model.read_out(prefix, [ids for _, ids in thoughts])
+        return torch.nn.functional.normalize(states, dim=-1).cpu()
 
     def _similarities(self, vectors: Tensor, indices: Sequence[int]) -> dict[str, list[Any]]:
         return similarity_columns(

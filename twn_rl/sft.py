@@ -117,10 +117,13 @@ class RecordDataset(Dataset):
 class SftCollator:
     """Records -> the tensors of one step. Every distinct target is encoded once."""
 
-    def __init__(self, model: DualLoraModel, *, num_hard_negatives: int) -> None:
-        """Keep what renders and tokenizes."""
+    def __init__(
+        self, model: DualLoraModel, *, num_hard_negatives: int, has_targets: bool = True
+    ) -> None:
+        """Keep what renders and tokenizes; without targets there is only the token loss."""
         self.model = model
         self.num_hard_negatives = num_hard_negatives
+        self.has_targets = has_targets
 
     def __call__(self, records: list[Record]) -> dict[str, Any]:
         """Return prompts, CoT ids with and without end of turn, and the distinct targets.
@@ -130,6 +133,16 @@ class SftCollator:
         (as `target_rows`) and `query_keys` (N,) are int64 content keys, equal for equal content.
         """
         cots = [self._completion(record.query_cot) for record in records]
+        eos = self.model.backbone.eos_token_id
+        batch = {
+            "query": self.model.collate([record.query for record in records]),
+            "taught": self.model.collate_completions([[*ids, eos] if ids else [] for ids in cots]),
+        }
+        if not self.has_targets:
+            return batch
+        return batch | {"think": self.model.collate_completions(cots)} | self._targets(records)
+
+    def _targets(self, records: list[Record]) -> dict[str, Any]:
         positives = [(record.positive, record.positive_cot) for record in records]
         negatives = [(item, None) for record in records for item in self._negatives(record)]
         distinct: dict[tuple[Item, str | None], int] = {}
@@ -139,11 +152,7 @@ class SftCollator:
         has_target_cot = any(target_cots)
         target = self.model.collate([item for item, _ in distinct])
         empty: list[list[int]] = [[] for _ in distinct]
-        eos = self.model.backbone.eos_token_id
         return {
-            "query": self.model.collate([record.query for record in records]),
-            "taught": self.model.collate_completions([[*ids, eos] if ids else [] for ids in cots]),
-            "think": self.model.collate_completions(cots),
             "target": target,
             "target_think": self.model.collate_completions(
                 target_cots if has_target_cot else empty
@@ -181,7 +190,11 @@ class SftTrainer(Trainer):
         self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any
     ) -> None:
         """Build the collator; `kwargs` go to `Trainer`."""
-        collator = SftCollator(model, num_hard_negatives=args.num_hard_negatives)
+        collator = SftCollator(
+            model,
+            num_hard_negatives=args.num_hard_negatives,
+            has_targets=args.contrastive_from < 1,
+        )
         super().__init__(
             model=model,
             args=args,
