@@ -113,19 +113,33 @@ def test_every_mode_runs_and_oracle_is_the_better_of_both(
 ) -> None:
     model = make_model().train()
     settings = dataclasses.replace(
-        QUIET, modes=("never", "always", "oracle", "auto", "sampled", *ABLATIONS), num_thoughts=2
+        QUIET,
+        modes=("never", "always", "oracle", "auto", "random", "sampled", *ABLATIONS),
+        num_thoughts=2,
+        gate_threshold=0.5,
     )
     records = make_records()
-    result = evaluate(model, records, settings, gate=lambda embeds: [True] * len(embeds))
+    result = evaluate(model, records, settings, gate=lambda states: (states[:, 0] > 0).float())
     assert model.training
     rank = {
         mode: {row["id"]: row["ranks"] for row in result.queries if row["mode"] == mode}
         for mode in settings.modes
     }
+    chance = {r["id"]: r["gate_probability"] for r in result.queries if r["mode"] == "auto"}
+    rate = sum(chance.values()) / len(records)
+    assert 0 < rate < 1
+    assert result.metrics["test/all/auto/think_rate"] == pytest.approx(rate)
+    for metric in ("hit@1", "mrr", "think_tokens", "think_rate"):
+        never, always, random = (
+            result.metrics[f"test/all/{mode}/{metric}"] for mode in ("never", "always", "random")
+        )
+        assert random == pytest.approx((1 - rate) * never + rate * always)
     for record in records:
         both = rank["never"][record.id][0], rank["always"][record.id][0]
         assert rank["oracle"][record.id][0] == min(both)
-        assert rank["auto"][record.id] == rank["always"][record.id]
+        thinks = chance[record.id] > 0.5
+        assert rank["auto"][record.id] == rank["always" if thinks else "never"][record.id]
+        assert rank["random"][record.id] == list(both)
         assert len(rank["sampled"][record.id]) == 2
     assert {row["hop"] for row in result.queries} == {"hop0", "hop1", None}
     assert all(row["positive"] in result.targets for row in result.queries)
@@ -151,6 +165,11 @@ def test_ranks_agree_with_single_embeddings(make_model: Callable[..., DualLoraMo
             expected = int((scores >= positive - 1e-6).sum())
             assert row["ranks"] == [expected]
             assert (row["nearest"][0] == row["positive"]) == (expected == 1)
+
+
+def test_auto_without_a_gate_is_refused(make_model: Callable[..., DualLoraModel]) -> None:
+    with pytest.raises(ValueError, match=r"without a gate; .*gate_embed\.py"):
+        evaluate(make_model(), make_records(), dataclasses.replace(QUIET, modes=("auto",)))
 
 
 def test_a_malformed_thought_is_counted_and_embedded_as_no_think(

@@ -2,18 +2,22 @@
 
 A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
 of serving; `oracle` takes the better of both per query and is the ceiling of any gate; `auto` is
-what a gate chooses; `sampled` averages over sampled thoughts. The ablations swap the thought and
+what a gate chooses and `random` what chance would at the same rate; `sampled` averages over sampled
+thoughts. The ablations swap the thought and
 keep everything else, which tells whether its content matters or only its presence.
 """
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from twn_rl.records import Record
 from twn_rl.templates import Renderer
 
-MODES = ("never", "always", "oracle", "auto", "sampled")
+MODES = ("never", "always", "oracle", "auto", "random", "sampled")
+# Modes that choose between the two ways of serving, query by query.
+CHOOSING_MODES = ("oracle", "auto", "random")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty")
 
 
@@ -78,6 +82,39 @@ def foreign_thoughts(
     """Return for each record the own thought of a record of another task or hop."""
     groups = [(task_of(record), hop_of(record)) for record in records]
     return _borrow(own, groups, seed=seed, is_same_group=False)
+
+
+def choose(
+    mode: str,
+    never: Mapping[str, Any] | None,
+    always: Mapping[str, Any] | None,
+    think: bool | float,
+    *,
+    probability: float | None = None,
+) -> dict[str, Any] | None:
+    """Return the result row of a query that thinks, does not, or thinks with a chance.
+
+    A chance gives a row of both outcomes, weighted: its metrics are exact expectations.
+
+    Args:
+        mode: Mode of the new row.
+        never: Row without thinking.
+        always: Row with thinking; its seconds are those of writing and reading on top of `never`.
+        think: Whether to think, or the chance of it.
+        probability: What the gate said, kept in the row.
+    """
+    if never is None or always is None:
+        return None
+    chance = float(think)
+    row = {**(always if chance >= 0.5 else never), "mode": mode, "think_rate": chance}
+    if probability is not None:
+        row["gate_probability"] = probability
+    if 0.0 < chance < 1.0:
+        for key in ("ranks", "think_tokens", "problems"):
+            row[key] = [never[key][0], always[key][0]]
+        row["weights"] = [1.0 - chance, chance]
+        row["seconds"] = (1.0 - chance) * never["seconds"] + chance * always["seconds"]
+    return row
 
 
 def _borrow(

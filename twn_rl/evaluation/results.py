@@ -24,7 +24,7 @@ class Evaluation:
     Attributes:
         metrics: Flat, `<split>/<group>/<mode>/<metric>`; groups are `all`, tasks and hops.
         queries: Rows with `split, id, task, hop, mode, ranks, cot, think_tokens, problems,
-            nearest, positive, query`.
+            nearest, positive, query, think_rate, seconds`, and by mode `gate_probability, weights`.
         targets: Target key -> `instruction, text, images`.
     """
 
@@ -87,21 +87,27 @@ def ndcg_of_rank(rank: int, k: int) -> float:
 
 
 def query_values(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of one row; over several thoughts, their means.
+    """Return the metrics of one row; over several thoughts, their (weighted) means.
 
     >>> query_values({"ranks": [1, 2], "think_tokens": [4, 6], "problems": [None, "truncated"]})
     ... # doctest: +ELLIPSIS
     {'hit@1': 0.5, 'mrr': 0.75, 'ndcg@5': 0.815..., 'think_tokens': 5.0, 'truncated_ratio': 0.5, ...
     """
     ranks, problems = row["ranks"], row["problems"]
-    return {
-        "hit@1": float(np.mean([rank == 1 for rank in ranks])),
-        "mrr": float(np.mean([1.0 / rank for rank in ranks])),
-        "ndcg@5": float(np.mean([ndcg_of_rank(rank, 5) for rank in ranks])),
-        "think_tokens": float(np.mean(row["think_tokens"])),
-        "truncated_ratio": float(np.mean([problem == "truncated" for problem in problems])),
-        "malformed_ratio": float(np.mean([problem is not None for problem in problems])),
+    weights = row.get("weights")
+
+    def mean(values: Sequence[float]) -> float:
+        return float(np.average(values, weights=weights))
+
+    metrics = {
+        "hit@1": mean([rank == 1 for rank in ranks]),
+        "mrr": mean([1.0 / rank for rank in ranks]),
+        "ndcg@5": mean([ndcg_of_rank(rank, 5) for rank in ranks]),
+        "think_tokens": mean(row["think_tokens"]),
+        "truncated_ratio": mean([problem == "truncated" for problem in problems]),
+        "malformed_ratio": mean([problem is not None for problem in problems]),
     }
+    return metrics | {key: float(row[key]) for key in ("think_rate", "seconds") if key in row}
 
 
 def summarize(
