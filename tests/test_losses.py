@@ -15,7 +15,6 @@ from torch import Tensor
 from twn_rl.losses import (
     contrastive_accuracy,
     false_negative_mask,
-    gather_positive_index,
     gather_with_grad,
     info_nce,
     info_nce_per_query,
@@ -215,7 +214,6 @@ def test_accuracy_counts_ties_and_nan_against_the_model() -> None:
 def test_gathering_is_the_identity_in_one_process() -> None:
     rows = torch.randn(2, 3, requires_grad=True)
     assert gather_with_grad(rows) is rows
-    assert gather_positive_index(torch.tensor([1]), 4).tolist() == [1]
 
 
 # Two processes: each holds 2 queries and 3 targets (2 positives, 1 hard negative).
@@ -240,7 +238,7 @@ def _run_rank(rank: int, port: int, folder: str) -> None:
     loss = _loss(
         gather_with_grad(local_queries @ weight),
         gather_with_grad(local_targets @ weight),
-        gather_positive_index(torch.tensor([0, 1]), 3),
+        gather_with_grad(torch.tensor([0, 1]) + 3 * rank),
     )
     loss.backward()
     assert weight.grad is not None

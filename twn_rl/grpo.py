@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
+from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
-from twn_rl.checkpoint import load_weights
 from twn_rl.images import open_image
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
@@ -85,7 +84,7 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
     return Dataset.from_dict(rows).with_transform(render)
 
 
-class EmbedGRPOTrainer(GRPOTrainer):
+class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
     """TRL's GRPO with retrieval columns for rewards; generation, loss and logging are TRL's own."""
 
     def __init__(
@@ -155,13 +154,3 @@ class EmbedGRPOTrainer(GRPOTrainer):
             local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).mean()
             everywhere: Any = self.accelerator.gather(local)
             self._metrics[mode][name].append(everywhere.mean().item())
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        directory = Path(output_dir or self.args.output_dir or ".")
-        self.dual_model.save_pretrained(directory, state_dict=state_dict)
-        torch.save(self.args, directory / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.dual_model, resume_from_checkpoint)

@@ -172,18 +172,6 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
     return _GatherRows.apply(tensor)  # pyright: ignore[reportReturnType]
 
 
-def gather_positive_index(positive_index: Tensor, num_local_targets: int) -> Tensor:
-    """Return every rank's positive indices, moved to the rows of the gathered targets.
-
-    Args:
-        positive_index: (n,) int64 row of each local query's positive among the local targets.
-        num_local_targets: Rows of targets each rank gathers; the same on every rank.
-    """
-    is_distributed = dist.is_available() and dist.is_initialized()
-    rank = dist.get_rank() if is_distributed else 0
-    return gather_with_grad(positive_index + rank * num_local_targets)
-
-
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, tensor: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -239,8 +239,8 @@ class DualLoraModel(nn.Module):
         }
         if token_nll is not None:
             batches["token_nll", ""] = token_nll
-        batches = {key: self._on_device(batch) for key, batch in batches.items()}
-        batches = share_images(self.backbone, batches)
+        moved = {key: self._on_device(batch) for key, batch in batches.items()}
+        batches = dict(share_images(self.backbone, moved))
         last = batches.pop(("token_nll", ""), None)
         embeds: dict[str, Tensor] = {}
         for names in groups:

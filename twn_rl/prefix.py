@@ -83,9 +83,9 @@ def prepare_prompts(backbone: Backbone, batch: Mapping[str, Any]) -> Prompts:
         # Features are all a forward needs besides positions; grids only told how to lay them out.
         encoded = {FEATURES_KEY: encoded[FEATURES_KEY]}
         image = inputs["input_ids"] == backbone.model.config.image_token_id
-        counts = image.sum(1).tolist()
-        if not _has_row_features(encoded[FEATURES_KEY]["image"], sum(counts)):
-            counts = None
+        per_row: list[int] = image.sum(1).tolist()
+        is_known = _has_row_features(encoded[FEATURES_KEY]["image"], sum(per_row))
+        counts = per_row if is_known else None
     elif encoded.get("pixel_values") is not None:
         counts = None
     return Prompts(inputs, positions, encoded, counts)
@@ -231,8 +231,9 @@ def read_rows(
     with_logits: bool = False,
 ) -> Prefix:
     """Return what `adapter` reads in some prompts (None: all); others only if they must be read."""
-    is_partial = rows is not None and list(rows) != list(range(len(prompts)))
-    if is_partial and prompts.image_tokens is not None:
+    if rows is not None and list(rows) == list(range(len(prompts))):
+        rows = None
+    if rows is not None and prompts.image_tokens is not None:
         prompts, rows = prompts.select(rows), None
     prefix = read_prompts(backbone, peft_model, prompts, adapter=adapter, with_logits=with_logits)
     return prefix if rows is None else prefix.select(rows)

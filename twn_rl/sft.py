@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
-from twn_rl.checkpoint import load_weights
+from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.losses import (
     contrastive_accuracy,
     false_negative_mask,
@@ -181,7 +180,7 @@ def content_key(item: Item) -> str:
     return item.content_key()
 
 
-class SftTrainer(Trainer):
+class SftTrainer(AdapterCheckpoints, Trainer):
     """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step gives all losses."""
 
     args: SftConfig
@@ -310,13 +309,3 @@ class SftTrainer(Trainer):
         means = {name: sum(values) / len(values) for name, values in self._sums.items() if values}
         self._sums.clear()
         super().log({**logs, **means}, start_time)
-
-    def _save(
-        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
-        directory = Path(output_dir or self.args.output_dir or ".")
-        self.dual_model.save_pretrained(directory, state_dict=state_dict)
-        torch.save(self.args, directory / "training_args.bin")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.dual_model, resume_from_checkpoint)
