@@ -353,25 +353,6 @@ def test_training_moves_exactly_the_trainable_adapters(
     assert moved(before, weights(model)) == expected
 
 
-def test_the_embedding_adapter_can_have_its_own_learning_rate(
-    records: RecordSet, tmp_path: Path
-) -> None:
-    def move(adapter: str, **settings: Any) -> set[str]:
-        model = small_model()
-        before = weights(model)
-        settings = {"max_steps": 1, "weight_decay": 0.1, **settings}
-        SftTrainer(model, small_config(tmp_path, **settings), records).train()
-        names = set(adapter_parameters(model.peft_model, adapter))
-        return moved(before, weights(model)) & names
-
-    own = {"learning_rate": 0.0, "embedding_learning_rate": 1e-2}
-    assert move(EMBEDDING_ADAPTER, **own)
-    assert not move(REASONING_ADAPTER, **own)
-    own = {"learning_rate": 1e-2, "embedding_learning_rate": 0.0}
-    assert not move(EMBEDDING_ADAPTER, **own)
-    assert move(REASONING_ADAPTER, **own)
-
-
 def test_the_losses_fall_and_are_logged_by_part(records: RecordSet, tmp_path: Path) -> None:
     trainer = SftTrainer(
         small_model(),

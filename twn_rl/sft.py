@@ -19,7 +19,6 @@ from transformers import Trainer, TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.adapter_trainer import AdapterCheckpoints
-from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
 from twn_rl.losses import (
     contrastive_accuracy,
     false_negative_mask,
@@ -53,13 +52,6 @@ class SftConfig(TrainingArguments):
             "help": "Weight of both cross-mode InfoNCE terms, which keep one vector space; only "
             "pairs with a target CoT have them, since otherwise think queries meet no-think "
             "targets in the think term."
-        },
-    )
-    embedding_learning_rate: float | None = field(
-        default=None,
-        metadata={
-            "help": "Learning rate of the embedding adapter and the read-outs; default: the same "
-            "as learning_rate. InfoNCE stalls at rates that the token loss likes."
         },
     )
     num_hard_negatives: int = field(
@@ -211,22 +203,6 @@ class SftTrainer(AdapterCheckpoints, Trainer):
         )
         self.dual_model = model
         self._sums: dict[str, list[float]] = defaultdict(list)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Give the embedding adapter its own learning rate, if it has one."""
-        is_new, rate = self.optimizer is None, self.args.embedding_learning_rate
-        optimizer = super().create_optimizer(model)
-        if not is_new or rate is None:
-            return optimizer
-        parameters = adapter_parameters(self.dual_model.peft_model, EMBEDDING_ADAPTER)
-        embedding = {id(parameter) for parameter in parameters.values()}
-        for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if id(parameter) in embedding]
-            group["params"] = [p for p in group["params"] if id(p) not in embedding]
-            if own:
-                optimizer.add_param_group({**group, "params": own, "lr": rate})
-        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
-        return optimizer
 
     def compute_loss(
         self,
