@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.checkpoint import load_weights
+from twn_rl.gate_files import drop_gates
 from twn_rl.losses import (
     contrastive_accuracy,
     false_negative_mask,
@@ -181,6 +182,7 @@ class SftTrainer(Trainer):
         self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any
     ) -> None:
         """Build the collator; `kwargs` go to `Trainer`."""
+        drop_gates(model, "the warm start changes what it reads", args.output_dir or "OUTPUT_DIR")
         collator = SftCollator(model, num_hard_negatives=args.num_hard_negatives)
         super().__init__(
             model=model,
