@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,9 +128,7 @@ def label_records(
     wait(processes)  # every process has looked before the first one changes the folder
     index = processes.process_index if processes else 0
     if index == 0 and stored is None:
-        if folder.exists():
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True)
+        _clear(folder)
         write_json(folder / PLAN_FILE, plan)
     wait(processes)
     sizes = shard_sizes(len(examples), settings.shard_size)
@@ -185,6 +184,16 @@ def _plan(
         "num_examples": len(examples),
         "records": hashlib.sha256(content).hexdigest(),
     }
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier pass wrote, the plan first, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN_FILE).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{6}\.(npy|parquet)", path.name):
+            path.unlink()
+    shutil.rmtree(folder / BANK_DIR, ignore_errors=True)
 
 
 def _check_plan(folder: Path, stored: dict[str, Any], plan: dict[str, Any]) -> None:
