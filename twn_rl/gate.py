@@ -54,9 +54,12 @@ class Gate(nn.Module):
             return self.output(hidden)[:, 0]
 
     def probability(self, states: Tensor) -> Tensor:
-        """Return the probability (N,) in [0, 1] that thinking helps; no gradient."""
+        """Return the probability (N,) in (0, 1] that thinking helps; no gradient.
+
+        Threshold 0 thinks about everything and threshold 1 about nothing: think if above.
+        """
         with torch.no_grad():
-            return self(states).sigmoid()
+            return self(states).sigmoid().clamp(min=torch.finfo(torch.float32).tiny)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
         """Follow the model to its device but never to a lower precision."""
@@ -80,7 +83,7 @@ class FitSettings:
 
     hidden_size: int = 256
     learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
+    weight_decay: float = 0.1
     batch_size: int = 256
     max_epochs: int = 200
     patience: int = 20

@@ -89,7 +89,8 @@ def cut_labels(
         gains: (N,) nats.
         margin: Smallest gain that is worth a thought, at least 0.
         lower_margin: Gains up to this one are not worth it; between it and `margin` lies the dead
-            band, which teaches nothing. None is `margin`: no dead band.
+            band, which teaches nothing. None is `margin`: no dead band. With `-margin` the inputs
+            that thinking leaves as they are teach nothing, and a gate tends to think about them.
 
     Raises:
         ValueError: For a negative margin, a lower margin above it, or gains that are not finite.
