@@ -105,6 +105,10 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
 
         types = (grpo_embed.GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
         values = parse(types, path)
+    elif "gate" in path.name:
+        import gate_embed
+
+        values = parse((gate_embed.GateScriptArguments, DataArguments), path)
     else:
         pytest.fail(f"{path.name} belongs to no recipe this test knows; add it here")
     held = {name for value in values for name in vars(value)}

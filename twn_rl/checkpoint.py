@@ -15,6 +15,7 @@ from twn_rl.adapter_files import load_adapter, save_adapter
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.backbone import Backbone
 from twn_rl.config import CONFIG_FILE, TwnConfig
+from twn_rl.gate_files import GATE_FILE, forget_thresholds, load_gates, save_gates, warn_dropped
 
 if TYPE_CHECKING:
     from twn_rl.model import DualLoraModel
@@ -27,7 +28,9 @@ _PACKAGES = ("torch", "transformers", "peft")
 def save_model(
     model: "DualLoraModel", path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write `reasoning/`, `embedding/` (read-out rows inside) and `twn_config.json`.
+    """Write `reasoning/`, `embedding/` (read-out rows inside), gates and `twn_config.json`.
+
+    A `gate.safetensors` that an earlier model left there is removed if this one has no gates.
 
     Args:
         model: The model.
@@ -39,6 +42,7 @@ def save_model(
     state = dict(state_dict) if state_dict is not None else None
     for name, folder in ((REASONING_ADAPTER, REASONING_DIR), (EMBEDDING_ADAPTER, EMBEDDING_DIR)):
         save_adapter(model.peft_model, name, path / folder, state_dict=state)
+    save_gates(model, path, state_dict=state)
     model.config.versions = {package: version(package) for package in _PACKAGES}
     model.config.save(path)
 
@@ -58,12 +62,14 @@ def load_model(
         path: Checkpoint folder.
         backbone: Backbone to use instead of the one named in the config.
         dtype: Parameter type when loading the backbone.
-        is_trainable: Leave both adapters trainable; otherwise everything is frozen.
+        is_trainable: Leave both adapters trainable; otherwise everything is frozen. Stored gates
+            stay behind with a warning: training changes what they are about.
 
     Raises:
         FileNotFoundError: If `path` holds no config or no weights.
-        KeyError: If adapter keys are missing or unexpected; the message lists them.
-        ValueError: If shapes do not fit the backbone, or no backbone is known.
+        KeyError: If adapter keys or gate tensors are missing or unexpected; the message lists them.
+        ValueError: If shapes do not fit the backbone, no backbone is known, or a gate was fitted to
+            another model.
     """
     path = Path(path)
     if not (path / CONFIG_FILE).is_file():
@@ -79,6 +85,11 @@ def load_model(
         )
     model = model_class.from_backbone(source, config, dtype=dtype)
     load_weights(model, path)
+    if not is_trainable:
+        load_gates(model, path)
+    elif (path / GATE_FILE).is_file():
+        forget_thresholds(model.config)
+        warn_dropped(f"{path} is loaded to be trained", "OUTPUT_DIR")
     freeze_unless(model, is_trainable)
     return model
 

@@ -1,6 +1,7 @@
 """What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors."""
 
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -68,7 +69,8 @@ class TwnConfig:
         embedding_lora: Adapter that makes vectors.
         renderer: How items become prompts.
         max_think_tokens: Default budget of one CoT, in tokens.
-        gate_threshold: Probability above which to think; None while no gate was fitted.
+        gate_threshold: Gate probability above which a query thinks; None while no gate was fitted.
+        document_gate_threshold: The same for documents.
         versions: Library versions that wrote the checkpoint.
     """
 
@@ -81,6 +83,7 @@ class TwnConfig:
     renderer: Renderer = field(default_factory=Renderer)
     max_think_tokens: int = 256
     gate_threshold: float | None = None
+    document_gate_threshold: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -92,8 +95,10 @@ class TwnConfig:
             problems.append(f"num_readout_tokens = {self.num_readout_tokens}, expected >= 1")
         if self.max_think_tokens < 1:
             problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
-        if self.gate_threshold is not None and not 0.0 <= self.gate_threshold <= 1.0:
-            problems.append(f"gate_threshold = {self.gate_threshold}, expected None or in [0, 1]")
+        for name in ("gate_threshold", "document_gate_threshold"):
+            threshold = getattr(self, name)
+            if threshold is not None and not 0.0 <= threshold <= 1.0:
+                problems.append(f"{name} = {threshold}, expected None or in [0, 1]")
         if problems:
             raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
 
@@ -122,7 +127,10 @@ class TwnConfig:
     def save(self, directory: str | Path) -> None:
         """Write `twn_config.json` into `directory`."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        (Path(directory) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        path = Path(directory) / CONFIG_FILE
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
 
     @classmethod
     def load(cls, directory: str | Path) -> "TwnConfig":

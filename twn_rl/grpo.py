@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUs
 
 from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
+from twn_rl.gate_files import drop_gates
 from twn_rl.images import open_image
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
@@ -106,6 +107,7 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
             scorer: Makes the similarity columns.
             **kwargs: For `GRPOTrainer`, such as callbacks.
         """
+        drop_gates(model, "RL changes the thoughts", args.output_dir or "OUTPUT_DIR")
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {**given, "suppress_tokens": model.suppressed_token_ids}
         super().__init__(

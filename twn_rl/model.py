@@ -53,6 +53,7 @@ class DualLoraModel(nn.Module):
         readout_ids: Q ids of the read-out tokens.
         prefill_adapter: Adapter that fills the cache in "kv_detach"; a frozen snapshot while the
             reasoning adapter is trained by RL.
+        gates: Fitted routing gates by side (`gate.QUERY_SIDE`, `gate.DOCUMENT_SIDE`), frozen.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class DualLoraModel(nn.Module):
         self.tokenizer = backbone.tokenizer
         self.readout_ids = readout_ids
         self.prefill_adapter = REASONING_ADAPTER
+        self.gates = nn.ModuleDict()
 
     @classmethod
     def from_backbone(

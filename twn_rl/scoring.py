@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twn_rl.adapter_files import adapter_state
@@ -51,6 +52,7 @@ def similarity_columns(
     false_negative_ids: Sequence[Sequence[str]] | None = None,
     pools: Sequence[str] | None = None,
     chunk_size: int = 16_384,
+    temperature: float | None = None,
 ) -> dict[str, list[Any]]:
     """Return the similarity columns of N queries against the whole bank, one value per query.
 
@@ -64,11 +66,13 @@ def similarity_columns(
             positives, and known false negatives. Ids outside the bank are ignored.
         pools: Per query, the pool whose targets it competes with; `None` means the whole bank.
         chunk_size: Bank rows per matrix product; bounds memory, does not change the result.
+        temperature: If given, also return the loss `info_nce`; similarities are divided by it.
 
     Returns:
         `positive_similarity` (float in [-1, 1]), `negative_similarities` (at most K floats, hardest
         first; fewer in a small pool) and `target_rank` (int, 1 is best: 1 + number of rivals
-        whose similarity reaches the positive's; ties count against it).
+        whose similarity reaches the positive's; ties count against it). With a temperature also
+        `info_nce`, query -> target against all rivals, in nats (1807.03748, eq. 4).
 
     Raises:
         BankError: If a positive is not in the bank or not in the query's pool, the widths differ,
@@ -85,6 +89,8 @@ def similarity_columns(
         "negative_similarities": [[] for _ in range(num_queries)],
         "target_rank": [1] * num_queries,
     }
+    if temperature is not None:
+        columns["info_nce"] = [0.0] * num_queries
     for name in dict.fromkeys(names):
         members = [row for row in range(num_queries) if names[row] == name]
         pool = np.arange(len(bank)) if name is None else _pool(bank, name)
@@ -99,13 +105,12 @@ def similarity_columns(
             [bank.row_of[i] for i in (positive_ids[row], *false_negatives[row]) if i in bank.row_of]
             for row in members
         ]
-        similarity, hardest, ranks = _score_pool(
-            queries[members], positives, ignored, pool, bank, num_negatives, chunk_size
+        scored = _score_pool(
+            queries[members], positives, ignored, pool, bank, num_negatives, chunk_size, temperature
         )
-        for position, row in enumerate(members):
-            columns["positive_similarity"][row] = similarity[position]
-            columns["negative_similarities"][row] = hardest[position]
-            columns["target_rank"][row] = ranks[position]
+        for column, values in scored.items():
+            for row, value in zip(members, values, strict=True):
+                columns[column][row] = value
     return columns
 
 
@@ -117,7 +122,8 @@ def _score_pool(
     bank: TargetBank,
     num_negatives: int,
     chunk_size: int,
-) -> tuple[list[float], list[list[float]], list[int]]:
+    temperature: float | None,
+) -> dict[str, list[Any]]:
     """Score n queries that share one pool; `ignored` holds bank rows that are no rivals."""
     device = queries.device
     positive = (queries * bank.rows(positives, device)).sum(dim=1)  # (n,)
@@ -125,6 +131,7 @@ def _score_pool(
     ignored_rows = np.concatenate([np.array(rows, dtype=np.int64) for rows in ignored])
     hardest = queries.new_empty((len(queries), 0))
     rivals = torch.zeros(len(queries), dtype=torch.int64, device=device)
+    log_sum = torch.full_like(positive, -torch.inf)  # of exp(similarity / temperature) of rivals
     for start in range(0, len(pool), chunk_size):
         rows = pool[start : start + chunk_size]
         similarities = queries @ bank.rows(rows, device).T  # (n, chunk)
@@ -132,10 +139,20 @@ def _score_pool(
         is_here = rows[np.minimum(column, len(rows) - 1)] == ignored_rows
         similarities[owner[is_here], column[is_here]] = -torch.inf
         rivals += (similarities >= positive[:, None] - TIE_TOLERANCE).sum(dim=1)
+        if temperature is not None:
+            log_sum = log_sum.logaddexp((similarities / temperature).logsumexp(dim=1))
         merged = torch.cat([hardest, similarities], dim=1)
         hardest = merged.topk(min(num_negatives, merged.shape[1]), dim=1).values
     negatives = [[value for value in row if value != -torch.inf] for row in hardest.tolist()]
-    return positive.tolist(), negatives, (1 + rivals).tolist()
+    scored: dict[str, list[Any]] = {
+        "positive_similarity": positive.tolist(),
+        "negative_similarities": negatives,
+        "target_rank": (1 + rivals).tolist(),
+    }
+    if temperature is not None:
+        # -log(e^p / (e^p + sum)) without the cancellation of log(e^p + sum) - p.
+        scored["info_nce"] = F.softplus(log_sum - positive / temperature).tolist()
+    return scored
 
 
 def _pool(bank: TargetBank, name: str) -> np.ndarray:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.adapter_trainer import AdapterCheckpoints
+from twn_rl.gate_files import drop_gates
 from twn_rl.losses import (
     contrastive_accuracy,
     false_negative_mask,
@@ -189,6 +190,7 @@ class SftTrainer(AdapterCheckpoints, Trainer):
         self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any
     ) -> None:
         """Build the collator; `kwargs` go to `Trainer`."""
+        drop_gates(model, "the warm start changes what it reads", args.output_dir or "OUTPUT_DIR")
         collator = SftCollator(
             model,
             num_hard_negatives=args.num_hard_negatives,

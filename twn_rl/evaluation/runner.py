@@ -5,12 +5,13 @@ Runs in one process: give it an unwrapped model, and call it on the main process
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twn_rl import gate as gate_network
 from twn_rl.evaluation import modes
 from twn_rl.evaluation.candidates import Candidates, collect_candidates, describe_item
 from twn_rl.evaluation.modes import CHOOSING_MODES, Thought, hop_of, task_of
@@ -55,6 +56,8 @@ def evaluate(
     settings = settings or EvaluationSettings()
     if not len(records):
         raise ValueError("records is empty; expected at least one; check the file and its filters")
+    if gate is None and gate_network.QUERY_SIDE in model.gates:
+        gate = cast(gate_network.Gate, model.gates[gate_network.QUERY_SIDE]).probability
     threshold = settings.gate_threshold
     threshold = model.config.gate_threshold if threshold is None else threshold
     if {"auto", "random"} & set(settings.modes) and (gate is None or threshold is None):

@@ -1,0 +1,322 @@
+r"""Stage 2, the routing gate: learn without labels when thinking helps, and pick a threshold.
+
+Every input is embedded without and with the CoT the model writes itself, against the same negatives
+and with the other side fixed; the loss it saved is the label (Think When Needed, 2605.14448). A
+small network on the no-think state learns it, so that asking it costs nothing. The threshold is
+chosen on the validation split from a curve of quality over tokens.
+
+    accelerate launch recipes/gate_embed.py --model outputs/demo/grpo
+    accelerate launch --num_processes 8 recipes/gate_embed.py --model DIR \
+        --train_file train.jsonl --validation_file validation.jsonl --temperature 0.02
+    accelerate launch recipes/gate_embed.py --model DIR --sides query document
+    accelerate launch recipes/gate_embed.py --model DIR --think_rate 0.3
+
+The gate goes into the model's folder (gate.safetensors, thresholds in twn_config.json) and replaces
+the one that is there; run the same command again after RL, which drops it. MODEL/gate/ gets labels/
+(every measured quantity, kept and reused: other margins, rules and rates take seconds), labels.md,
+curve.csv, curve.png and metrics.json. Several processes share the labelling.
+Without arguments it reads recipes/configs/demo_gate.yaml.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from transformers import set_seed
+
+from twn_rl.evaluation.gate_chart import plot_gate_curves
+from twn_rl.evaluation.results import INTERVAL_METRICS, query_values
+from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
+from twn_rl.gate_files import gate_fingerprints, save_gates, set_threshold
+from twn_rl.gate_labelling import LabelSettings, label_records
+from twn_rl.gate_labels import (
+    IGNORED,
+    GateLabels,
+    cut_labels,
+    label_report,
+    report_table,
+    soft_labels,
+)
+from twn_rl.gate_threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_point
+from twn_rl.metrics import expected_calibration_error, roc_auc
+from twn_rl.model import DualLoraModel
+from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+
+logger = logging.getLogger(__name__)
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_gate.yaml"
+FOLDER = "gate"
+
+
+@dataclass
+class GateScriptArguments:
+    """What only this script needs."""
+
+    model: str = field(
+        default="outputs/grpo", metadata={"help": "Model to fit to; it gets the gate."}
+    )
+    split: str = field(default="train", metadata={"help": "Records to learn from: train or rl."})
+    validation_split: str = field(
+        default="validation", metadata={"help": "Records to choose the threshold on."}
+    )
+    sides: list[str] = field(
+        default_factory=lambda: ["query"], metadata={"help": "query, document, or both."}
+    )
+    temperature: float = field(
+        default=0.02, metadata={"help": "InfoNCE temperature, that of the warm start."}
+    )
+    max_examples: int | None = field(
+        default=20_000, metadata={"help": "Inputs to label, drawn at random; null: all."}
+    )
+    max_think_tokens: int | None = field(
+        default=None, metadata={"help": "Longest CoT in tokens; default: the model's."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Inputs a forward."})
+    margin: float = field(
+        default=0.1, metadata={"help": "Nats a CoT must save to be worth it: label 1 above it."}
+    )
+    lower_margin: float | None = field(
+        default=None,
+        metadata={
+            "help": "Label 0 up to here, none between; default: the margin, so no dead band."
+        },
+    )
+    soft_label_temperature: float | None = field(
+        default=None,
+        metadata={"help": "Labels sigmoid((gain - margin) / this) instead of 1 and 0; null: off."},
+    )
+    metric: str = field(
+        default="hit@1", metadata={"help": f"Quality of the curve: {', '.join(INTERVAL_METRICS)}."}
+    )
+    max_quality_drop: float = field(
+        default=0.005,
+        metadata={
+            "help": "Threshold: the cheapest this close to the best quality (0.005: half a point)."
+        },
+    )
+    think_rate: float | None = field(
+        default=None, metadata={"help": "Threshold instead: the best that thinks at most so often."}
+    )
+    min_quality: float | None = field(
+        default=None, metadata={"help": "Threshold instead: the cheapest with this quality."}
+    )
+    rebuild_labels: bool = field(
+        default=False,
+        metadata={"help": "Measure anew what stored labels of others are in the way."},
+    )
+    seed: int = field(default=0, metadata={"help": "Of the draw of inputs and of the fit."})
+
+    def __post_init__(self) -> None:
+        """Collect what would only show after the labels are there."""
+        problems = []
+        if not self.sides or not set(self.sides) <= set(SIDES):
+            problems.append(f"sides = {self.sides}, expected some of {list(SIDES)}")
+        if self.metric not in INTERVAL_METRICS:
+            problems.append(f"metric = {self.metric!r}, expected one of {INTERVAL_METRICS}")
+        if self.think_rate is not None and self.min_quality is not None:
+            problems.append("think_rate and min_quality are both given, expected one of them")
+        if self.think_rate is not None and not 0 <= self.think_rate <= 1:
+            problems.append(f"think_rate = {self.think_rate}, expected in [0, 1]")
+        if self.margin < 0 or not self.max_quality_drop >= 0:
+            problems.append(
+                f"margin = {self.margin}, max_quality_drop = {self.max_quality_drop}, expected >= 0"
+            )
+        if problems:
+            raise ValueError("GateScriptArguments: " + "; ".join(problems) + "; change these")
+
+
+@dataclass(frozen=True)
+class FittedSide:
+    """A gate and how it came about."""
+
+    gate: Gate
+    curve: GateCurve
+    chosen: CurvePoint
+    metrics: dict[str, Any]
+    tables: str
+
+
+def main(script: GateScriptArguments, data: DataArguments) -> Path:
+    """Label, fit, choose, save; return the folder of the model."""
+    set_up_logging()
+    set_seed(script.seed)
+    path, processes = Path(script.model), PartialState()
+
+    # Data first: bad records must show before a model is loaded.
+    records = {
+        name: data.load(name)  # pyright: ignore[reportArgumentType]
+        for name in (script.split, script.validation_split)
+    }
+
+    # Model: every process has the whole of it.
+    model = DualLoraModel.from_pretrained(path).to(processes.device)
+    if processes.is_main_process:
+        save_run(path / FOLDER, script, data)
+
+    # Labels
+    settings = LabelSettings(
+        temperature=script.temperature,
+        max_think_tokens=script.max_think_tokens,
+        max_examples=script.max_examples,
+        seed=script.seed,
+        batch_size=script.batch_size,
+    )
+    labels = {
+        (side, name): label_records(
+            model,
+            records[name],
+            side,
+            path / FOLDER / "labels" / side / name,
+            settings,
+            processes=processes,
+            rebuild=script.rebuild_labels,
+        )
+        for side in script.sides
+        for name in records
+    }
+
+    # Fit, threshold, save
+    if processes.is_main_process:
+        fitted = {
+            side: fit_side(
+                script, labels[side, script.split], labels[side, script.validation_split]
+            )
+            for side in script.sides
+        }
+        write_artefacts(path / FOLDER, fitted, script.metric)
+        for side, found in fitted.items():
+            found.gate.fitted_to = gate_fingerprints(model)
+            model.gates[side] = found.gate
+            set_threshold(model.config, side, found.chosen.threshold)
+            log_side(side, found, script.metric)
+        save_gates(model, path)
+        model.config.save(path)
+        logger.info("Gate saved to %s", path)
+    processes.wait_for_everyone()
+    return path
+
+
+def fit_side(script: GateScriptArguments, train: GateLabels, validation: GateLabels) -> FittedSide:
+    """Fit the gate of one side on the training labels and choose its threshold on the others."""
+    classes = cut_labels(train.gains, script.margin, lower_margin=script.lower_margin)
+    is_used = classes != IGNORED
+    targets = classes.astype(np.float32)
+    if script.soft_label_temperature is not None:
+        targets = soft_labels(train.gains, script.margin, script.soft_label_temperature)
+    gate, fit = fit_gate(
+        torch.from_numpy(train.states[is_used]),
+        torch.from_numpy(targets[is_used].astype(np.float32)),
+        FitSettings(seed=script.seed),
+    )
+    probability = gate.probability(torch.from_numpy(np.array(validation.states))).numpy()
+    curve = gate_curve(
+        probability,
+        quality(validation, "no_think", script.metric),
+        quality(validation, "think", script.metric),
+        validation.column("think_tokens"),
+    )
+    chosen = pick_point(
+        curve.points,
+        max_quality_drop=script.max_quality_drop,
+        think_rate=script.think_rate,
+        min_quality=script.min_quality,
+    )
+    is_worth_it = validation.gains > script.margin
+    thinks = probability > (chosen.threshold or 0.0)
+    groups = [{row["task"], *([row["hop"]] if row["hop"] else [])} for row in validation.rows]
+    metrics = {
+        "classes": {str(c): int((classes == c).sum()) for c in (0, 1, IGNORED)},
+        "fit": fit,
+        "validation_auc": roc_auc(probability, is_worth_it),
+        "validation_ece": expected_calibration_error(probability, is_worth_it),
+        "chosen": asdict(chosen),
+        "never": asdict(curve.never),
+        "always": asdict(curve.always),
+        "oracle": asdict(curve.oracle),
+        "think_rate_by_group": {
+            name: float(np.mean([t for t, g in zip(thinks, groups, strict=True) if name in g]))
+            for name in sorted(set().union(*groups))
+        },
+        "train_labels": label_report(train.rows, script.margin),
+        "validation_labels": label_report(validation.rows, script.margin),
+    }
+    tables = "\n".join(
+        f"### {name}\n\n{report_table(metrics[f'{name}_labels'])}"
+        for name in ("train", "validation")
+    )
+    return FittedSide(gate, curve, chosen, metrics, tables)
+
+
+def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:
+    """Return the metric of every input, (N,), without (`no_think`) or with (`think`) its CoT."""
+    rows = [
+        {"ranks": row[f"{mode}_ranks"], "think_tokens": [0], "problems": [None]}
+        for row in labels.rows
+    ]
+    return np.array([query_values(row)[metric] for row in rows])
+
+
+def write_artefacts(folder: Path, fitted: dict[str, FittedSide], metric: str) -> None:
+    """Write metrics.json, labels.md, curve.csv and curve.png, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = {side: found.metrics for side, found in fitted.items()}
+    rows = [row for side, found in fitted.items() for row in curve_rows(found.curve, side=side)]
+    with (folder / ".curve.csv.tmp").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    texts = {
+        "metrics.json": json.dumps({"metric": metric, **metrics}, indent=1, allow_nan=False) + "\n",
+        "labels.md": "\n".join(f"## {side}\n\n{found.tables}" for side, found in fitted.items()),
+    }
+    for name, text in texts.items():
+        (folder / f".{name}.tmp").write_text(text, encoding="utf-8")
+    for name in (*texts, "curve.csv"):
+        (folder / f".{name}.tmp").replace(folder / name)
+    curves = {side: (found.curve, found.chosen) for side, found in fitted.items()}
+    plot_gate_curves(curves, folder / "curve.png", metric=metric)
+
+
+def log_side(side: str, found: FittedSide, metric: str) -> None:
+    """Log what the gate costs and gives on the validation split."""
+    logger.info(
+        "%s gate: validation AUC %s, ECE %.3f, threshold %.3f",
+        side,
+        found.metrics["validation_auc"],
+        found.metrics["validation_ece"],
+        found.chosen.threshold,
+    )
+    named = {
+        "never": found.curve.never,
+        "chosen": found.chosen,
+        "always": found.curve.always,
+        "oracle": found.curve.oracle,
+    }
+    for name, point in named.items():
+        logger.info(
+            "%-8s %-7s %s %5.1f   %6.2f tokens   %5.1f %% think   random at that rate %5.1f",
+            side,
+            name,
+            metric,
+            100 * point.quality,
+            point.think_tokens,
+            100 * point.think_rate,
+            100 * point.random_quality,
+        )
+
+
+if __name__ == "__main__":
+    main(
+        *parse_arguments(
+            (GateScriptArguments, DataArguments),
+            default_config=DEFAULT_CONFIG,
+            description=__doc__,
+        )
+    )

@@ -1,0 +1,324 @@
+"""The label pass: every input once without and once with its own thought, against fixed vectors.
+
+The gain is attributed to one side: the other side's vectors come from a bank and never change.
+Knows no gate.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from tqdm.auto import tqdm
+
+from twn_rl.bank_building import Processes, read_json, wait, write_json
+from twn_rl.gate_examples import GateExample, bank_items, choose_examples, gate_examples
+from twn_rl.gate_files import gate_fingerprints
+from twn_rl.gate_labels import (
+    LABEL_FORMAT,
+    PLAN_FILE,
+    GateLabels,
+    LabelsError,
+    read_labels,
+    read_shard,
+    shard_sizes,
+    write_shard,
+)
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Item, Record
+from twn_rl.rollouts import embed_items
+from twn_rl.scoring import scorer_fingerprint, similarity_columns
+from twn_rl.target_bank import TargetBank
+
+logger = logging.getLogger(__name__)
+
+BANK_DIR = "bank"
+PAIRS_PER_PRODUCT = 1024
+
+
+@dataclass(frozen=True)
+class LabelSettings:
+    """How inputs are labelled.
+
+    Attributes:
+        temperature: InfoNCE temperature; the one the embedding adapter was trained with.
+        max_think_tokens: Budget of a thought; None takes the model's.
+        max_examples: Distinct inputs to label, drawn by `seed`; None takes all. Negatives always
+            come from all records.
+        seed: Of that draw.
+        batch_size: Inputs a forward; does not change what is measured.
+        shard_size: Inputs between two writes; a kill loses at most one shard per process.
+    """
+
+    temperature: float = 0.02
+    max_think_tokens: int | None = None
+    max_examples: int | None = None
+    seed: int = 0
+    batch_size: int = 32
+    shard_size: int = 256
+
+    def __post_init__(self) -> None:
+        """Collect every problem into one error."""
+        counts = ("max_think_tokens", "max_examples", "batch_size", "shard_size")
+        problems = [
+            f"{name} = {getattr(self, name)}, expected >= 1"
+            for name in counts
+            if getattr(self, name) is not None and getattr(self, name) < 1
+        ]
+        if not self.temperature > 0:
+            problems.append(f"temperature = {self.temperature}, expected > 0")
+        if problems:
+            raise ValueError("LabelSettings: " + "; ".join(problems) + "; change these fields")
+
+
+def label_records(
+    model: DualLoraModel,
+    records: Sequence[Record],
+    side: str,
+    directory: str | Path,
+    settings: LabelSettings | None = None,
+    *,
+    processes: Processes | None = None,
+    rebuild: bool = False,
+    show_progress_bar: bool = True,
+) -> GateLabels:
+    """Measure both ways of embedding each input of one side, or reopen what was measured.
+
+    Finished shards are kept while model, settings and records are the same, so that a killed pass
+    goes on where it stopped. Several processes share the shards, each with the whole model; the
+    result is that of one process.
+
+    Args:
+        model: The model, unsharded; on any device.
+        records: Where inputs, partners and negatives come from.
+        side: `gate.QUERY_SIDE` or `gate.DOCUMENT_SIDE`.
+        directory: Folder of labels and bank; all processes must see the same one.
+        settings: How to label; defaults if None.
+        processes: `PartialState` or `Accelerator` when several processes share the work.
+        rebuild: Measure anew, whatever is stored.
+        show_progress_bar: Show inputs done, on the main process.
+
+    Raises:
+        LabelsError: If the folder holds labels of another model, other settings or other records,
+            unless `rebuild`; or if shards got lost.
+    """
+    settings = settings or LabelSettings()
+    folder = Path(directory)
+    examples = choose_examples(
+        gate_examples(records, side), settings.max_examples, seed=settings.seed
+    )
+    items, pools = bank_items(records, side)
+    if not examples:
+        raise LabelsError("records is empty; expected at least one; check the file")
+    plan = _plan(model, side, settings, examples, items, pools)
+    stored = None if rebuild else read_json(folder / PLAN_FILE)
+    if stored is not None:
+        _check_plan(folder, stored, plan)
+    wait(processes)  # every process has looked before the first one changes the folder
+    index = processes.process_index if processes else 0
+    if index == 0 and stored is None:
+        _clear(folder)
+        write_json(folder / PLAN_FILE, plan)
+    wait(processes)
+    sizes = shard_sizes(len(examples), settings.shard_size)
+    missing = [n for n, size in enumerate(sizes) if read_shard(folder, n, size) is None]
+    wait(processes)  # all have listed before the first new shard appears
+    if missing:
+        bank = TargetBank(folder / BANK_DIR).build(
+            items,
+            lambda batch: embed_items(model, batch),
+            fingerprint=plan["scorer"],
+            batch_size=settings.batch_size,
+            pools=pools,
+            processes=processes,
+            show_progress_bar=show_progress_bar,
+        )
+        labeller = _Labeller(model, bank, settings)
+        mine = missing[index :: processes.num_processes if processes else 1]
+        if len(missing) < len(sizes):
+            logger.info("going on: %d of %d shards missing", len(missing), len(sizes))
+        with tqdm(
+            total=sum(sizes[n] for n in mine),
+            desc=f"{side} labels",
+            unit="input",
+            disable=not show_progress_bar or index != 0,
+        ) as bar:
+            for number in mine:
+                start = number * settings.shard_size
+                rows, states = labeller.label(examples[start : start + sizes[number]], bar)
+                write_shard(folder, number, rows, states)
+        wait(processes)
+    return read_labels(folder)
+
+
+def _plan(
+    model: DualLoraModel,
+    side: str,
+    settings: LabelSettings,
+    examples: Sequence[GateExample],
+    items: Sequence[Item],
+    pools: Sequence[str],
+) -> dict[str, Any]:
+    keys = [[example.key, example.partners] for example in examples]
+    competitors = sorted({(item.content_key(), p) for item, p in zip(items, pools, strict=True)})
+    content = json.dumps([keys, competitors]).encode()
+    return {
+        "format": LABEL_FORMAT,
+        "side": side,
+        "scorer": scorer_fingerprint(model),
+        "reasoning": gate_fingerprints(model)["reasoning"],
+        "temperature": settings.temperature,
+        "max_think_tokens": settings.max_think_tokens or model.config.max_think_tokens,
+        "shard_size": settings.shard_size,
+        "num_examples": len(examples),
+        "records": hashlib.sha256(content).hexdigest(),
+    }
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier pass wrote, the plan first, and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN_FILE).unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{6}\.(npy|parquet)", path.name):
+            path.unlink()
+    shutil.rmtree(folder / BANK_DIR, ignore_errors=True)
+
+
+def _check_plan(folder: Path, stored: dict[str, Any], plan: dict[str, Any]) -> None:
+    other = {
+        name: (stored.get(name), plan.get(name))
+        for name in {**plan, **stored}
+        if stored.get(name) != plan.get(name)
+    }
+    if other:
+        described = "; ".join(f"{n} = {_short(a)}, now {_short(b)}" for n, (a, b) in other.items())
+        raise LabelsError(
+            f"labels in {folder} are about something else: {described}; expected the same model, "
+            "settings and records; pass rebuild (--rebuild_labels true) to measure anew, or use "
+            "another folder"
+        )
+
+
+def _short(value: Any) -> Any:
+    return value[:12] if isinstance(value, str) else value
+
+
+class _Labeller:
+    """Measures examples against a bank."""
+
+    def __init__(self, model: DualLoraModel, bank: TargetBank, settings: LabelSettings) -> None:
+        self.model, self.bank, self.settings = model, bank, settings
+
+    def label(
+        self, examples: Sequence[GateExample], bar: tqdm
+    ) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Return one row an example, and the no-think states (N, D)."""
+        # A batch is as long as its longest prompt; pictures decide before words.
+        order = sorted(range(len(examples)), key=lambda i: _size(examples[i].item))
+        no_think = torch.empty(len(examples), self.model.hidden_size)
+        think = torch.empty_like(no_think)
+        thoughts: list[dict[str, Any]] = [{}] * len(examples)
+        for start in range(0, len(order), self.settings.batch_size):
+            rows = order[start : start + self.settings.batch_size]
+            batch = self._read([examples[row].item for row in rows])
+            no_think[rows], think[rows] = batch[0].cpu(), batch[1].cpu()
+            for row, thought in zip(rows, batch[2], strict=True):
+                thoughts[row] = thought
+            bar.update(len(rows))
+        measured = [self._score(examples, states) for states in (no_think, think)]
+        labelled = [
+            _row(example, thought, before, after)
+            for example, thought, before, after in zip(examples, thoughts, *measured, strict=True)
+        ]
+        return labelled, no_think.numpy()
+
+    def _read(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+        """Return states (n, D) without and with each input's own thought, and the thoughts."""
+        model = self.model
+        prompts = model.prepare(model.collate(items))
+        prefix = model.read(prompts)
+        no_think = model.read_out(prefix)
+        written = model.reason(prompts, max_think_tokens=self.settings.max_think_tokens)
+        usable = [model.completion_for_embedding(ids) for ids in written]
+        think = model.read_out(prefix, usable)
+        # An unusable thought is embedded as no-think; its gain is 0, not a rounding error.
+        is_used = torch.tensor([bool(ids) for ids in usable], device=think.device)
+        think = torch.where(is_used[:, None], think, no_think)
+        eos = model.backbone.eos_token_id
+        thoughts = [
+            {
+                "cot": model.think(ids).text,
+                "think_tokens": sum(token != eos for token in ids),
+                "problem": model.think(ids).problem,
+            }
+            for ids in written
+        ]
+        return no_think, think, thoughts
+
+    def _score(self, examples: Sequence[GateExample], states: Tensor) -> list[dict[str, Any]]:
+        """Return the means over each example's partners; its ranks as a list."""
+        vectors = normalize(states, dim=-1)
+        pairs = [(row, key, pool) for row, e in enumerate(examples) for key, pool in e.partners]
+        columns: dict[str, list[Any]] = {}
+        for start in range(0, len(pairs), PAIRS_PER_PRODUCT):
+            part = pairs[start : start + PAIRS_PER_PRODUCT]
+            scored = similarity_columns(
+                vectors[[row for row, _, _ in part]].to(self.model.device),
+                [key for _, key, _ in part],
+                self.bank,
+                num_negatives=1,
+                # Further partners and the input itself are no negatives.
+                false_negative_ids=[
+                    [examples[row].key, *(key for key, _ in examples[row].partners)]
+                    for row, _, _ in part
+                ],
+                pools=[pool for _, _, pool in part],
+                temperature=self.settings.temperature,
+            )
+            for name, values in scored.items():
+                columns.setdefault(name, []).extend(values)
+        members: list[list[int]] = [[] for _ in examples]
+        for position, (row, _, _) in enumerate(pairs):
+            members[row].append(position)
+        return [
+            {name: [values[p] for p in rows] for name, values in columns.items()}
+            for rows in members
+        ]
+
+
+def _size(item: Item) -> tuple[int, int]:
+    return len(item.images) + len(item.video), len(item.text or "") + len(item.instruction or "")
+
+
+def _row(
+    example: GateExample, thought: dict[str, Any], before: dict[str, Any], after: dict[str, Any]
+) -> dict[str, Any]:
+    losses = [float(np.mean(scored["info_nce"])) for scored in (before, after)]
+    row: dict[str, Any] = {
+        "id": example.id,
+        "key": example.key,
+        "task": example.task,
+        "hop": example.hop,
+        "no_think_loss": losses[0],
+        "think_loss": losses[1],
+        "gain": losses[0] - losses[1],
+        **thought,
+    }
+    for name, scored in (("no_think", before), ("think", after)):
+        hardest = [values[0] if values else None for values in scored["negative_similarities"]]
+        row[f"{name}_ranks"] = scored["target_rank"]
+        row[f"{name}_positive_similarity"] = float(np.mean(scored["positive_similarity"]))
+        row[f"{name}_hardest_negative"] = None if None in hardest else float(np.mean(hardest))
+    return row

@@ -1,0 +1,199 @@
+"""From gate probabilities to one threshold: what quality costs in tokens; pure functions, no model.
+
+An input thinks when its probability is above the threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+# Nearer probabilities are one: padding alone moves them by less.
+TIE_TOLERANCE = 1e-6
+DEFAULT_QUALITY_DROP = 0.005
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one threshold gives on the data it was measured on.
+
+    Attributes:
+        threshold: In [0, 1]; None for the oracle, which no threshold gives.
+        quality: Mean of the metric.
+        think_tokens: Mean tokens written per input.
+        think_rate: Share of inputs that think.
+        random_quality: Quality of thinking at the same rate by chance, as expected value.
+    """
+
+    threshold: float | None
+    quality: float
+    think_tokens: float
+    think_rate: float
+    random_quality: float
+
+
+@dataclass(frozen=True)
+class GateCurve:
+    """All thresholds that differ on the data, and what to compare them with.
+
+    Attributes:
+        points: By rising think rate; the first never thinks, the last always does.
+        oracle: The better mode of each input, thinking only where that is better: the ceiling.
+    """
+
+    points: list[CurvePoint]
+    oracle: CurvePoint
+
+    @property
+    def never(self) -> CurvePoint:
+        """The point without thinking."""
+        return self.points[0]
+
+    @property
+    def always(self) -> CurvePoint:
+        """The point with thinking everywhere."""
+        return self.points[-1]
+
+
+def gate_curve(
+    probabilities: ArrayLike, no_think: ArrayLike, think: ArrayLike, think_tokens: ArrayLike
+) -> GateCurve:
+    """Return quality and cost at every threshold that matters.
+
+    >>> curve = gate_curve([0.9, 0.2], [0.0, 1.0], [1.0, 0.0], [10, 30])
+    >>> [(p.threshold, p.quality, p.think_tokens, p.think_rate) for p in curve.points]
+    [(1.0, 0.5, 0.0, 0.0), (0.55, 1.0, 5.0, 0.5), (0.0, 0.5, 20.0, 1.0)]
+
+    Args:
+        probabilities: (N,) in (0, 1] of the gate.
+        no_think: (N,) the metric of each input without thinking.
+        think: (N,) the same with its thought.
+        think_tokens: (N,) tokens of the thought, also where it was of no use.
+
+    Raises:
+        ValueError: For other shapes, no inputs, numbers not finite, probabilities out of range.
+    """
+    gate, before, after, tokens = _checked(probabilities, no_think, think, think_tokens)
+    order = np.argsort(-gate, kind="stable")
+    gate, count = gate[order], len(gate)
+    # Cuts between inputs whose probabilities differ; position = how many think.
+    cuts = 1 + np.flatnonzero(gate[:-1] - gate[1:] > TIE_TOLERANCE)
+    numbers = [0, *cuts.tolist(), count]
+    thresholds = [1.0, *((gate[cuts - 1] + gate[cuts]) / 2).tolist(), 0.0]
+    gained = np.concatenate([[0.0], np.cumsum((after - before)[order])])
+    spent = np.concatenate([[0.0], np.cumsum(tokens[order])])
+    points = [
+        CurvePoint(
+            threshold=float(threshold),
+            quality=float(before.mean() + gained[number] / count),
+            think_tokens=float(spent[number] / count),
+            think_rate=number / count,
+            random_quality=_mix(before, after, number / count),
+        )
+        for threshold, number in zip(thresholds, numbers, strict=True)
+    ]
+    thinks = after > before
+    rate = float(thinks.mean())
+    oracle = CurvePoint(
+        threshold=None,
+        quality=float(np.maximum(before, after).mean()),
+        think_tokens=float(np.where(thinks, tokens, 0).mean()),
+        think_rate=rate,
+        random_quality=_mix(before, after, rate),
+    )
+    return GateCurve(points, oracle)
+
+
+def _mix(before: NDArray[Any], after: NDArray[Any], rate: float) -> float:
+    return float((1 - rate) * before.mean() + rate * after.mean())
+
+
+def _checked(*columns: ArrayLike) -> list[NDArray[np.float64]]:
+    arrays = [np.asarray(column, dtype=np.float64) for column in columns]
+    shapes = [array.shape for array in arrays]
+    if arrays[0].ndim != 1 or not len(arrays[0]) or len(set(shapes)) != 1:
+        raise ValueError(
+            f"probabilities, no_think, think, think_tokens have shapes {shapes}; expected (N,) "
+            "with N > 0 for all; pass one number an input"
+        )
+    bad = [int((~np.isfinite(array)).sum()) for array in arrays]
+    if any(bad) or arrays[0].min() <= 0 or arrays[0].max() > 1:
+        raise ValueError(
+            f"probabilities reach from {arrays[0].min():.3g} to {arrays[0].max():.3g}, non-finite "
+            f"numbers by column: {bad}; expected probabilities in (0, 1] and finite numbers; look "
+            "for the input that gives NaN"
+        )
+    return arrays
+
+
+def pick_knee(
+    points: Sequence[CurvePoint], max_quality_drop: float = DEFAULT_QUALITY_DROP
+) -> CurvePoint:
+    """Return the cheapest point whose quality is within `max_quality_drop` of the best point's.
+
+    Cheapest is fewest think tokens; among equals the better quality, then the higher threshold.
+    """
+    if not max_quality_drop >= 0:
+        raise ValueError(f"max_quality_drop = {max_quality_drop}; expected at least 0; raise it")
+    best = max(point.quality for point in points)
+    return _cheapest([p for p in points if p.quality >= best - max_quality_drop - 1e-9])
+
+
+def pick_think_rate(points: Sequence[CurvePoint], think_rate: float) -> CurvePoint:
+    """Return the point of the highest quality among those that think at most at this rate."""
+    if not 0 <= think_rate <= 1:
+        raise ValueError(f"think_rate = {think_rate}; expected in [0, 1]; change it")
+    allowed = [point for point in points if point.think_rate <= think_rate + 1e-9]
+    best = max(point.quality for point in allowed)
+    return _cheapest([point for point in allowed if point.quality >= best - 1e-9])
+
+
+def pick_min_quality(points: Sequence[CurvePoint], min_quality: float) -> CurvePoint:
+    """Return the cheapest point with at least this quality.
+
+    Raises:
+        ValueError: If no threshold reaches it.
+    """
+    best = max(point.quality for point in points)
+    if not min_quality <= best + 1e-9:
+        raise ValueError(
+            f"min_quality = {min_quality}; expected at most {best:.4f}, the best any threshold "
+            "reaches; lower it"
+        )
+    return _cheapest([point for point in points if point.quality >= min_quality - 1e-9])
+
+
+def _cheapest(points: Sequence[CurvePoint]) -> CurvePoint:
+    # Points come by rising think rate, so that the first of equals has the highest threshold.
+    return min(points, key=lambda point: (point.think_tokens, -point.quality))
+
+
+def pick_point(
+    points: Sequence[CurvePoint],
+    *,
+    max_quality_drop: float = DEFAULT_QUALITY_DROP,
+    think_rate: float | None = None,
+    min_quality: float | None = None,
+) -> CurvePoint:
+    """Return the point of the one rule asked for; the knee if neither rate nor quality is given."""
+    if think_rate is not None and min_quality is not None:
+        raise ValueError(
+            f"think_rate = {think_rate} and min_quality = {min_quality}; expected one of them; "
+            "leave one out"
+        )
+    if think_rate is not None:
+        return pick_think_rate(points, think_rate)
+    if min_quality is not None:
+        return pick_min_quality(points, min_quality)
+    return pick_knee(points, max_quality_drop)
+
+
+def curve_rows(curve: GateCurve, **fixed: Any) -> list[dict[str, Any]]:
+    """Return the rows of a CSV file: every point under the name "curve", then the references."""
+    named = [("curve", point) for point in curve.points]
+    named += [("never", curve.never), ("always", curve.always), ("oracle", curve.oracle)]
+    return [{**fixed, "name": name, **asdict(point)} for name, point in named]
