@@ -55,10 +55,9 @@ def strip_marks(
             reason="mark_without_image",
             field=field,
         )
-    bare = _MARK_LINE.sub("", without_read_out)
-    inside = [match for match in _MARK_INLINE.finditer(bare) if bare[: match.start()].strip()]
-    if any(bare[match.end() :].strip() for match in inside):
+    if sum(bool(part.strip()) for part in _MARK.split(without_read_out)) > 1:
         notes["placeholders amid a text, whose picture now comes first"] += 1
+    bare = _MARK_LINE.sub("", without_read_out)
     bare = _MARK_INLINE.sub(_gap, bare).strip()
     return bare or None
 

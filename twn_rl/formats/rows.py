@@ -14,7 +14,6 @@ from twn_rl.record_schema import RecordError
 
 # Rows of Parquet may hold pictures of some megabytes each.
 _BATCH_ROWS = 64
-_CHUNK_CHARACTERS = 1 << 20
 _GAP = re.compile(r"\s*(,?)\s*")
 
 
@@ -79,7 +78,7 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
                 if line.strip():
                     yield number, parse_json(line.removeprefix(b"\xef\xbb\xbf"), field=None)
     else:
-        yield from enumerate(_members(path), start=1)
+        yield from enumerate(read_list(path), start=1)
 
 
 def _is_list(path: Path) -> bool:
@@ -88,8 +87,8 @@ def _is_list(path: Path) -> bool:
     return start.startswith(b"[")
 
 
-def _members(path: Path) -> Iterator[Any]:
-    """Yield the members of a JSON list, holding little more than one of them in memory.
+def read_list(path: Path, *, chunk_characters: int = 1 << 20) -> Iterator[Any]:
+    """Yield the members of a file with one JSON list, holding a chunk of its text at a time.
 
     Raises:
         RecordError: Where the text is no JSON: unlike a bad line, it hides all that follows.
@@ -97,14 +96,14 @@ def _members(path: Path) -> Iterator[Any]:
     decoder = json.JSONDecoder()
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text, size, is_first = file.read(_CHUNK_CHARACTERS), _CHUNK_CHARACTERS, True
+            text, size, is_first = file.read(chunk_characters), chunk_characters, True
             at = text.index("[") + 1
             while True:
                 gap = _GAP.match(text, at)
                 start = gap.end() if gap else at
                 has_comma = bool(gap and gap[1])
                 if text[start : start + 1] == "]" and not has_comma:
-                    _refuse_rest(path, text[start + 1 :] + file.read(_CHUNK_CHARACTERS))
+                    _refuse_rest(path, text[start + 1 :] + file.read(chunk_characters))
                     return
                 member, end = _decode(decoder, text, start)
                 # What reaches the end of the chunk may be cut off; the comma may be still to come.
@@ -116,7 +115,7 @@ def _members(path: Path) -> Iterator[Any]:
                 if end is None or has_comma == is_first:
                     raise _broken(path, f"near {text[start : start + 40]!r}")
                 yield member
-                at, size, is_first = end, _CHUNK_CHARACTERS, False
+                at, size, is_first = end, chunk_characters, False
     except UnicodeDecodeError as error:
         raise _broken(path, str(error)) from error
 
