@@ -173,6 +173,29 @@ def test_ume_rl_rows_are_flat_and_sampled_as_their_yaml_says(
     assert records[0].metadata == {"solution": f"s{kept[0]}"}
 
 
+def test_ume_rl_random_rows_are_the_same_in_every_run(root: Path) -> None:
+    write_lines(root / "rl.jsonl", *({"qry_text": f"q{i}", "pos_text": "p"} for i in range(30)))
+    source = root / "rl.yaml"
+    listed = {"datasets": [{"json_path": "rl.jsonl", "sampling_strategy": "random:5"}]}
+    source.write_text(yaml.safe_dump(listed))
+    chosen = [record.id for record in convert(root, "ume-rl", source)]
+    assert len(chosen) == 5
+    assert chosen != [f"rl/{i}" for i in range(1, 6)]
+
+
+def test_absolute_folders_of_a_yaml_file_become_relative(root: Path) -> None:
+    write_lines(root / "rows.jsonl", {"qry": "q", "pos_text": "", "pos_image_path": "a.png"})
+    entry = {
+        "dataset_parser": "mmeb",
+        "dataset_path": "rows.jsonl",
+        "image_dir": str(root / "pics"),
+    }
+    (root / "train.yaml").write_text(yaml.safe_dump({"one": entry}))
+    records = convert(root, "vlm2vec", root / "train.yaml")
+    assert records[0].positive == Item(images=under(root, "pics/a.png"))
+    assert '"pics/a.png"' in (root / "out.jsonl").read_text()
+
+
 def test_twn_uris_lead_to_folders_and_thoughts_to_cots(
     root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

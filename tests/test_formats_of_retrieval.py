@@ -48,6 +48,19 @@ def test_swift_chats_bring_their_own_pictures_and_system_messages(root: Path) ->
     ]
 
 
+def test_swift_videos_are_folders_of_frames(root: Path) -> None:
+    row = {
+        "messages": [{"role": "user", "content": "<video>what happens?"}],
+        "videos": ["clips/v1"],
+        "positive_messages": [[{"role": "user", "content": "<video>"}]],
+        "positive_videos": [[["clips/v1/frame2.png", "clips/v1/frame0.png"]]],
+    }
+    records = convert(root, "swift", write_lines(root / "swift.jsonl", row))
+    frames = [f"clips/v1/frame{i}.png" for i in range(3)]
+    assert records[0].query == Item(text="what happens?", video=under(root, *frames))
+    assert records[0].positive == Item(video=under(root, frames[2], frames[0]))
+
+
 def test_old_swift_rows_deal_out_their_images_by_the_marks(root: Path) -> None:
     row = {
         "query": "<image>anchor",

@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from twn_rl.formats import FORMATS, Conversion
 from twn_rl.formats.converting import convert_file
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _special_options(arguments: argparse.Namespace, known: tuple[str, ...]) -> dict[str, object]:
+def _special_options(arguments: argparse.Namespace, known: tuple[str, ...]) -> dict[str, Any]:
     """Return the options that only some formats have, refusing those of other formats."""
     names = {name for chosen in FORMATS.values() for name in chosen.options}
     given = {name: value for name in names if (value := getattr(arguments, name)) is not None}

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ class Pictures:
                 reason="video_file",
                 field=field,
             )
-        if isinstance(cell, str) and (self.data_root / self.folder / cell).is_dir() and cell:
+        # os.path.isdir answers False where Path.is_dir raises: names too long, null bytes.
+        if isinstance(cell, str) and cell and os.path.isdir(self._root / self.folder / cell):
             cell = self._listed(cell, field)
         frames = self.paths(cell, field=field)
         if num_frames is None or len(frames) <= num_frames:
@@ -99,10 +101,14 @@ class Pictures:
             frames[(2 * i + 1) * len(frames) // (2 * num_frames)] for i in range(num_frames)
         )
 
+    @cached_property
+    def _root(self) -> Path:
+        return self.data_root.resolve()
+
     def _listed(self, folder: str, field: str) -> list[str]:
         names = sorted(
             path.name
-            for path in (self.data_root / self.folder / folder).iterdir()
+            for path in (self._root / self.folder / folder).iterdir()
             if path.suffix.lower() in IMAGE_SUFFIXES
         )
         if not names:
@@ -114,12 +120,13 @@ class Pictures:
         return [f"{folder}/{name}" for name in names]
 
     def _inside(self, name: str, field: str) -> str:
-        path = Path(name)
-        root = self.data_root.resolve()
-        if path.is_absolute() and path.resolve().is_relative_to(root):
-            name = path.resolve().relative_to(root).as_posix()
-        elif self.folder and "://" not in name and not path.is_absolute():
+        root = self._root
+        if self.folder and "://" not in name and not Path(name).is_absolute():
             name = f"{self.folder}/{name}"
+        if Path(name).is_absolute():
+            real = os.path.realpath(name.replace("\0", "?"))
+            if Path(real).is_relative_to(root):
+                name = Path(real).relative_to(root).as_posix()
         try:
             resolve_inside(name, root)
         except ImageError as error:

@@ -24,24 +24,24 @@ class Row(NamedTuple):
         file: File it stands in.
         number: 1-based row (line) in that file.
         subset: Name of the subset the file belongs to.
-        index: 1-based row among all rows of that subset, over all its files.
+        position: 1-based row among all rows of that subset, over all its files.
         data: The row, or what kept it from being parsed.
     """
 
     file: Path
     number: int
     subset: str
-    index: int
+    position: int
     data: Mapping[str, Any] | RecordError
 
     @property
     def name(self) -> str:
         """An id for rows whose format has none."""
-        return f"{self.subset}/{self.index}"
+        return f"{self.subset}/{self.position}"
 
 
 def read_rows(files: Iterable[DataFile]) -> Iterator[Row]:
-    """Yield the rows of all files in order; `index` counts on over the files of a subset.
+    """Yield the rows of all files in order; `position` counts on over the files of a subset.
 
     Raises:
         RecordError: For a file that cannot be read on, as a damaged one.

@@ -168,4 +168,4 @@ def _sampled(path: Path, rows: Iterator[Row], strategy: str) -> Iterator[Row]:
     else:
         start = 1 if kind == "first" else total - size + 1
         chosen = set(range(start, start + size))
-    yield from (row for row in rows if row.index in chosen)
+    yield from (row for row in rows if row.position in chosen)
