@@ -1,4 +1,4 @@
-"""Rows of Parquet files, in and out. Knows the columns of a record and nothing of its meaning.
+"""Rows of Parquet and Arrow files. Knows the columns of a record and nothing of its meaning.
 
 The only room that needs pyarrow.
 """
@@ -45,16 +45,27 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordEr
         RecordError: If the file is damaged or no Parquet.
         FileNotFoundError: If there is no such file.
     """
+    for row, data in enumerate(read_table(path, batch_rows=_PARQUET_BATCH_ROWS), start=1):
+        if isinstance(data.get("metadata"), str):
+            data["metadata"] = parse_json(data["metadata"], field="metadata")
+        bad = data.get("metadata")
+        yield row, bad if isinstance(bad, RecordError) else data
+
+
+def read_table(path: Path, *, batch_rows: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, or of an Arrow stream (`.arrow`), whatever their columns.
+
+    Args:
+        path: File to read.
+        batch_rows: Rows held in memory at a time; small where cells hold pictures.
+
+    Raises:
+        RecordError: If the file is damaged or of another kind.
+        FileNotFoundError: If there is no such file.
+    """
     try:
-        with pq.ParquetFile(path) as file:
-            row = 0
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for data in batch.to_pylist():
-                    row += 1
-                    if isinstance(data.get("metadata"), str):
-                        data["metadata"] = parse_json(data["metadata"], field="metadata")
-                    bad = data.get("metadata")
-                    yield row, bad if isinstance(bad, RecordError) else data
+        for batch in _batches_of(path, batch_rows):
+            yield from batch.to_pylist()
     except (pa.ArrowInvalid, OSError) as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -63,6 +74,17 @@ def read_parquet(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordEr
             reason="bad_file",
             file=path,
         ) from error
+
+
+def _batches_of(path: Path, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    if path.suffix == ".arrow":
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            for batch in reader:
+                for start in range(0, batch.num_rows, batch_rows):
+                    yield batch.slice(start, batch_rows)
+        return
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=batch_rows)
 
 
 def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:

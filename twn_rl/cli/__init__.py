@@ -16,7 +16,9 @@ from twn_rl import __version__
 
 # Subcommand -> (module of this package, one line of help). Modules are imported when chosen, so
 # that `twn-rl --help` does not load torch.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "convert": ("convert", "turn data of another format into records"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
