@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers on light and dark pages.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+MARKERS = ("o", "s", "*", "X", "D", "^")
 _INK = "#010203"  # replaced by the page's own text colour
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color")
 _STYLE: Any = {
@@ -124,6 +125,38 @@ def draw_bars(
             for group, bars in groups.items()
         )
         return Chart(title, _svg(figure, title), f"{title}, {label}. {words}")
+
+
+def draw_tradeoff(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    marks: Mapping[str, tuple[float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+) -> Chart:
+    """Return lines, the first one solid, below named marks: name -> (x, y)."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(6.4, 3.6)
+        for index, (name, points) in enumerate(lines.items()):
+            x, y = zip(*points, strict=True)
+            style = {"linestyle": "--", "alpha": 0.6} if index else {}
+            axes.plot(x, y, color=_INK, linewidth=1.2, label=name, **style)
+        for index, (name, (x, y)) in enumerate(marks.items()):
+            axes.plot(
+                [x],
+                [y],
+                MARKERS[index % len(MARKERS)],
+                color=PALETTE[index % len(PALETTE)],
+                markersize=8,
+                linestyle="none",
+                label=name,
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        words = "; ".join(f"{name} {y:.3f} at {x:.1f}" for name, (x, y) in marks.items())
+        return Chart(title, _svg(figure, title), f"{title}, {y_label} against {x_label}. {words}")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
