@@ -24,6 +24,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.2,
     "legend.frameon": False,
     "ytick.color": _INK,
@@ -103,7 +104,7 @@ def draw_bars(
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = 0.8 / max(1, len(names))
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(max(4.4, 0.3 * len(groups) * len(names) + 1.5), 2.9)
+        figure, axes = _figure(max(4.4, 0.2 * len(groups) * len(names) + 1.5), 2.9)
         for index, name in enumerate(names):
             shown = [(x, bars[name]) for x, bars in enumerate(groups.values()) if name in bars]
             centers = [x + (index - (len(names) - 1) / 2) * width for x, _ in shown]
@@ -118,7 +119,7 @@ def draw_bars(
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.02)
         axes.legend(
-            fontsize=7, ncols=min(6, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1)
+            fontsize=7, ncols=min(3, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1)
         )
         words = "; ".join(
             f"{group}: " + ", ".join(f"{name} {value[0]:.2f}" for name, value in bars.items())
@@ -137,7 +138,7 @@ def draw_tradeoff(
 ) -> Chart:
     """Return lines, the first one solid, below named marks: name -> (x, y)."""
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(6.4, 3.6)
+        figure, axes = _figure(5.6, 4.2)
         for index, (name, points) in enumerate(lines.items()):
             x, y = zip(*points, strict=True)
             style = {"linestyle": "--", "alpha": 0.6} if index else {}
@@ -148,13 +149,13 @@ def draw_tradeoff(
                 [y],
                 MARKERS[index % len(MARKERS)],
                 color=PALETTE[index % len(PALETTE)],
-                markersize=8,
+                markersize=9,
                 linestyle="none",
                 label=name,
             )
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
-        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
         words = "; ".join(f"{name} {y:.3f} at {x:.1f}" for name, (x, y) in marks.items())
         return Chart(title, _svg(figure, title), f"{title}, {y_label} against {x_label}. {words}")
 

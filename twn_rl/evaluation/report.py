@@ -14,6 +14,7 @@ from twn_rl.evaluation.report_tables import groups_of, quality_table, routing_ta
 from twn_rl.evaluation.results import Evaluation, write_text
 from twn_rl.evaluation.routing import (
     RoutedQuery,
+    describe_routing,
     routed_queries,
     routing_curve,
     routing_points,
@@ -103,7 +104,9 @@ def _routing(evaluation: Evaluation, num_examples: int) -> dict[str, Any] | None
         return None
     everything = [query for queries in routed.values() for query in queries]
     return {
-        "words": [_routing_words(split, queries) for split, queries in routed.items()],
+        "words": [
+            describe_routing(split, routing_summary(queries)) for split, queries in routed.items()
+        ],
         "charts": _markup([_routing_chart(split, queries) for split, queries in routed.items()]),
         "tables": [routing_table(split, evaluation) for split in routed],
         "kinds": routing_gallery(everything, evaluation, num_examples),
@@ -124,19 +127,3 @@ def _routing_chart(split: str, queries: Sequence[RoutedQuery]) -> Chart:
         x_label="think tokens a query",
         y_label="hit@1",
     )
-
-
-def _routing_words(split: str, queries: Sequence[RoutedQuery]) -> str:
-    summary = routing_summary(queries)
-    auto, ratio, share = summary["auto"], summary["token_ratio"], summary["oracle_share"]
-    parts = [f"On {split} the gate thinks about {auto['think_rate']:.0%} of {len(queries)} queries"]
-    if ratio is not None:
-        parts.append(f"writes {ratio:.0%} of the tokens of always thinking")
-    lost = 100 * summary["quality_drop"]
-    side = "below" if lost >= 0 else "above"
-    parts.append(
-        f"reaches a hit@1 of {auto['quality']:.2f}, {abs(lost):.1f} points {side} always thinking"
-    )
-    if share is not None:
-        parts.append(f"covers {share:.0%} of the way from chance at the same rate to the oracle")
-    return ", ".join(parts[:-1]) + f", and {parts[-1]}."

@@ -69,7 +69,7 @@ def routing_gallery(
                 "name": name,
                 "is_right": choice[0] == choice[1],
                 "count": len(members),
-                "share": f"{len(members) / max(1, len(queries)):.0%}",
+                "share": f"{100 * len(members) / max(1, len(queries)):.0f} %",
                 "examples": entries,
             }
         )

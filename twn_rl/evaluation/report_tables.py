@@ -16,6 +16,7 @@ class Cell:
 
     value: str = "–"  # noqa: RUF001 -- a dash is what tables print for nothing
     detail: str = ""
+    more: str = ""
 
 
 def splits_of(evaluation: Evaluation) -> list[str]:
@@ -76,15 +77,11 @@ def _cost_cell(evaluation: Evaluation, key: str) -> Cell:
     metrics = evaluation.metrics
     if f"{key}/hit@1" not in metrics:
         return Cell()
-    costs = {
-        "think_rate": "thinks {:.0%}",
-        "think_tokens": "{:.1f} tokens",
-        "seconds": "{:.3g} ms",
-    }
-    scales = {"seconds": 1000.0}
-    details = [
-        text.format(metrics[f"{key}/{name}"] * scales.get(name, 1.0))
-        for name, text in costs.items()
-        if f"{key}/{name}" in metrics  # evaluations of earlier versions have no seconds
+    # Evaluations of earlier versions have neither rates nor seconds.
+    rate, seconds = metrics.get(f"{key}/think_rate"), metrics.get(f"{key}/seconds")
+    lines = [
+        "" if rate is None else f"{100 * rate:.0f} % think",
+        f"{metrics[f'{key}/think_tokens']:.1f} tokens",
+        "" if seconds is None else f"{1000 * seconds:.1f} ms",
     ]
-    return Cell(f"{metrics[f'{key}/hit@1']:.2f}", ", ".join(details))
+    return Cell(f"{metrics[f'{key}/hit@1']:.2f}", lines[0], ", ".join(filter(None, lines[1:])))

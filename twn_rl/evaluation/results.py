@@ -36,7 +36,9 @@ class Evaluation:
         """Write `metrics.json`, `per_query.jsonl` and `targets.json` into a folder."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
+        write_text(
+            folder / METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n"
+        )
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.queries)
         write_text(folder / QUERIES_FILE, rows)
         write_text(folder / TARGETS_FILE, json.dumps(self.targets, ensure_ascii=False) + "\n")

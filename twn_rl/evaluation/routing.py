@@ -7,6 +7,7 @@ without running a model again: a rule is a share of thinking for each query.
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -195,18 +196,30 @@ def routing_summary(
     }
 
 
+def describe_routing(split: str, summary: Mapping[str, Any]) -> str:
+    """Return a `routing_summary` as a sentence."""
+    auto, ratio, share = summary["auto"], summary["token_ratio"], summary["oracle_share"]
+    drop = 100 * summary["quality_drop"]
+    parts = [
+        f"On {split} the gate thinks about {100 * auto['think_rate']:.0f} % of "
+        f"{summary['num_queries']} queries",
+        f"reaches a {summary['metric']} of {auto['quality']:.2f}, {abs(drop):.1f} points "
+        f"{'below' if drop >= 0 else 'above'} always thinking",
+    ]
+    if ratio is not None:
+        parts.insert(1, f"writes {100 * ratio:.0f} % of the tokens of always thinking")
+    if share is not None:
+        parts.append(f"covers {100 * share:.0f} % of the way from chance at the same rate to the oracle")
+    return ", ".join(parts[:-1]) + f", and {parts[-1]}."
+
+
 def spread_over_tasks(queries: Sequence[RoutedQuery], count: int) -> list[RoutedQuery]:
     """Return at most `count` queries, one a task in turn, those with the highest stake first."""
     tasks: dict[str, list[RoutedQuery]] = {}
     for query in sorted(queries, key=lambda query: -query.stake):
         tasks.setdefault(query.never["task"], []).append(query)
-    turns = [
-        (turn, task, query)
-        for task, members in sorted(tasks.items())
-        for turn, query in enumerate(members)
-    ]
-    turns.sort(key=lambda entry: entry[:2])
-    return [query for _, _, query in turns[:count]]
+    rounds = zip_longest(*(members for _, members in sorted(tasks.items())))
+    return [query for turn in rounds for query in turn if query is not None][:count]
 
 
 def _both_ways(queries: Sequence[RoutedQuery], metric: str) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -221,9 +234,7 @@ def _mixed_mean(values: tuple[NDArray[Any], NDArray[Any]], share: ArrayLike) -> 
     return float(np.mean(never + np.asarray(share) * (always - never)))
 
 
-def _thinking_first(
-    values: tuple[NDArray[Any], NDArray[Any]], order: NDArray[Any]
-) -> NDArray[Any]:
+def _thinking_first(values: tuple[NDArray[Any], NDArray[Any]], order: NDArray[Any]) -> NDArray[Any]:
     """Return means (N + 1,) when none, the first, the first two, ... of `order` think."""
     never, always = values
     gains = np.concatenate([[0.0], np.cumsum((always - never)[order])])
