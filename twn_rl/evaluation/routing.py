@@ -209,7 +209,9 @@ def describe_routing(split: str, summary: Mapping[str, Any]) -> str:
     if ratio is not None:
         parts.insert(1, f"writes {100 * ratio:.0f} % of the tokens of always thinking")
     if share is not None:
-        parts.append(f"covers {100 * share:.0f} % of the way from chance at the same rate to the oracle")
+        parts.append(
+            f"covers {100 * share:.0f} % of the way from chance at the same rate to the oracle"
+        )
     return ", ".join(parts[:-1]) + f", and {parts[-1]}."
 
 
