@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twn_rl.config import TwnConfig
@@ -103,6 +103,7 @@ def test_a_constant_gate_lies_on_the_line_of_chance() -> None:
         assert routing_summary(queries)["oracle_share"] == pytest.approx(0.0)
 
 
+@settings(deadline=None)
 @given(
     probabilities=st.lists(st.sampled_from([0.0, 0.1, 0.4, 0.7, 1.0]), min_size=1, max_size=12),
     threshold=st.sampled_from([0.0, 0.05, 0.1, 0.5, 0.7, 1.0]),
