@@ -90,7 +90,7 @@ def _curve_chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]
             axes.plot(steps, values, color=PALETTE[index % len(PALETTE)], label=name, linewidth=1.4)
         axes.set_xlabel("step")
         if len(curves) > 1:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         ends = "; ".join(
             f"{name} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for name, p in curves.items()
         )
