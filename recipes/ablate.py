@@ -8,9 +8,12 @@ The embedding adapter is frozen in every arm.
     python recipes/ablate.py --seeds 0 1 2
     python recipes/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     python recipes/ablate.py --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
+    python recipes/ablate.py --gate true
 
-Writes summary.json ({arm: {metric key: {mean, std, values}}}), a table and a plot. Finished runs
-are kept: the same command goes on where it was stopped. About 15 minutes a seed on two CPU cores;
+Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
+model gets its own routing gate first and is measured with the gate deciding, too. Finished runs are
+kept: the same command goes on where it was stopped, and what was measured on a model is measured
+again if the model, the gate or the modes have changed. About 15 minutes a seed on two CPU cores;
 --parallel 2 runs two seeds side by side.
 """
 
@@ -27,7 +30,8 @@ from pathlib import Path
 
 from grpo_embed import GrpoScriptArguments
 
-from twn_rl.evaluation.ablation import plot_summary, summarize_runs, table
+from twn_rl.evaluation.ablation import plot_summary, summarize_runs, tables
+from twn_rl.evaluation.results import write_text
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 
@@ -35,6 +39,10 @@ logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
 WARM_START = "warm_start"
+FINISHED_FILE = "finished.json"
+GATE_FOLDER = "gate"
+EVALUATION_FOLDER = "evaluation"
+GATE_MODES = ("auto", "random", "oracle")
 EVALUATION_MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 
 
@@ -57,6 +65,9 @@ class AblateArguments:
     grpo_config: str = field(
         default=str(RECIPES / "configs" / "demo_grpo.yaml"), metadata={"help": "YAML of RL."}
     )
+    gate: bool = field(
+        default=False, metadata={"help": "Fit a routing gate on every model and measure with it."}
+    )
     parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
     launcher: list[str] = field(
         default_factory=lambda: ["--num_processes", "1"],
@@ -76,13 +87,13 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
         list(pool.map(lambda seed: run_seed(script, data, seed), script.seeds))
     arms = [WARM_START, *script.arms]
     runs = {
-        arm: [output / f"seed{seed}" / folder(arm) / "evaluation" for seed in script.seeds]
+        arm: [output / f"seed{seed}" / folder(arm) / EVALUATION_FOLDER for seed in script.seeds]
         for arm in arms
     }
     summary = summarize_runs(runs)
     (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     plot_summary(summary, output / "summary.png")
-    text = table(summary)
+    text = tables(summary)
     (output / "summary.md").write_text(text, encoding="utf-8")
     logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     return output
@@ -101,7 +112,7 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
         [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded],
         warm,
     )
-    evaluate(script, warm, shared)
+    measure(script, warm, shared, seed)
     budget = rl_budget(script.grpo_config)
     for arm in script.arms:
         target = root / folder(arm)
@@ -114,7 +125,7 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
             reward = arm.partition(":")[2]
             flags += ["--rewards", reward, "--reward_weights", "1.0"] if reward else []
         launch(script, recipe, [*flags, f"--output_dir={target}", *seeded], target)
-        evaluate(script, target, shared)
+        measure(script, target, shared, seed)
 
 
 def rl_budget(grpo_config: str) -> list[str]:
@@ -132,13 +143,18 @@ def rl_budget(grpo_config: str) -> list[str]:
     return [*flags, f"--lr_scheduler_type={grpo.lr_scheduler_type.value}"]
 
 
-def launch(script: AblateArguments, recipe: str, flags: list[str], target: Path) -> None:
-    """Run one recipe to its end with its own log file; a finished run is kept."""
-    done = target / "finished.json"
+def launch(script: AblateArguments, recipe: str, flags: list[str], target: Path) -> bool:
+    """Run one recipe to its end with its own log file; return False if it had been run before."""
+    done = target / FINISHED_FILE
     if done.exists():
-        logger.info("Kept %s", target)
-        return
+        if finished_flags(done, recipe) != flags:
+            logger.warning("Kept %s, which was run with other flags: see %s", target, done)
+        else:
+            logger.info("Kept %s", target)
+        return False
     target.mkdir(parents=True, exist_ok=True)
+    for outdated in target.glob(f"*/{FINISHED_FILE}"):  # fitted to or measured on what was there
+        outdated.unlink()
     command = [sys.executable, "-m", "accelerate.commands.launch", *script.launcher]
     command += [str(RECIPES / recipe), *flags]
     logger.info("Running %s, log in %s", target, target / "log.txt")
@@ -154,15 +170,47 @@ def launch(script: AblateArguments, recipe: str, flags: list[str], target: Path)
             f"see {target / 'log.txt'}:\n{tail}"
         )
     seconds = time.perf_counter() - started
-    done.write_text(json.dumps({"command": command, "seconds": seconds}), encoding="utf-8")
+    write_text(done, json.dumps({"command": command, "seconds": seconds}))
+    return True
 
 
-def evaluate(script: AblateArguments, model: Path, shared: list[str]) -> None:
-    """Evaluate one model into its folder ``evaluation``."""
-    target = model / "evaluation"
-    flags = [f"--model={model}", f"--output_dir={target}", *shared, "--report=false"]
-    flags += ["--modes", *EVALUATION_MODES, "--num_thoughts=2"]
-    launch(script, "eval_embed.py", flags, target)
+def finished_flags(done: Path, recipe: str) -> list[str]:
+    """Return the flags that a finished run gave its recipe."""
+    command = json.loads(done.read_text(encoding="utf-8"))["command"]
+    names = [Path(word).name for word in command]
+    return command[names.index(recipe) + 1 :]
+
+
+def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) -> None:
+    """Fit the gate of one model if asked for, and evaluate it; do again what is out of date."""
+    measured = model / EVALUATION_FOLDER / FINISHED_FILE
+    if script.gate:
+        flags = gate_flags(model, shared, seed)
+        drop_if_outdated(model / GATE_FOLDER / FINISHED_FILE, "gate_embed.py", flags)
+        if launch(script, "gate_embed.py", flags, model / GATE_FOLDER):
+            measured.unlink(missing_ok=True)
+    flags = evaluation_flags(script, model, shared)
+    drop_if_outdated(measured, "eval_embed.py", flags)
+    launch(script, "eval_embed.py", flags, measured.parent)
+
+
+def drop_if_outdated(done: Path, recipe: str, flags: list[str]) -> None:
+    """Forget a finished run of other flags; only for runs that are cheap next to training."""
+    if done.exists() and finished_flags(done, recipe) != flags:
+        logger.info("%s was run with other flags: running it again", done.parent)
+        done.unlink()
+
+
+def gate_flags(model: Path, shared: list[str], seed: int) -> list[str]:
+    """Return the flags that fit a gate on one model with its own data and seed."""
+    return [f"--model={model}", *shared, f"--seed={seed}"]
+
+
+def evaluation_flags(script: AblateArguments, model: Path, shared: list[str]) -> list[str]:
+    """Return the flags that evaluate one model into its folder."""
+    modes = (*EVALUATION_MODES, *GATE_MODES) if script.gate else EVALUATION_MODES
+    flags = [f"--model={model}", f"--output_dir={model / EVALUATION_FOLDER}", *shared]
+    return [*flags, "--report=false", "--modes", *modes, "--num_thoughts=2"]
 
 
 def folder(arm: str) -> str:

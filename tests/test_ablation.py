@@ -1,6 +1,9 @@
 """Runs of several arms and seeds become means, a table and a plot; every number is by hand."""
 
 import json
+import logging
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,10 +14,15 @@ from twn_rl.evaluation.ablation import (
     plot_summary,
     summarize_runs,
     table,
+    tables,
 )
+from twn_rl.run import DataArguments, parse_arguments
 
 ALWAYS = "test/hop2/always/hit@1"
 NEVER = "test/all/never/hit@1"
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def _write_runs(folder, arms):
@@ -101,3 +109,134 @@ def test_the_plot_is_a_picture_with_one_panel_a_split(two_arms, tmp_path):
         assert one.format == two.format == "PNG"
         assert two.width == 2 * one.width
         assert len(one.convert("RGB").getcolors(maxcolors=1 << 20) or []) > 3
+
+
+def test_the_cost_of_thinking_gets_tables_of_its_own_where_it_was_measured(tmp_path):
+    plain = {ALWAYS: 0.5, "test/hop2/never/think_rate": 0.0, "test/hop2/always/think_tokens": 9.26}
+    gated = {
+        **plain,
+        "test/hop2/auto/hit@1": 0.75,
+        "test/hop2/auto/think_tokens": 4.5,
+        "test/hop2/auto/think_rate": 0.5,
+    }
+    text = tables(summarize_runs(_write_runs(tmp_path, {"sft_only": [plain], "grpo": [gated]})))
+    quality, tokens, rate = text.split("\n\n")
+    assert quality.splitlines()[2:] == [
+        "| test/hop2/always | 50.0 ± 0.0 | 50.0 ± 0.0 |",
+        "| test/hop2/auto | - | 75.0 ± 0.0 |",
+    ]
+    head, _, *rows = tokens.splitlines()
+    assert head == "| think_tokens | sft_only | grpo |"
+    assert rows == [
+        "| test/hop2/always | 9.3 ± 0.0 | 9.3 ± 0.0 |",
+        "| test/hop2/auto | - | 4.5 ± 0.0 |",
+    ]
+    head, _, *rows = rate.splitlines()
+    assert head == "| think_rate in % | sft_only | grpo |"
+    assert rows == ["| test/hop2/auto | - | 50.0 ± 0.0 |"]
+    ungated = tables(summarize_runs(_write_runs(tmp_path / "b", {"sft_only": [plain]})))
+    assert "auto" not in ungated
+    assert "think_rate" not in ungated
+
+
+def test_a_measured_gate_gets_a_second_row_of_panels(two_arms, tmp_path):
+    summary = summarize_runs(two_arms)
+    plot_summary(summary, tmp_path / "plain.png")
+    summary["grpo"]["test/hop2/auto/hit@1"] = summary["grpo"][ALWAYS]
+    plot_summary(summary, tmp_path / "gated.png")
+    with Image.open(tmp_path / "plain.png") as plain, Image.open(tmp_path / "gated.png") as gated:
+        assert gated.size == (plain.width, 2 * plain.height)
+
+
+@pytest.fixture
+def ablate(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import ablate
+
+    return ablate
+
+
+@pytest.fixture
+def launched(ablate, tmp_path, monkeypatch):
+    """Let `accelerate launch` be a program that leaves its recipe and flags in a file."""
+    log = tmp_path / "launched.jsonl"
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, pathlib, sys\n"
+        f"with open({str(log)!r}, 'a') as file:\n"
+        "    words = [pathlib.Path(sys.argv[4]).name, *sys.argv[5:]]\n"
+        "    file.write(json.dumps(words) + '\\n')\n",
+        encoding="utf-8",
+    )
+    starter = tmp_path / "python"
+    starter.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n', encoding="utf-8")
+    starter.chmod(0o755)
+    monkeypatch.setattr(ablate.sys, "executable", str(starter))
+
+    def read():
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    return read
+
+
+def test_the_flags_of_the_gate_recipe_name_the_model_its_data_and_its_seed(ablate, tmp_path):
+    flags = ablate.gate_flags(tmp_path / "grpo", ["--demo_seed=3"], 3)
+    assert flags == [f"--model={tmp_path / 'grpo'}", "--demo_seed=3", "--seed=3"]
+
+
+def test_the_flags_of_an_evaluation_are_understood_and_ask_for_the_gate_only_if_there_is_one(
+    ablate, tmp_path
+):
+    import eval_embed
+
+    for gate in (False, True):
+        script = ablate.AblateArguments(gate=gate)
+        flags = ablate.evaluation_flags(script, tmp_path, ["--demo_seed=3"])
+        types = (eval_embed.EvalScriptArguments, DataArguments)
+        parsed, data = parse_arguments(types, arguments=flags)
+        assert data.demo_seed == 3
+        assert set(ablate.GATE_MODES) <= set(parsed.modes) if gate else "auto" not in parsed.modes
+
+
+def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(ablate, launched, tmp_path):
+    model, gated = tmp_path / "model", ablate.AblateArguments(gate=True, launcher=["--quiet"])
+    ablate.measure(gated, model, [], 0)
+    assert [words[0] for words in launched()] == ["gate_embed.py", "eval_embed.py"]
+    ablate.measure(gated, model, [], 0)
+    assert launched() == []
+    (model / "gate" / ablate.FINISHED_FILE).unlink()  # a gate fitted anew is measured anew
+    ablate.measure(gated, model, [], 0)
+    assert [words[0] for words in launched()] == ["gate_embed.py", "eval_embed.py"]
+
+
+def test_an_evaluation_without_the_gate_is_not_taken_for_one_with_it(ablate, launched, tmp_path):
+    model = tmp_path / "model"
+    plain, gated = (
+        ablate.AblateArguments(gate=gate, launcher=["--quiet"]) for gate in (False, True)
+    )
+    ablate.measure(plain, model, [], 0)
+    assert [words[0] for words in launched()] == ["eval_embed.py"]
+    ablate.measure(gated, model, [], 0)
+    gate, evaluation = launched()
+    assert gate == ["gate_embed.py", f"--model={model}", "--seed=0"]
+    assert "auto" in evaluation
+
+
+def test_training_anew_forgets_what_was_measured_and_other_flags_are_reported(
+    ablate, launched, tmp_path, caplog
+):
+    model, script = tmp_path / "model", ablate.AblateArguments(gate=True, launcher=["--quiet"])
+    assert ablate.launch(script, "sft_embed.py", ["--seed=0"], model)
+    ablate.measure(script, model, [], 0)
+    with caplog.at_level(logging.WARNING):
+        assert not ablate.launch(script, "sft_embed.py", ["--seed=0"], model)
+        assert not caplog.records
+        assert not ablate.launch(script, "sft_embed.py", ["--seed=1"], model)
+    assert "other flags" in caplog.text
+    assert len(launched()) == 3
+    (model / ablate.FINISHED_FILE).unlink()
+    assert ablate.launch(script, "sft_embed.py", ["--seed=1"], model)
+    ablate.measure(script, model, [], 0)
+    assert [words[0] for words in launched()] == ["sft_embed.py", "gate_embed.py", "eval_embed.py"]

@@ -129,6 +129,7 @@ def test_every_mode_runs_and_oracle_is_the_better_of_both(
     rate = sum(chance.values()) / len(records)
     assert 0 < rate < 1
     assert result.metrics["test/all/auto/think_rate"] == pytest.approx(rate)
+    assert result.metrics["test/all/auto/gate_threshold"] == 0.5
     for metric in ("hit@1", "mrr", "think_tokens", "think_rate"):
         never, always, random = (
             result.metrics[f"test/all/{mode}/{metric}"] for mode in ("never", "always", "random")
@@ -140,6 +141,11 @@ def test_every_mode_runs_and_oracle_is_the_better_of_both(
         thinks = chance[record.id] > 0.5
         assert rank["auto"][record.id] == rank["always" if thinks else "never"][record.id]
         assert rank["random"][record.id] == list(both)
+        seconds = {r["mode"]: r["seconds"] for r in result.queries if r["id"] == record.id}
+        if thinks:  # the gate looks at the no-think vector first
+            assert seconds["auto"] > seconds["always"]
+        else:
+            assert seconds["auto"] == seconds["never"]
         assert len(rank["sampled"][record.id]) == 2
     assert {row["hop"] for row in result.queries} == {"hop0", "hop1", None}
     assert all(row["positive"] in result.targets for row in result.queries)
@@ -205,6 +211,8 @@ def test_non_finite_vectors_are_refused(make_model: Callable[..., DualLoraModel]
 def test_bad_settings_are_reported_together_and_missing_parts_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"modes = .*batch_size = 0"):
         EvaluationSettings(modes=("sometimes",), batch_size=0)
+    with pytest.raises(ValueError, match=r"gate_threshold = 1\.5"):
+        EvaluationSettings(gate_threshold=1.5)
     with pytest.raises(FileNotFoundError, match=r"metrics\.json"):
         Evaluation.load(tmp_path)
 

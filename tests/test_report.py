@@ -4,13 +4,16 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import picture
 
 from twn_rl.evaluation.charts import draw_curves, read_curves
+from twn_rl.evaluation.modes import choose
 from twn_rl.evaluation.report import write_report
 from twn_rl.evaluation.results import Evaluation, summarize
+from twn_rl.evaluation.routing import CHOICES
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 EVIL = "<script>alert('cot')</script> & left"
@@ -144,6 +147,86 @@ def test_a_report_of_one_evaluation_without_curves_still_renders(tmp_path: Path)
     evaluation.save(tmp_path / "eval")
     text = write_report(tmp_path / "r.html", tmp_path / "eval").read_text(encoding="utf-8")
     assert "before RL" not in text
+
+
+def make_gated_evaluation(folder: Path) -> Evaluation:
+    """Eight queries: a thought helps q0 to q3; the gate thinks about q0, q1, q4 and q5."""
+    plain = make_evaluation(folder, rank=1)
+    first = next(row for row in plain.queries if row["mode"] == "always")
+    rows: list[dict[str, Any]] = []
+    for index in range(8):
+        never = {
+            **first,
+            "id": f"g{index}",
+            "task": EVIL if index % 2 else "answer",
+            "mode": "never",
+            "ranks": [2 if index < 4 else 1],
+            "cot": "",
+            "think_tokens": [0],
+            "think_rate": 0.0,
+            "seconds": 0.01,
+        }
+        always = {**first, "id": f"g{index}", "task": never["task"], "ranks": [1]}
+        always |= {"think_rate": 1.0, "seconds": 0.03}
+        thinks, helps = index in (0, 1, 4, 5), index < 4
+        for mode, share in {"auto": thinks, "random": 0.5, "oracle": helps}.items():
+            row = choose(mode, never, always, share, probability=0.9 if thinks else 0.2)
+            assert row is not None
+            rows.append(row)
+        rows += [never, always]
+    return Evaluation(summarize(rows, split="test"), rows, plain.targets)
+
+
+def test_a_gate_gets_a_curve_a_table_and_its_right_and_wrong_choices(tmp_path: Path) -> None:
+    path = write_report(
+        tmp_path / "r.html", make_gated_evaluation(tmp_path), num_examples=0, num_routing_examples=1
+    )
+    text = path.read_text(encoding="utf-8")
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open
+    assert not checker.unbalanced
+    assert "script" not in checker.tags
+    assert all(checker.alts)
+    words = "thinks about 50 % of 8 queries, writes 50 % of the tokens of always thinking, reaches"
+    assert words in text
+    assert "hit@1 of 0.75, 25.0 points below always thinking, and covers 0 % of the way" in text
+    assert text.count("<svg") == 1
+    alt = re.search(r'aria-label="Quality for thinking: test,([^"]*)"', text)
+    assert alt is not None
+    for point in (
+        "no thinking 0.500 at 0.0",
+        "own thoughts 1.000 at 7.0",
+        "gate decides 0.750 at 3.5",
+        "chance decides 0.750 at 3.5",
+        "oracle 1.000 at 3.5",
+    ):
+        assert point in alt[1]
+    assert "50 % think</small><small>3.5 tokens, 20.0 ms</small>" in text
+    for choice in CHOICES.values():
+        assert f"It {choice}: 2 queries, 25 %" in text
+    assert text.count("<article") == len(CHOICES)
+    assert text.count("own thoughts, the gate&#39;s choice") == 2
+    assert text.count("no thinking, the gate&#39;s choice") == 2
+    assert "the gate: 0.90 that a thought helps" in text
+
+
+def test_a_choice_that_never_happened_and_rows_without_seconds_still_render(tmp_path: Path) -> None:
+    gated = make_gated_evaluation(tmp_path)
+    rows = [
+        {key: value for key, value in row.items() if key != "seconds"}
+        for row in gated.queries
+        if row["id"] in ("g0", "g6") and row["mode"] in ("never", "always", "auto")
+    ]
+    evaluation = Evaluation(summarize(rows, split="test"), rows, gated.targets)
+    text = write_report(tmp_path / "r.html", evaluation).read_text(encoding="utf-8")
+    assert f"It {CHOICES[True, False]}: 0 queries, 0 %" in text
+    assert "chance decides</th>" not in text
+    assert not re.search(r"[0-9.]+ ms", text)
+
+
+def test_without_a_gate_there_is_no_section_on_it(report: str) -> None:
+    assert "Does the gate think" not in report
 
 
 def test_curves_skip_values_that_are_not_finite_and_name_a_broken_line(tmp_path: Path) -> None:

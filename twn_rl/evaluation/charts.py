@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, told apart by colour-blind readers on light and dark pages.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+MARKERS = ("o", "s", "*", "X", "D", "^")
 _INK = "#010203"  # replaced by the page's own text colour
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "grid.color", "xtick.color")
 _STYLE: Any = {
@@ -23,6 +24,7 @@ _STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
+    "axes.axisbelow": True,
     "grid.alpha": 0.2,
     "legend.frameon": False,
     "ytick.color": _INK,
@@ -88,7 +90,7 @@ def _curve_chart(title: str, curves: Mapping[str, Sequence[tuple[float, float]]]
             axes.plot(steps, values, color=PALETTE[index % len(PALETTE)], label=name, linewidth=1.4)
         axes.set_xlabel("step")
         if len(curves) > 1:
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=7, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
         ends = "; ".join(
             f"{name} from {p[0][1]:.3g} to {p[-1][1]:.3g}" for name, p in curves.items()
         )
@@ -102,7 +104,7 @@ def draw_bars(
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = 0.8 / max(1, len(names))
     with mpl.rc_context(_STYLE):
-        figure, axes = _figure(max(4.4, 0.3 * len(groups) * len(names) + 1.5), 2.9)
+        figure, axes = _figure(max(4.4, 0.2 * len(groups) * len(names) + 1.5), 2.9)
         for index, name in enumerate(names):
             shown = [(x, bars[name]) for x, bars in enumerate(groups.values()) if name in bars]
             centers = [x + (index - (len(names) - 1) / 2) * width for x, _ in shown]
@@ -117,13 +119,45 @@ def draw_bars(
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.02)
         axes.legend(
-            fontsize=7, ncols=min(6, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1)
+            fontsize=7, ncols=min(3, len(names)), loc="lower center", bbox_to_anchor=(0.5, 1)
         )
         words = "; ".join(
             f"{group}: " + ", ".join(f"{name} {value[0]:.2f}" for name, value in bars.items())
             for group, bars in groups.items()
         )
         return Chart(title, _svg(figure, title), f"{title}, {label}. {words}")
+
+
+def draw_tradeoff(
+    title: str,
+    lines: Mapping[str, Sequence[tuple[float, float]]],
+    marks: Mapping[str, tuple[float, float]],
+    *,
+    x_label: str,
+    y_label: str,
+) -> Chart:
+    """Return lines, the first one solid, below named marks: name -> (x, y)."""
+    with mpl.rc_context(_STYLE):
+        figure, axes = _figure(5.6, 4.2)
+        for index, (name, points) in enumerate(lines.items()):
+            x, y = zip(*points, strict=True)
+            style = {"linestyle": "--", "alpha": 0.6} if index else {}
+            axes.plot(x, y, color=_INK, linewidth=1.2, label=name, **style)
+        for index, (name, (x, y)) in enumerate(marks.items()):
+            axes.plot(
+                [x],
+                [y],
+                MARKERS[index % len(MARKERS)],
+                color=PALETTE[index % len(PALETTE)],
+                markersize=9,
+                linestyle="none",
+                label=name,
+            )
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+        words = "; ".join(f"{name} {y:.3f} at {x:.1f}" for name, (x, y) in marks.items())
+        return Chart(title, _svg(figure, title), f"{title}, {y_label} against {x_label}. {words}")
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -3,8 +3,8 @@
 A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
 of serving; `oracle` takes the better of both per query and is the ceiling of any gate; `auto` is
 what a gate chooses and `random` what chance would at the same rate; `sampled` averages over sampled
-thoughts. The ablations swap the thought and
-keep everything else, which tells whether its content matters or only its presence.
+thoughts. The ablations swap the thought and keep everything else, which tells whether its content
+matters or only its presence.
 """
 
 import random
@@ -19,6 +19,19 @@ MODES = ("never", "always", "oracle", "auto", "random", "sampled")
 # Modes that choose between the two ways of serving, query by query.
 CHOOSING_MODES = ("oracle", "auto", "random")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty")
+# Mode -> how a reader would call it.
+MODE_NAMES = {
+    "never": "no thinking",
+    "always": "own thoughts",
+    "auto": "gate decides",
+    "random": "chance decides",
+    "oracle": "oracle",
+    "sampled": "sampled thoughts",
+    "gold": "gold thoughts",
+    "shuffled": "another query's",
+    "foreign": "another task's",
+    "empty": "empty thought",
+}
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,7 @@ def choose(
     think: bool | float,
     *,
     probability: float | None = None,
+    gate_seconds: float = 0.0,
 ) -> dict[str, Any] | None:
     """Return the result row of a query that thinks, does not, or thinks with a chance.
 
@@ -99,21 +113,23 @@ def choose(
     Args:
         mode: Mode of the new row.
         never: Row without thinking.
-        always: Row with thinking; its seconds are those of writing and reading on top of `never`.
+        always: Row with thinking.
         think: Whether to think, or the chance of it.
         probability: What the gate said, kept in the row.
+        gate_seconds: What choosing adds to a query that thinks: the vector the gate looks at.
     """
     if never is None or always is None:
         return None
     chance = float(think)
     row = {**(always if chance >= 0.5 else never), "mode": mode, "think_rate": chance}
+    thinking_seconds = always["seconds"] + gate_seconds
+    row["seconds"] = (1.0 - chance) * never["seconds"] + chance * thinking_seconds
     if probability is not None:
         row["gate_probability"] = probability
     if 0.0 < chance < 1.0:
         for key in ("ranks", "think_tokens", "problems"):
             row[key] = [never[key][0], always[key][0]]
         row["weights"] = [1.0 - chance, chance]
-        row["seconds"] = (1.0 - chance) * never["seconds"] + chance * always["seconds"]
     return row
 
 

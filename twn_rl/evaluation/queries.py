@@ -66,6 +66,9 @@ class EvaluationSettings:
             in ("pool", "local"),
             f"batch_size = {self.batch_size}, expected at least 1": self.batch_size >= 1,
             f"num_thoughts = {self.num_thoughts}, expected at least 1": self.num_thoughts >= 1,
+            f"gate_threshold = {self.gate_threshold}, expected None or in [0, 1]": (
+                self.gate_threshold is None or 0.0 <= self.gate_threshold <= 1.0
+            ),
             f"split = {self.split!r}, expected a name without '/'": bool(self.split)
             and "/" not in self.split,
         }
@@ -85,6 +88,7 @@ class Queries:
         thoughts: Mode -> thoughts of each record.
         embeds: Mode -> per record (thoughts, D) unit vectors.
         seconds: Mode -> seconds of each record.
+        gate_seconds: Seconds of each record after its prompt was read until the gate has spoken.
         probabilities: What the gate said of each record, once "never" was embedded.
         collapse: Metric key -> how far the vectors have collapsed.
     """
@@ -102,6 +106,7 @@ class Queries:
         self.thoughts: dict[str, list[list[Thought]]] = {}
         self.embeds: dict[str, list[NDArray[Any]]] = {}
         self.seconds: dict[str, NDArray[Any]] = {}
+        self.gate_seconds = np.zeros(len(records))
         self.probabilities: list[float] | None = None
         self.collapse: dict[str, float] = {}
 
@@ -150,10 +155,12 @@ class Queries:
                 if mode in ("never", "always", "sampled"):
                     self._think(mode, rows, prompts)
                 states = self._read_out(mode, rows, prefix)
-                self.seconds[mode][rows] = reading + clock.lap()
+                own = clock.lap()
+                self.seconds[mode][rows] = reading + own
                 if mode == "never" and self.gate is not None:
                     for row, value in zip(rows, self.gate(states).tolist(), strict=True):
                         probabilities[row] = value
+                    self.gate_seconds[rows] = own + clock.lap()
         if "never" in chosen and self.gate is not None:
             self.probabilities = probabilities
         for mode in chosen:

@@ -36,10 +36,12 @@ class Evaluation:
         """Write `metrics.json`, `per_query.jsonl` and `targets.json` into a folder."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n")
+        write_text(
+            folder / METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n"
+        )
         rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.queries)
-        _write(folder / QUERIES_FILE, rows)
-        _write(folder / TARGETS_FILE, json.dumps(self.targets, ensure_ascii=False) + "\n")
+        write_text(folder / QUERIES_FILE, rows)
+        write_text(folder / TARGETS_FILE, json.dumps(self.targets, ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, directory: str | Path) -> "Evaluation":
@@ -133,7 +135,8 @@ def summarize(
     return metrics
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

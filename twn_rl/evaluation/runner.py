@@ -110,6 +110,8 @@ class _Run:
             rows, split=settings.split, confidence=settings.confidence, seed=settings.seed
         )
         metrics |= collapse | self.queries.collapse
+        if "auto" in asked and self.threshold is not None:
+            metrics[f"{settings.split}/all/auto/gate_threshold"] = self.threshold
         return Evaluation(metrics, rows, self.candidates.describe())
 
     def _rank_all(self, mode: str) -> list[dict[str, Any] | None]:
@@ -163,9 +165,10 @@ class _Run:
             assert self.threshold is not None
             chances = self.queries.probabilities
             thinks = [chance > self.threshold for chance in chances]
+            waits = self.queries.gate_seconds.tolist()
             self.rows["auto"] = [
-                modes.choose("auto", *pair, think, probability=chance)
-                for pair, think, chance in zip(pairs, thinks, chances, strict=True)
+                modes.choose("auto", *pair, think, probability=chance, gate_seconds=wait)
+                for pair, think, chance, wait in zip(pairs, thinks, chances, waits, strict=True)
             ]
             rate = sum(thinks) / len(thinks)
             self.rows["random"] = [modes.choose("random", *pair, rate) for pair in pairs]

@@ -1,0 +1,87 @@
+"""Metrics of an evaluation as the report's tables; knows no HTML and no models."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from twn_rl.evaluation.modes import MODE_NAMES
+from twn_rl.evaluation.results import Evaluation
+
+TABLE_MODES = ("never", "always", "auto", "oracle", "sampled")
+ROUTING_MODES = ("never", "always", "auto", "random", "oracle")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of the table, as text."""
+
+    value: str = "–"  # noqa: RUF001 -- a dash is what tables print for nothing
+    detail: str = ""
+    more: str = ""
+
+
+def splits_of(evaluation: Evaluation) -> list[str]:
+    """Return the splits in the order they were measured."""
+    return list(dict.fromkeys(key.split("/")[0] for key in evaluation.metrics))
+
+
+def groups_of(evaluation: Evaluation, split: str) -> list[str]:
+    """Return hops, then everything, then tasks."""
+    found = {key.split("/")[1] for key in evaluation.metrics if key.startswith(f"{split}/")}
+    found.discard("collapse")
+    hops = sorted(group for group in found if group.startswith("hop"))
+    return [*hops, *(["all"] if "all" in found else []), *sorted(found - {"all", *hops})]
+
+
+def quality_table(split: str, after: Evaluation, before: Evaluation | None) -> dict[str, Any]:
+    """Return hit@1 of every group and mode, with the numbers before RL beside those after."""
+    columns: list[tuple[str, Evaluation, str]] = []
+    for mode in TABLE_MODES:
+        if before is not None and _has_mode(before, split, mode):
+            columns.append((f"{MODE_NAMES[mode]}, before RL", before, mode))
+        if _has_mode(after, split, mode):
+            name = MODE_NAMES[mode] + (", after RL" if before is not None else "")
+            columns.append((name, after, mode))
+    rows = [
+        (group, [_cell(evaluation, f"{split}/{group}/{mode}") for _, evaluation, mode in columns])
+        for group in groups_of(after, split)
+    ]
+    caption = f"{split}: hit@1, with its 95 % interval and mean tokens of thinking"
+    return {"caption": caption, "columns": [name for name, _, _ in columns], "rows": rows}
+
+
+def routing_table(split: str, evaluation: Evaluation) -> dict[str, Any]:
+    """Return quality and cost of every group under the ways of deciding when to think."""
+    columns = [mode for mode in ROUTING_MODES if _has_mode(evaluation, split, mode)]
+    rows = [
+        (group, [_cost_cell(evaluation, f"{split}/{group}/{mode}") for mode in columns])
+        for group in groups_of(evaluation, split)
+    ]
+    caption = f"{split}: hit@1, and what a query costs on average"
+    return {"caption": caption, "columns": [MODE_NAMES[mode] for mode in columns], "rows": rows}
+
+
+def _has_mode(evaluation: Evaluation, split: str, mode: str) -> bool:
+    return f"{split}/all/{mode}/hit@1" in evaluation.metrics
+
+
+def _cell(evaluation: Evaluation, key: str) -> Cell:
+    metrics = evaluation.metrics
+    if f"{key}/hit@1" not in metrics:
+        return Cell()
+    low, high = metrics[f"{key}/hit@1_low"], metrics[f"{key}/hit@1_high"]
+    tokens = metrics[f"{key}/think_tokens"]
+    return Cell(f"{metrics[f'{key}/hit@1']:.2f}", f"{low:.2f} to {high:.2f}, {tokens:.0f} tokens")
+
+
+def _cost_cell(evaluation: Evaluation, key: str) -> Cell:
+    metrics = evaluation.metrics
+    if f"{key}/hit@1" not in metrics:
+        return Cell()
+    # Evaluations of earlier versions have neither rates nor seconds.
+    rate, seconds = metrics.get(f"{key}/think_rate"), metrics.get(f"{key}/seconds")
+    lines = [
+        "" if rate is None else f"{100 * rate:.0f} % think",
+        f"{metrics[f'{key}/think_tokens']:.1f} tokens",
+        "" if seconds is None else f"{1000 * seconds:.1f} ms",
+    ]
+    return Cell(f"{metrics[f'{key}/hit@1']:.2f}", lines[0], ", ".join(filter(None, lines[1:])))

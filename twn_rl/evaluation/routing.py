@@ -1,0 +1,247 @@
+"""What a gate's choices were worth, from the rows of an evaluation; knows no models, no drawing.
+
+The rows hold every query both without and with its thought, so any rule of thinking can be judged
+without running a model again: a rule is a share of thinking for each query.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from twn_rl.evaluation.results import query_values
+from twn_rl.metrics import bootstrap_interval
+
+logger = logging.getLogger(__name__)
+
+# Differences of means below this are rounding.
+TOLERANCE = 1e-9
+# (Did the gate think?, would the thought have helped?) -> what to call it.
+CHOICES = {
+    (True, True): "thought, and it helped",
+    (False, False): "did not think, and lost nothing",
+    (True, False): "thought although it did not help",
+    (False, True): "did not think although it would have helped",
+}
+
+
+@dataclass(frozen=True)
+class RoutedQuery:
+    """One query measured both ways, and what the gate chose.
+
+    Attributes:
+        never: Its row without thinking.
+        always: Its row with its own thought.
+        probability: What the gate said.
+        is_thinking: Whether mode "auto" thought.
+    """
+
+    never: Mapping[str, Any]
+    always: Mapping[str, Any]
+    probability: float
+    is_thinking: bool
+
+    @property
+    def is_helped(self) -> bool:
+        """Tell whether the positive ranks higher with the thought, as mode "oracle" asks."""
+        return self.always["ranks"][0] < self.never["ranks"][0]
+
+    @property
+    def choice(self) -> tuple[bool, bool]:
+        """Key of `CHOICES`."""
+        return self.is_thinking, self.is_helped
+
+    @property
+    def stake(self) -> float:
+        """Return what the choice moves, |difference of the reciprocal ranks|, in [0, 1)."""
+        return abs(1.0 / self.always["ranks"][0] - 1.0 / self.never["ranks"][0])
+
+
+@dataclass(frozen=True)
+class RoutingPoint:
+    """Quality and cost of one rule of thinking.
+
+    Attributes:
+        quality: Mean of the metric.
+        think_rate: Mean share of queries that think, in [0, 1].
+        think_tokens: Mean tokens of thinking a query.
+    """
+
+    quality: float
+    think_rate: float
+    think_tokens: float
+
+
+def routed_queries(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[RoutedQuery]]:
+    """Return split -> queries measured in modes "never", "always" and "auto".
+
+    A split where one of the modes was not measured is left out, with a warning if a gate chose.
+    """
+    found: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
+    for row in rows:
+        found.setdefault(row["split"], {}).setdefault(row["id"], {})[row["mode"]] = row
+    routed: dict[str, list[RoutedQuery]] = {}
+    for split, queries in found.items():
+        chosen = [modes for modes in queries.values() if "auto" in modes]
+        whole = [modes for modes in chosen if "never" in modes and "always" in modes]
+        if len(whole) < len(chosen):
+            logger.warning(
+                "split %r: %d of %d queries with mode auto lack never or always: left out of the "
+                "judgement of the gate; measure all three modes",
+                split,
+                len(chosen) - len(whole),
+                len(chosen),
+            )
+        if whole:
+            routed[split] = [
+                RoutedQuery(
+                    modes["never"],
+                    modes["always"],
+                    modes["auto"]["gate_probability"],
+                    bool(modes["auto"]["think_rate"]),
+                )
+                for modes in whole
+            ]
+    return routed
+
+
+def routing_points(
+    queries: Sequence[RoutedQuery], *, metric: str = "hit@1"
+) -> dict[str, RoutingPoint]:
+    """Return what never, always, the gate, chance at the gate's rate and the oracle reach.
+
+    Args:
+        queries: Of one split.
+        metric: Any of `query_values`.
+    """
+    thinks = np.array([query.is_thinking for query in queries], dtype=float)
+    shares = {
+        "never": np.zeros(len(queries)),
+        "always": np.ones(len(queries)),
+        "auto": thinks,
+        "random": np.full(len(queries), thinks.mean()),
+        "oracle": np.array([query.is_helped for query in queries], dtype=float),
+    }
+    quality, tokens = _both_ways(queries, metric), _both_ways(queries, "think_tokens")
+    return {
+        mode: RoutingPoint(
+            _mixed_mean(quality, share), float(share.mean()), _mixed_mean(tokens, share)
+        )
+        for mode, share in shares.items()
+    }
+
+
+def routing_curve(queries: Sequence[RoutedQuery], *, metric: str = "hit@1") -> list[RoutingPoint]:
+    """Return a point for every threshold that tells queries apart, from never to always.
+
+    Queries with equal probabilities think together, so a gate that says the same of all has two
+    points, and the line between them is chance.
+    """
+    probabilities = np.array([query.probability for query in queries])
+    order = np.argsort(-probabilities, kind="stable")
+    # How many queries think at each threshold: none, then up to the last of each equal group.
+    ends = np.flatnonzero(np.diff(probabilities[order], append=-np.inf)) + 1
+    counts = np.concatenate([[0], ends])
+    quality, tokens = (
+        _thinking_first(_both_ways(queries, name), order)[counts]
+        for name in (metric, "think_tokens")
+    )
+    return [
+        RoutingPoint(float(q), float(count) / len(queries), float(t))
+        for q, count, t in zip(quality, counts, tokens, strict=True)
+    ]
+
+
+def routing_summary(
+    queries: Sequence[RoutedQuery],
+    *,
+    metric: str = "hit@1",
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Return the gate's quality and cost beside the other rules, ready for JSON.
+
+    Args:
+        queries: Of one split.
+        metric: Any of `query_values`.
+        confidence: Of the paired bootstrap bounds of `quality_drop`.
+        seed: Of the bootstrap.
+
+    Returns:
+        `metric`, `num_queries`; for each of never, always, auto, random, oracle its `quality`,
+        `think_rate`, `think_tokens`; `oracle_share`, (auto - random) / (oracle - random), and
+        `token_ratio`, auto's tokens / always's, each None where the divisor is 0; `quality_drop`,
+        always - auto, with `quality_drop_low` and `quality_drop_high`.
+    """
+    points = routing_points(queries, metric=metric)
+    never, always = _both_ways(queries, metric)
+    thinks = np.array([query.is_thinking for query in queries])
+    drop = bootstrap_interval(
+        always - np.where(thinks, always, never), confidence=confidence, seed=seed
+    )
+    gained = points["auto"].quality - points["random"].quality
+    return {
+        "metric": metric,
+        "num_queries": len(queries),
+        **{mode: asdict(point) for mode, point in points.items()},
+        "oracle_share": _ratio(gained, points["oracle"].quality - points["random"].quality),
+        "token_ratio": _ratio(points["auto"].think_tokens, points["always"].think_tokens),
+        "quality_drop": drop.mean,
+        "quality_drop_low": drop.low,
+        "quality_drop_high": drop.high,
+    }
+
+
+def describe_routing(split: str, summary: Mapping[str, Any]) -> str:
+    """Return a `routing_summary` as a sentence."""
+    auto, ratio, share = summary["auto"], summary["token_ratio"], summary["oracle_share"]
+    drop = 100 * summary["quality_drop"]
+    parts = [
+        f"On {split} the gate thinks about {100 * auto['think_rate']:.0f} % of "
+        f"{summary['num_queries']} queries",
+        f"reaches a {summary['metric']} of {auto['quality']:.2f}, {abs(drop):.1f} points "
+        f"{'below' if drop >= 0 else 'above'} always thinking",
+    ]
+    if ratio is not None:
+        parts.insert(1, f"writes {100 * ratio:.0f} % of the tokens of always thinking")
+    if share is not None:
+        parts.append(
+            f"covers {100 * share:.0f} % of the way from chance at the same rate to the oracle"
+        )
+    return ", ".join(parts[:-1]) + f", and {parts[-1]}."
+
+
+def spread_over_tasks(queries: Sequence[RoutedQuery], count: int) -> list[RoutedQuery]:
+    """Return at most `count` queries, one a task in turn, those with the highest stake first."""
+    tasks: dict[str, list[RoutedQuery]] = {}
+    for query in sorted(queries, key=lambda query: -query.stake):
+        tasks.setdefault(query.never["task"], []).append(query)
+    rounds = zip_longest(*(members for _, members in sorted(tasks.items())))
+    return [query for turn in rounds for query in turn if query is not None][:count]
+
+
+def _both_ways(queries: Sequence[RoutedQuery], metric: str) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return a metric (N,) without and with thinking."""
+    never = np.array([query_values(query.never)[metric] for query in queries])
+    always = np.array([query_values(query.always)[metric] for query in queries])
+    return never, always
+
+
+def _mixed_mean(values: tuple[NDArray[Any], NDArray[Any]], share: ArrayLike) -> float:
+    never, always = values
+    return float(np.mean(never + np.asarray(share) * (always - never)))
+
+
+def _thinking_first(values: tuple[NDArray[Any], NDArray[Any]], order: NDArray[Any]) -> NDArray[Any]:
+    """Return means (N + 1,) when none, the first, the first two, ... of `order` think."""
+    never, always = values
+    gains = np.concatenate([[0.0], np.cumsum((always - never)[order])])
+    return never.mean() + gains / len(order)
+
+
+def _ratio(part: float, whole: float) -> float | None:
+    return part / whole if abs(whole) > TOLERANCE else None
