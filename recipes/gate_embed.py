@@ -140,7 +140,6 @@ class FittedSide:
     curve: GateCurve
     chosen: CurvePoint
     metrics: dict[str, Any]
-    tables: str
 
 
 def main(script: GateScriptArguments, data: DataArguments) -> Path:
@@ -228,30 +227,39 @@ def fit_side(script: GateScriptArguments, train: GateLabels, validation: GateLab
         think_rate=script.think_rate,
         min_quality=script.min_quality,
     )
-    is_worth_it = validation.gains > script.margin
-    thinks = probability > (chosen.threshold or 0.0)
-    groups = [{row["task"], *([row["hop"]] if row["hop"] else [])} for row in validation.rows]
     metrics = {
-        "classes": {str(c): int((classes == c).sum()) for c in (0, 1, IGNORED)},
+        "classes": {str(label): int((classes == label).sum()) for label in (0, 1, IGNORED)},
         "fit": fit,
+        "train_labels": label_report(train.rows, script.margin),
+        **describe(validation, probability, curve, chosen, script.margin),
+    }
+    return FittedSide(gate, curve, chosen, metrics)
+
+
+def describe(
+    validation: GateLabels,
+    probability: np.ndarray,
+    curve: GateCurve,
+    chosen: CurvePoint,
+    margin: float,
+) -> dict[str, Any]:
+    """Return what the gate does on the validation split, for metrics.json."""
+    is_worth_it = validation.gains > margin
+    assert chosen.threshold is not None
+    groups: dict[str, list[bool]] = {}
+    for row, thinks in zip(validation.rows, probability > chosen.threshold, strict=True):
+        for name in dict.fromkeys([row["task"], *([row["hop"]] if row["hop"] else [])]):
+            groups.setdefault(name, []).append(bool(thinks))
+    return {
         "validation_auc": roc_auc(probability, is_worth_it),
         "validation_ece": expected_calibration_error(probability, is_worth_it),
         "chosen": asdict(chosen),
         "never": asdict(curve.never),
         "always": asdict(curve.always),
         "oracle": asdict(curve.oracle),
-        "think_rate_by_group": {
-            name: float(np.mean([t for t, g in zip(thinks, groups, strict=True) if name in g]))
-            for name in sorted(set().union(*groups))
-        },
-        "train_labels": label_report(train.rows, script.margin),
-        "validation_labels": label_report(validation.rows, script.margin),
+        "think_rate_by_group": {n: float(np.mean(t)) for n, t in sorted(groups.items())},
+        "validation_labels": label_report(validation.rows, margin),
     }
-    tables = "\n".join(
-        f"### {name}\n\n{report_table(metrics[f'{name}_labels'])}"
-        for name in ("train", "validation")
-    )
-    return FittedSide(gate, curve, chosen, metrics, tables)
 
 
 def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:
@@ -274,7 +282,11 @@ def write_artefacts(folder: Path, fitted: dict[str, FittedSide], metric: str) ->
         writer.writerows(rows)
     texts = {
         "metrics.json": json.dumps({"metric": metric, **metrics}, indent=1, allow_nan=False) + "\n",
-        "labels.md": "\n".join(f"## {side}\n\n{found.tables}" for side, found in fitted.items()),
+        "labels.md": "\n".join(
+            f"## {side}, {name}\n\n{report_table(found.metrics[f'{name}_labels'])}"
+            for side, found in fitted.items()
+            for name in ("train", "validation")
+        ),
     }
     for name, text in texts.items():
         (folder / f".{name}.tmp").write_text(text, encoding="utf-8")

@@ -317,8 +317,9 @@ def _row(
         **thought,
     }
     for name, scored in (("no_think", before), ("think", after)):
-        hardest = [values[0] if values else None for values in scored["negative_similarities"]]
+        # A pool may hold nothing but partners.
+        hardest = [values[0] for values in scored["negative_similarities"] if values]
         row[f"{name}_ranks"] = scored["target_rank"]
         row[f"{name}_positive_similarity"] = float(np.mean(scored["positive_similarity"]))
-        row[f"{name}_hardest_negative"] = None if None in hardest else float(np.mean(hardest))
+        row[f"{name}_hardest_negative"] = float(np.mean(hardest)) if hardest else None
     return row

@@ -129,8 +129,9 @@ def label_report(rows: Sequence[Mapping[str, Any]], margin: float) -> dict[str, 
     """
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        for name in dict.fromkeys(["all", row["task"], *([row["hop"]] if row["hop"] else [])]):
-            groups.setdefault(name, []).append(row)
+        names = ["all", row["task"], *([row["hop"]] if row["hop"] else [])]
+        for name in dict.fromkeys(names):
+            groups.setdefault(str(name), []).append(row)
     return {name: _summary(members, margin) for name, members in groups.items()}
 
 
