@@ -69,6 +69,7 @@ class TwnConfig:
         renderer: How items become prompts.
         max_think_tokens: Default budget of one CoT, in tokens.
         gate_threshold: Probability above which to think; None while no gate was fitted.
+        document_gate_threshold: The same for the document side.
         versions: Library versions that wrote the checkpoint.
     """
 
@@ -81,6 +82,7 @@ class TwnConfig:
     renderer: Renderer = field(default_factory=Renderer)
     max_think_tokens: int = 256
     gate_threshold: float | None = None
+    document_gate_threshold: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
