@@ -56,6 +56,11 @@ class Prefix:
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
 
+def prefix_bytes(prefix: Prefix) -> int:
+    """Return the memory of a mergeable prefix's keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
+
+
 def merge(prefixes: Sequence[Prefix]) -> Prefix:
     """Return one prefix of all sequences, left-padded to the longest; logits are dropped."""
     if len(prefixes) == 1:

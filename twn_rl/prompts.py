@@ -50,6 +50,15 @@ class Prompts:
         """Whether single rows can be taken out and joined with those of other batches."""
         return self.image_tokens is not None and set(self.vision) <= {FEATURES_KEY}
 
+    def num_bytes(self) -> int:
+        """Return the memory of tokens, positions and picture features."""
+        images = self.vision.get(FEATURES_KEY, {}).get("image", {})
+        features = images.get("pooler_output", ()), images.get("deepstack_features") or ()
+        parts = [features[0]] if isinstance(features[0], Tensor) else list(features[0])
+        for layer in features[1]:
+            parts += [layer] if isinstance(layer, Tensor) else list(layer)
+        return sum(t.nbytes for t in (*parts, self.position_ids, *self.inputs.values()))
+
     def select(self, rows: Sequence[int]) -> Prompts:
         """Return some of the prompts, in the order of `rows`, which may repeat."""
         if self.image_tokens is None:
