@@ -187,7 +187,7 @@ def _content(message: Mapping[str, Any]) -> Item:
 
 def _check(item: Item, rules: InputRules) -> None:
     sources = (*item.images, *item.video)
-    if not (item.text or "").strip() and not sources:
+    if not ((item.text or "").strip() or (item.instruction or "").strip() or sources):
         raise ValueError(
             f"text = {item.text!r} without pictures; expected non-blank text or a picture; "
             "fill the input or leave it out"
