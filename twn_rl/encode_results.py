@@ -110,7 +110,7 @@ def normalize_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     [[0.6000000238418579, 0.800000011920929], [0.0, 0.0]]
     """
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return vectors / np.where(norms > 0, norms, 1)
+    return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]:

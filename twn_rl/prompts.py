@@ -93,9 +93,8 @@ def prepare_prompts(backbone: Backbone, batch: Mapping[str, Any]) -> Prompts:
         # Features are all a forward needs besides positions; grids only told how to lay them out.
         encoded = {FEATURES_KEY: encoded[FEATURES_KEY]}
         image = inputs["input_ids"] == backbone.model.config.image_token_id
-        counts = image.sum(1).tolist()
-        if not _has_row_features(encoded[FEATURES_KEY]["image"], sum(counts)):
-            counts = None
+        features = encoded[FEATURES_KEY]["image"]
+        counts = image.sum(1).tolist() if _has_row_features(features, int(image.sum())) else None
     elif encoded.get("pixel_values") is not None:
         counts = None
     return Prompts(inputs, positions, encoded, counts)
