@@ -68,8 +68,8 @@ class TwnConfig:
         embedding_lora: Adapter that makes vectors.
         renderer: How items become prompts.
         max_think_tokens: Default budget of one CoT, in tokens.
-        gate_threshold: Probability above which to think; None while no gate was fitted.
-        document_gate_threshold: The same for the document side.
+        gate_threshold: Gate probability above which a query thinks; None while no gate was fitted.
+        document_gate_threshold: The same for documents.
         versions: Library versions that wrote the checkpoint.
     """
 
@@ -94,8 +94,10 @@ class TwnConfig:
             problems.append(f"num_readout_tokens = {self.num_readout_tokens}, expected >= 1")
         if self.max_think_tokens < 1:
             problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
-        if self.gate_threshold is not None and not 0.0 <= self.gate_threshold <= 1.0:
-            problems.append(f"gate_threshold = {self.gate_threshold}, expected None or in [0, 1]")
+        for name in ("gate_threshold", "document_gate_threshold"):
+            threshold = getattr(self, name)
+            if threshold is not None and not 0.0 <= threshold <= 1.0:
+                problems.append(f"{name} = {threshold}, expected None or in [0, 1]")
         if problems:
             raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
 

@@ -54,6 +54,7 @@ class DualLoraModel(nn.Module):
         readout_ids: Q ids of the read-out tokens.
         prefill_adapter: Adapter that fills the cache in "kv_detach"; a frozen snapshot while the
             reasoning adapter is trained by RL.
+        gates: Fitted routing gates by side (`gate.QUERY_SIDE`, `gate.DOCUMENT_SIDE`), frozen.
     """
 
     def __init__(
@@ -241,8 +242,8 @@ class DualLoraModel(nn.Module):
         }
         if token_nll is not None:
             batches["token_nll", ""] = token_nll
-        batches = {key: self._on_device(batch) for key, batch in batches.items()}
-        batches = share_images(self.backbone, batches)
+        moved = {key: self._on_device(batch) for key, batch in batches.items()}
+        batches = dict(share_images(self.backbone, moved))
         last = batches.pop(("token_nll", ""), None)
         embeds: dict[str, Tensor] = {}
         for names in groups:
@@ -280,10 +281,9 @@ class DualLoraModel(nn.Module):
             prefix: What `read` returned.
             completions: Per sequence a string, a list of ids, or None for no thinking.
         """
-        rows = [()] * len(prefix) if completions is None else completions
-        batch = self._on_device(self.collate_completions(rows))
+        batch = {} if completions is None else self.collate_completions(completions)
         with self._inference():
-            return self._read_out(prefix, batch)
+            return self._read_out(prefix, self._on_device(batch))
 
     def _read_out(self, prefix: Prefix, batch: Batch) -> Tensor:
         return read_out(

@@ -134,8 +134,9 @@ def read_rows(
     with_logits: bool = False,
 ) -> Prefix:
     """Return what `adapter` reads in some prompts (None: all); others only if they must be read."""
-    is_partial = rows is not None and list(rows) != list(range(len(prompts)))
-    if is_partial and prompts.image_tokens is not None:
+    if rows is not None and list(rows) == list(range(len(prompts))):
+        rows = None
+    if rows is not None and prompts.image_tokens is not None:
         prompts, rows = prompts.select(rows), None
     prefix = read_prompts(backbone, peft_model, prompts, adapter=adapter, with_logits=with_logits)
     return prefix if rows is None else prefix.select(rows)
@@ -204,7 +205,7 @@ def read_out(
     """
     ids = prefix.next_position.new_tensor(readout_ids).expand(len(prefix), -1)
     mask = torch.ones_like(ids)
-    if "completion_mask" in completions and bool(completions["completion_mask"].any()):
+    if "completion_ids" in completions:  # also if all are empty: processes must run in step
         written = completions["completion_ids"], completions["completion_mask"]
         if prefill_adapter is None:
             ids, mask = torch.cat([written[0], ids], 1), torch.cat([written[1], mask], 1)

@@ -93,8 +93,9 @@ def prepare_prompts(backbone: Backbone, batch: Mapping[str, Any]) -> Prompts:
         # Features are all a forward needs besides positions; grids only told how to lay them out.
         encoded = {FEATURES_KEY: encoded[FEATURES_KEY]}
         image = inputs["input_ids"] == backbone.model.config.image_token_id
-        features = encoded[FEATURES_KEY]["image"]
-        counts = image.sum(1).tolist() if _has_row_features(features, int(image.sum())) else None
+        per_row: list[int] = image.sum(1).tolist()
+        is_known = _has_row_features(encoded[FEATURES_KEY]["image"], sum(per_row))
+        counts = per_row if is_known else None
     elif encoded.get("pixel_values") is not None:
         counts = None
     return Prompts(inputs, positions, encoded, counts)
