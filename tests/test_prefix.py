@@ -5,6 +5,7 @@ import torch
 from torch.nn.functional import normalize
 
 from twn_rl.prefix import merge
+from twn_rl.prompts import merge_prompts
 from twn_rl.readout import join_sequence, position_ids
 
 FAMILIES = ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"]
@@ -62,6 +63,40 @@ def test_prefixes_of_different_lengths_merge(make_model, make_items, name):
         expected = model.embed(model.collate(items, completions))
     states = model.read_out(merge(prefixes), completions)
     torch.testing.assert_close(normalize(states, dim=-1), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_of_different_batches_merge(make_model, make_items, name):
+    model, items = make_model(name), make_items(name)
+    options = {"do_sample": True, "temperature": 2.0, "max_think_tokens": 6}
+    seeds = list(range(len(items)))
+    batches = [[1], [0, 2], seeds[3:]] if len(items) > 3 else [[1], [0, 2]]
+    order = [row for rows in batches for row in rows]
+    parts = [model.prepare(model.collate([items[row] for row in rows])) for rows in batches]
+    assert all(part.is_mergeable for part in parts)
+    assert len({part.inputs["input_ids"].shape[1] for part in parts}) > 1
+    merged = merge_prompts(parts)
+    whole = model.prepare(model.collate([items[row] for row in order]))
+    assert merged.lengths() == whole.lengths()
+    assert merged.image_tokens == whole.image_tokens
+    torch.testing.assert_close(
+        model.read_out(model.read(merged), completions_for(items)),
+        model.read_out(model.read(whole), completions_for(items)),
+    )
+    thoughts = model.reason(merged, seeds=order, **options)
+    assert thoughts == model.reason(whole, seeds=order, **options)
+    # A row taken out of the merged batch still has its own pictures.
+    last = model.read_out(model.read(merged, [len(items) - 1]))
+    torch.testing.assert_close(last, model.read_out(model.read(whole))[-1:])
+
+
+def test_prompts_that_cannot_be_told_apart_do_not_merge(make_model, make_items):
+    model = make_model()
+    prompts = model.prepare(model.collate(make_items("idefics3")))
+    blind = type(prompts)(prompts.inputs, prompts.position_ids, prompts.vision, None)
+    assert not blind.is_mergeable
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        merge_prompts([prompts, blind])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

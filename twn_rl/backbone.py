@@ -104,6 +104,11 @@ class Backbone:
         allowed = {vocabulary[token] for token in keep if token in vocabulary}
         return sorted(suppressed - allowed - {self.eos_token_id})
 
+    def placeholder_tokens(self) -> set[str]:
+        """Return the tokens that stand for pictures; a text with one would ask for a picture."""
+        ids = _config_token_ids(self.model.config) if self.is_multimodal else set()
+        return set(self.tokenizer.convert_ids_to_tokens(sorted(ids))) - {None}
+
 
 def _config_token_ids(config: Any) -> set[int]:
     values = {

@@ -23,7 +23,8 @@ from twn_rl.adapters import (
 from twn_rl.backbone import Backbone, load_backbone
 from twn_rl.config import TwnConfig
 from twn_rl.decoding import decode, dice
-from twn_rl.prefix import Prefix, Prompts, prepare_prompts, read_out, read_rows
+from twn_rl.prefix import Prefix, read_out, read_rows
+from twn_rl.prompts import Prompts, prepare_prompts
 from twn_rl.readout import (
     add_readout_tokens,
     join_sequence,

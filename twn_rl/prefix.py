@@ -1,4 +1,4 @@
-"""Prompts read once and continued many times: picture features, key/value caches, positions.
+"""Prompts read once and continued many times: key/value caches and positions.
 
 Knows token tensors only: no items, no text, no losses. A cache belongs to the adapter that made it.
 """
@@ -14,104 +14,10 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.utils.generic import ModelOutput
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, use_adapter
 from twn_rl.backbone import Backbone
-from twn_rl.readout import TOKEN_ALIGNED_KEYS, position_ids
-from twn_rl.vision import FEATURES_KEY, encode_images
-
-_COMPLETION_KEYS = ("completion_ids", "completion_mask")
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """N left-padded prompts whose pictures have been encoded; any adapter can read them.
-
-    Attributes:
-        inputs: `input_ids`, `attention_mask` and token-aligned tensors, all (N, P).
-        position_ids: (N, P), or (3, N, P) for 3-D positions.
-        vision: What else the model's forward needs for the pictures: features or pixels.
-        image_tokens: Per row how many tokens the pictures fill; None if rows cannot be told apart
-            in `vision`, so that `select` would have to encode again.
-    """
-
-    inputs: dict[str, Tensor]
-    position_ids: Tensor
-    vision: dict[str, Any]
-    image_tokens: list[int] | None
-
-    def __len__(self) -> int:
-        """Return the number N of prompts."""
-        return len(self.inputs["input_ids"])
-
-    def lengths(self) -> list[int]:
-        """Return the tokens of each prompt, padding not counted."""
-        return self.inputs["attention_mask"].sum(1).tolist()
-
-    def select(self, rows: Sequence[int]) -> Prompts:
-        """Return some of the prompts, in the order of `rows`, which may repeat."""
-        if self.image_tokens is None:
-            raise ValueError(
-                "pictures of single prompts cannot be told apart for this backbone; expected "
-                "features per image token; read all prompts and select from the prefix"
-            )
-        counts = self.image_tokens
-        index = torch.tensor(rows, device=self.position_ids.device)
-        vision = dict(self.vision)
-        if FEATURES_KEY in vision:
-            images = vision.pop(FEATURES_KEY)["image"]
-            if any(counts[row] for row in rows):
-                vision[FEATURES_KEY] = {"image": _select_features(images, counts, rows)}
-        return Prompts(
-            inputs={key: value[index] for key, value in self.inputs.items()},
-            position_ids=self.position_ids.index_select(-2, index),
-            vision=vision,
-            image_tokens=[counts[row] for row in rows],
-        )
-
-
-def prepare_prompts(backbone: Backbone, batch: Mapping[str, Any]) -> Prompts:
-    """Return the prompts of a batch; pictures go through the tower here and never again."""
-    batch = {key: value for key, value in batch.items() if key not in _COMPLETION_KEYS}
-    positions = position_ids(backbone, batch)
-    encoded = encode_images(backbone, batch)
-    kept = ("input_ids", "attention_mask", *TOKEN_ALIGNED_KEYS)
-    inputs = {key: encoded.pop(key) for key in kept if key in encoded}
-    counts: list[int] | None = [0] * len(inputs["input_ids"])
-    if FEATURES_KEY in encoded:
-        # Features are all a forward needs besides positions; grids only told how to lay them out.
-        encoded = {FEATURES_KEY: encoded[FEATURES_KEY]}
-        image = inputs["input_ids"] == backbone.model.config.image_token_id
-        per_row: list[int] = image.sum(1).tolist()
-        is_known = _has_row_features(encoded[FEATURES_KEY]["image"], sum(per_row))
-        counts = per_row if is_known else None
-    elif encoded.get("pixel_values") is not None:
-        counts = None
-    return Prompts(inputs, positions, encoded, counts)
-
-
-def _has_row_features(output: Any, tokens: int) -> bool:
-    features = getattr(output, "pooler_output", None)
-    return features is not None and len(_by_token(features)) == tokens
-
-
-def _by_token(features: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return (image tokens, D): row-major over images, as the model scatters them."""
-    parts = [features] if isinstance(features, Tensor) else features
-    return torch.cat([part.flatten(0, -2) for part in parts])
-
-
-def _select_features(output: ModelOutput, counts: list[int], rows: Sequence[int]) -> Any:
-    def pick(features: Tensor | Sequence[Tensor]) -> Any:
-        by_row = _by_token(features).split(counts)
-        picked = torch.cat([by_row[row] for row in rows])
-        return picked if isinstance(features, Tensor) else (picked,)
-
-    fields: dict[str, Any] = {"pooler_output": pick(output["pooler_output"])}
-    if output.get("deepstack_features") is not None:
-        fields["deepstack_features"] = [pick(layer) for layer in output["deepstack_features"]]
-    return type(output)(**fields)
+from twn_rl.prompts import Prompts, pad_left
 
 
 @dataclass(frozen=True)
@@ -150,6 +56,11 @@ class Prefix:
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
 
+def prefix_bytes(prefix: Prefix) -> int:
+    """Return the memory of a mergeable prefix's keys and values."""
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in prefix.cache.layers)
+
+
 def merge(prefixes: Sequence[Prefix]) -> Prefix:
     """Return one prefix of all sequences, left-padded to the longest; logits are dropped."""
     if len(prefixes) == 1:
@@ -158,19 +69,11 @@ def merge(prefixes: Sequence[Prefix]) -> Prefix:
     cache = fork(prefixes[0].cache)
     for number, layer in enumerate(cache.layers):
         layers = [prefix.cache.layers[number] for prefix in prefixes]
-        layer.keys = torch.cat([_pad_left(part.keys, length, 2) for part in layers])
-        layer.values = torch.cat([_pad_left(part.values, length, 2) for part in layers])
-    masks = [_pad_left(prefix.attention_mask, length, 1) for prefix in prefixes]
+        layer.keys = torch.cat([pad_left(part.keys, length, 2) for part in layers])
+        layer.values = torch.cat([pad_left(part.values, length, 2) for part in layers])
+    masks = [pad_left(prefix.attention_mask, length, 1) for prefix in prefixes]
     positions = torch.cat([prefix.next_position for prefix in prefixes])
     return Prefix(cache, torch.cat(masks), positions)
-
-
-def _pad_left(tensor: Tensor, length: int, dim: int) -> Tensor:
-    missing = length - tensor.shape[dim]
-    if not missing:
-        return tensor
-    padding = [0, 0] * (tensor.ndim - 1 - dim) + [missing, 0]
-    return torch.nn.functional.pad(tensor, padding)
 
 
 def fork(cache: Any) -> Any:

@@ -4,11 +4,7 @@ Targets are embedded once into a `TargetBank`; negatives of a query are then the
 query's pool of it, for the price of a matrix product.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twn_rl.adapter_files import adapter_state
-from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, SNAPSHOT_ADAPTER
+from twn_rl.fingerprints import scorer_fingerprint
 from twn_rl.metrics import TIE_TOLERANCE
 from twn_rl.target_bank import BankError, ScorerMismatchError, TargetBank
 
@@ -39,7 +34,6 @@ SCORING_COLUMNS = (
     "think_tokens",
     "is_think_complete",
 )
-_PROBE_BYTES = 1 << 20
 
 
 @torch.no_grad()
@@ -195,50 +189,3 @@ def _check_queries(
             f"({len(unknown)} such rows), expected its content key among {len(bank)} targets; "
             "build the bank from the records that are trained on"
         )
-
-
-def scorer_fingerprint(model: Any) -> str:
-    """Return a sha256 that changes whenever the same target would get another vector.
-
-    It covers the embedding adapter with its read-out rows, the interface, the renderer and the
-    backbone: its revision and, for a local folder, samples of its weight files instead of its path.
-    With `kv_detach` it also covers the reasoning adapter that scores, its snapshot if there is one.
-    Under ZeRO-3 every process must call this.
-
-    Args:
-        model: Anything with `peft_model` and `config` like `DualLoraModel`.
-    """
-    config = model.config
-    described = {
-        "backbone": _backbone_identity(config.backbone),
-        "backbone_revision": config.backbone_revision,
-        "interface": config.interface,
-        "num_readout_tokens": config.num_readout_tokens,
-        "embedding_lora": asdict(config.embedding_lora),
-        "renderer": config.renderer.to_dict(),
-    }
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
-    names = [EMBEDDING_ADAPTER]
-    if config.interface == "kv_detach":
-        has_snapshot = SNAPSHOT_ADAPTER in model.peft_model.peft_config
-        names.append(SNAPSHOT_ADAPTER if has_snapshot else REASONING_ADAPTER)
-    for name in names:
-        for key, weight in sorted(adapter_state(model.peft_model, name).items()):
-            digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
-            # View as bytes: numpy has no bfloat16.
-            digest.update(weight.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _backbone_identity(backbone: str) -> list[str]:
-    if not backbone or not Path(backbone).is_dir():
-        return [backbone]
-    identity = []
-    for path in sorted(Path(backbone).glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(_PROBE_BYTES)
-            file.seek(max(0, size - _PROBE_BYTES))
-            sample = hashlib.sha256(start + file.read(_PROBE_BYTES)).hexdigest()
-        identity.append(f"{path.name} {size} {sample}")
-    return identity or [backbone]

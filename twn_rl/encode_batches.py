@@ -1,0 +1,141 @@
+"""Items -> batches of like length, pictures opened, texts cut to fit. Runs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from twn_rl.backbone import Backbone
+from twn_rl.batching import collate_prompts
+from twn_rl.encode_inputs import InputError
+from twn_rl.images import ImageError
+from twn_rl.records import Item
+from twn_rl.templates import Renderer
+
+# A picture fills some hundred tokens in most backbones; only the order of the batches depends on
+# it, no result does.
+_CHARACTERS_PER_PICTURE = 1000
+
+
+@dataclass
+class Row:
+    """One input on its way through a batch."""
+
+    position: int
+    item: Item
+
+
+def in_batches(items: Sequence[Item | None], batch_size: int) -> Iterator[list[Row]]:
+    """Yield batches of like length, longest first, so that memory runs out early or not at all.
+
+    Positions without an item are left out.
+    """
+    rows = [Row(position, item) for position, item in enumerate(items) if item is not None]
+    rows.sort(key=lambda row: -length_estimate(row.item))
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size]
+
+
+def length_estimate(item: Item) -> int:
+    """Return a number that grows with the tokens of an item; reads nothing."""
+    pictures = len(item.images) + len(item.video)
+    text = len(item.instruction or "") + len(item.text or "")
+    return text + _CHARACTERS_PER_PICTURE * pictures
+
+
+def open_pictures(row: Row) -> Row:
+    """Return the row with its pictures decoded.
+
+    Raises:
+        InputError: If one cannot be.
+    """
+    try:
+        return Row(row.position, row.item.load())
+    except ImageError as error:
+        raise InputError(row.position, str(error)) from error
+
+
+def collate_rows(
+    backbone: Backbone, renderer: Renderer, rows: Sequence[Row], max_length: int | None
+) -> tuple[dict[str, Tensor], list[Row], list[int], list[InputError]]:
+    """Return a batch whose prompts fit; only texts are cut, at their ends, never image tokens.
+
+    Returns:
+        The batch; its rows, with texts as they were embedded; the positions of those cut; and one
+        error for each row that is left out: it does not fit even without its text, or the
+        processor refuses it. The batch is empty if no row is left.
+    """
+    kept, cut, errors = list(rows), set[int](), list[InputError]()
+    while kept:
+        try:
+            batch = collate_prompts(backbone, renderer, [row.item for row in kept])
+        except ValueError:
+            kept, refused = _without_refused(backbone, renderer, kept)
+            errors += refused
+            continue
+        lengths = batch["attention_mask"].sum(1).tolist()
+        if max_length is None or max(lengths) <= max_length:
+            return batch, kept, sorted(cut), errors
+        fitted: list[Row] = []
+        for row, length in zip(kept, lengths, strict=True):
+            item = row.item
+            if length > max_length:
+                item = _cut_text(backbone, item, length - max_length)
+                cut.add(row.position)
+            if item is None:
+                cut.discard(row.position)
+                errors.append(InputError(row.position, _too_long(length, max_length)))
+            else:
+                fitted.append(Row(row.position, item))
+        kept = fitted
+    return {}, [], [], errors
+
+
+def _without_refused(
+    backbone: Backbone, renderer: Renderer, rows: Sequence[Row]
+) -> tuple[list[Row], list[InputError]]:
+    """Return the rows a processor accepts by themselves, and what it says of the others.
+
+    It refuses, say, pictures of extreme shape, and does not tell whose.
+    """
+    accepted, refused = [], []
+    for row in rows:
+        try:
+            collate_prompts(backbone, renderer, [row.item])
+            accepted.append(row)
+        except ValueError as error:
+            problem = f"the processor refuses it ({error}); expected what it can read; change it"
+            refused.append(InputError(row.position, problem))
+    if not refused:
+        collate_prompts(backbone, renderer, [row.item for row in rows])  # raises what it said
+    return accepted, refused
+
+
+def _cut_text(backbone: Backbone, item: Item, excess_tokens: int) -> Item | None:
+    """Return the item with about `excess_tokens` less text, or None if there is no text to cut."""
+    if not item.text:
+        return None
+    if backbone.tokenizer.is_fast:
+        encoded = backbone.tokenizer(
+            item.text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = [end for _, end in encoded["offset_mapping"]]
+        end = ends[-1 - excess_tokens] if excess_tokens < len(ends) else 0
+    else:
+        ids = backbone.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        end = len(backbone.tokenizer.decode(ids[: max(0, len(ids) - excess_tokens)]))
+    text = item.text[: min(end, len(item.text) - 1)]
+    if text.strip():
+        return replace(item, text=text)
+    # An instruction by itself is nothing to be embedded.
+    return replace(item, text=None) if item.images or item.video else None
+
+
+def _too_long(tokens: int, max_length: int) -> str:
+    return (
+        f"prompt has {tokens} tokens and no more text to cut; expected at most {max_length} "
+        "(max_seq_length, less what thought and read-outs need); shrink pictures or instruction, "
+        "or raise max_seq_length"
+    )

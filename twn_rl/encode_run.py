@@ -1,0 +1,220 @@
+"""One call of `encode`: read every input once, choose who thinks, hand those to the thought pool.
+
+Inputs are read in batches of like length and get their no-think vectors. Those that are to think
+wait, with what was read of them, until a batch of them is full, whatever batches they came from.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from twn_rl.encode_batches import Row, collate_rows, in_batches, open_pictures
+from twn_rl.encode_inputs import InputError
+from twn_rl.encode_ledger import Ledger
+from twn_rl.encode_options import EncodeOptions
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Item
+from twn_rl.shortlist import Shortlist
+from twn_rl.thought_pool import Chunk, ThoughtCache, ThoughtPool
+from twn_rl.thoughts import evaluating
+
+logger = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Which inputs think.
+
+    Attributes:
+        mask: One bool per input; None asks the gate.
+        gate: No-think states (N, D) -> probabilities (N,).
+        threshold: Probability above which to think; unused with a rate.
+    """
+
+    mask: Sequence[bool] | None = None
+    gate: Callable[[Tensor], Tensor] | None = None
+    threshold: float | None = None
+
+
+class EncodeRun:
+    """The course of one call; vectors and details end up in `ledger`."""
+
+    def __init__(
+        self,
+        model: DualLoraModel,
+        items: Sequence[Item | None],
+        options: EncodeOptions,
+        chooser: Chooser,
+        ledger: Ledger,
+        *,
+        max_length: int | None = None,
+        cache: ThoughtCache | None = None,
+    ) -> None:
+        """Prepare a call.
+
+        Args:
+            model: The model.
+            items: N items; None where an input was refused already.
+            options: How to embed.
+            chooser: Which inputs think.
+            ledger: Where results go.
+            max_length: Longest prompt in tokens; None is unlimited.
+            cache: Where to look for thoughts and to leave them.
+        """
+        self.model, self.items, self.options = model, items, options
+        self.chooser, self.ledger, self.max_length = chooser, ledger, max_length
+        self.pool = ThoughtPool(model, options, ledger, cache)
+        self.count = sum(item is not None for item in items)
+        self.shortlist: Shortlist[Chunk | None] | None = None
+        if options.think_rate is not None:
+            # 0.29 * 100 is a little less than 29 in floating point; the summand keeps that one.
+            size = int(options.think_rate * self.count + 1e-9)
+            self.shortlist = Shortlist(size, options.prefix_cache_gib * _GIB)
+        show = options.show_progress_bar
+        self.is_quiet = not (logger.isEnabledFor(logging.INFO) if show is None else show)
+
+    def run(self) -> None:
+        """Embed everything."""
+        with self.ledger.timed("total"), torch.no_grad(), evaluating(self.model):
+            with tqdm(desc="embedding", total=self.count, disable=self.is_quiet) as bar:
+                for rows in in_batches(self.items, self.options.batch_size):
+                    self._embed(rows)
+                    bar.update(len(rows))
+            if self.shortlist is not None:
+                self._think_about(self.shortlist)
+            self.pool.finish()
+        self.ledger.details.fallbacks.sort()
+        self.ledger.details.truncated.sort()
+
+    def _embed(self, rows: list[Row]) -> None:
+        """Give the rows of a batch their no-think vectors, and think where that is decided."""
+        batch, rows = self._collate(rows)
+        mask = self.chooser.mask
+        if not rows:
+            return
+        if mask is not None and not any(mask[row.position] for row in rows):
+            self._embed_only(rows, batch)
+            return
+        chunk, states = self._read(rows, batch)
+        self.ledger.accept(chunk.positions, states)
+        if mask is None:
+            self._ask_gate(chunk.positions, states)
+        candidates = [
+            index
+            for index, position in enumerate(chunk.positions)
+            if position not in self.ledger.details.errors
+        ]
+        if self.shortlist is not None:
+            for index in candidates:
+                self._offer(self.shortlist, chunk, rows, index)
+            return
+        thinking = [index for index in candidates if self._thinks(chunk.positions[index])]
+        self._fill_keys(chunk, rows, thinking)
+        self.pool.add(chunk, thinking)
+
+    def _embed_only(self, rows: Sequence[Row], batch: dict[str, Tensor]) -> None:
+        with self.ledger.timed("read"):
+            if self.options.normalize_embeddings:
+                # One pass is cheaper than two where nothing goes on from the prompt.
+                states = self.model.embed(batch)
+            else:
+                states = self.model.read_out(self.model.read(self.model.prepare(batch)))
+        self.ledger.accept([row.position for row in rows], states)
+
+    def _collate(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], list[Row]]:
+        with self.ledger.timed("preprocess"):
+            opened: list[Row] = []
+            for row in rows:
+                try:
+                    opened.append(open_pictures(row))
+                except InputError as error:
+                    self.ledger.refuse(error)
+            parts = self.model.backbone, self.model.renderer
+            batch, kept, cut, errors = collate_rows(*parts, opened, self.max_length)
+        for error in errors:
+            self.ledger.refuse(error)
+        truncated = self.ledger.details.truncated
+        truncated += [position for position in cut if position not in truncated]
+        return batch, kept
+
+    def _read(self, rows: Sequence[Row], batch: dict[str, Tensor]) -> tuple[Chunk, Tensor]:
+        """Return what was read of a batch, and its no-think states (N, D)."""
+        with self.ledger.timed("read"):
+            prompts = self.model.prepare(batch)
+            prefix = self.model.read(prompts)
+            states = self.model.read_out(prefix)
+        return Chunk([row.position for row in rows], [""] * len(rows), prompts, prefix), states
+
+    def _ask_gate(self, positions: Sequence[int], states: Tensor) -> None:
+        assert self.chooser.gate is not None
+        with self.ledger.timed("gate"):
+            probabilities = self.chooser.gate(states).float().tolist()
+        for position, probability in zip(positions, probabilities, strict=True):
+            self.ledger.details.gate_probabilities[position] = probability
+            if not 0.0 <= probability <= 1.0 and position not in self.ledger.details.errors:
+                problem = (
+                    f"gate probability = {probability}; expected in [0, 1]; refit the gate with "
+                    "recipes/gate_embed.py"
+                )
+                self.ledger.refuse(InputError(position, problem))
+
+    def _thinks(self, position: int) -> bool:
+        if self.chooser.mask is not None:
+            return self.chooser.mask[position]
+        probability = self.ledger.details.gate_probabilities[position]
+        assert probability is not None
+        assert self.chooser.threshold is not None
+        return probability > self.chooser.threshold
+
+    def _fill_keys(self, chunk: Chunk, rows: Sequence[Row], indices: Sequence[int]) -> None:
+        if self.pool.needs_keys:
+            with self.ledger.timed("keys"):
+                for index in indices:
+                    chunk.keys[index] = rows[index].item.content_key()
+
+    def _offer(
+        self, shortlist: Shortlist[Chunk | None], chunk: Chunk, rows: Sequence[Row], index: int
+    ) -> None:
+        def keep() -> tuple[Chunk | None, int]:
+            if not chunk.is_mergeable:
+                return None, 0
+            self._fill_keys(chunk, rows, [index])
+            kept = chunk.select([index])
+            return kept, kept.num_bytes()
+
+        position = chunk.positions[index]
+        probability = self.ledger.details.gate_probabilities[position]
+        assert probability is not None
+        shortlist.offer(probability, position, keep)
+
+    def _think_about(self, shortlist: Shortlist[Chunk | None]) -> None:
+        """Let everyone on the list think, and read those again of whom nothing could be kept."""
+        chosen = [self.items[position] for position in shortlist.positions()]
+        with tqdm(desc="thinking", total=len(chosen), disable=self.is_quiet) as bar:
+            listed = set(shortlist.positions())
+            items = [item if i in listed else None for i, item in enumerate(self.items)]
+            for rows in in_batches(items, self.options.batch_size):
+                kept = [(row, shortlist.pop(row.position)) for row in rows]
+                for _, chunk in kept:
+                    if chunk is not None:
+                        self.pool.add(chunk, [0])
+                self._read_again([row for row, chunk in kept if chunk is None])
+                bar.update(len(rows))
+
+    def _read_again(self, rows: list[Row]) -> None:
+        if not rows:
+            return
+        self.ledger.details.rereads += len(rows)
+        batch, rows = self._collate(rows)
+        if rows:
+            chunk, _ = self._read(rows, batch)
+            self._fill_keys(chunk, rows, range(len(rows)))
+            self.pool.add(chunk, range(len(rows)))
