@@ -18,7 +18,8 @@ from twn_rl.evaluation.candidates import CandidateScope
 from twn_rl.evaluation.modes import ABLATIONS, MODES, NO_THOUGHT, Thought
 from twn_rl.metrics import collapse_report
 from twn_rl.model import DualLoraModel
-from twn_rl.prefix import Prefix, Prompts
+from twn_rl.prefix import Prefix
+from twn_rl.prompts import Prompts
 from twn_rl.records import Item, Record
 
 logger = logging.getLogger(__name__)
