@@ -29,7 +29,8 @@ def test_swift_chats_bring_their_own_pictures_and_system_messages(root: Path) ->
         ],
         "negative_images": [["pics/c.jpg", "pics/d.png"], []],
     }
-    records = convert(root, "swift", write_lines(root / "swift.jsonl", row))
+    source = write_lines(root / "swift.jsonl", row)
+    records = convert(root, "swift", source, "--instruction", "For queries without their own.")
     assert list(records) == [
         Record(
             id="swift/1",
