@@ -8,8 +8,10 @@ import hashlib
 import re
 import struct
 import zlib
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -38,6 +40,24 @@ class ImageError(ValueError):
         """Keep the three-part `message` and the `reason` key."""
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle their positional arguments only.
+        return partial(ImageError, str(self), reason=self.reason), ()
+
+
+class ImageFacts(NamedTuple):
+    """What decoding a picture file told; true while its size and time of change stay the same."""
+
+    digest: str  # see `image_digest`
+    width: int
+    height: int
+    size_bytes: int
+    modified_ns: int
+
+
+# Facts that came from elsewhere than a decoding in this process, by absolute path.
+_remembered: dict[str, ImageFacts] = {}
 
 
 def resolve_inside(source: str | Path, data_root: str | Path) -> Path:
@@ -134,17 +154,43 @@ def image_digest(source: ImageSource, data_root: str | Path | None = None) -> st
     """
     if isinstance(source, Image.Image):
         return _pixel_digest(_to_rgb(source))
-    path = Path(data_root or ".") / source
-    if _URL.match(str(source)) or not path.is_file():
-        open_image(source, data_root)  # raises the message for URLs and missing files
-    stat = path.stat()
-    return _file_digest(str(path.absolute()), stat.st_mtime_ns, stat.st_size)
+    if _URL.match(str(source)):
+        open_image(source)  # raises the message for URLs
+    return image_facts(Path(data_root or ".") / source).digest
+
+
+def image_facts(path: str | Path) -> ImageFacts:
+    """Return digest and size, in upright pixels, of a picture file, decoded as `image_digest` says.
+
+    Raises:
+        ImageError: If the image cannot be decoded.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        open_image(path)  # raises the message for missing files
+    stat, name = path.stat(), str(path)
+    known = _remembered.get(name)
+    if known is not None and (known.size_bytes, known.modified_ns) == (
+        stat.st_size,
+        stat.st_mtime_ns,
+    ):
+        return known
+    return _file_digest(name, stat.st_mtime_ns, stat.st_size)
+
+
+def remember_images(facts: Mapping[str, ImageFacts]) -> None:
+    """Take over what another process found out, so that this one need not decode the files.
+
+    Args:
+        facts: By absolute path; a file that has changed since is decoded anew when asked for.
+    """
+    _remembered.update(facts)
 
 
 @lru_cache(maxsize=1_000_000)
-def _file_digest(path: str, modified_ns: int, size_bytes: int) -> str:
-    del modified_ns, size_bytes  # part of the cache key only
-    return _pixel_digest(open_image(path))
+def _file_digest(path: str, modified_ns: int, size_bytes: int) -> ImageFacts:
+    image = open_image(path)
+    return ImageFacts(_pixel_digest(image), *image.size, size_bytes, modified_ns)
 
 
 def _pixel_digest(image: Image.Image) -> str:

@@ -5,17 +5,14 @@ Knows no file formats and no models; `records` feeds it rows.
 
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tqdm import tqdm
-
-from twn_rl.images import ImageError, ImageSource, image_digest, resolve_inside
+from twn_rl.image_checks import check_images
+from twn_rl.images import ImageError, ImageSource, resolve_inside
 from twn_rl.record_schema import Item, Record, RecordError
 
 logger = logging.getLogger(__name__)
@@ -33,7 +30,7 @@ class RecordChecks:
         self.metadata_fields: Counter[str] = Counter()
         self._row_of_id: dict[str, int] = {}
         self._resolved: dict[str, str | ImageError] = {}
-        self._problems: dict[str, ImageError | None] = {}
+        self._problems: dict[str, ImageError] = {}
 
     def parse(self, row: int, data: Mapping[str, Any] | RecordError) -> Record | None:
         """Return the record of a row with absolute paths, or None if it is bad."""
@@ -54,24 +51,20 @@ class RecordChecks:
         self.metadata_fields.update(set(data) - set(Record.__dataclass_fields__))
         return record
 
-    def decode_images(self, records: Iterable[Record]) -> None:
+    def decode_images(self, records: Iterable[Record], *, workers: int = 0) -> None:
         """Decode each distinct image once and remember what is wrong with it."""
-        paths = sorted({str(s) for record in records for _, s in _sources_of(record)})
-        workers = min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            verdicts = pool.map(_image_problem, paths)
-            progress = tqdm(
-                zip(paths, verdicts, strict=True),
-                desc=f"Verifying images of {self.path.name}",
-                total=len(paths),
-                disable=len(paths) < _PROGRESS_FROM_IMAGES,
-            )
-            self._problems = dict(progress)
+        paths = {str(s) for record in records for _, s in _sources_of(record)}
+        self._problems = check_images(
+            paths,
+            workers=workers,
+            label=f"Verifying images of {self.path.name}",
+            show_progress_bar=len(paths) >= _PROGRESS_FROM_IMAGES,
+        )
 
     def is_trainable(self, row: int, record: Record) -> bool:
         """Return whether all images are readable and the positive is not among the negatives."""
         for name, source in _sources_of(record):
-            problem = self._problems[str(source)]
+            problem = self._problems.get(str(source))
             if problem is not None:
                 self._bad(row, RecordError(str(problem), reason=problem.reason, field=name))
                 return False
@@ -151,14 +144,6 @@ def parse_json(text: str | bytes, *, field: str | None) -> Any:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
-
-
-def _image_problem(path: str) -> ImageError | None:
-    try:
-        image_digest(path)
-    except ImageError as error:
-        return error
-    return None
 
 
 def _sources_of(record: Record) -> Iterator[tuple[str, ImageSource]]:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class RecordError(ValueError):
         place += [] if row is None else [f"row {row}"]
         place += [] if field is None else [f"field {field}"]
         super().__init__(": ".join([", ".join(place), detail]) if place else detail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle their positional arguments only.
+        where = {"field": self.field, "file": self.file, "row": self.row}
+        return partial(RecordError, self.detail, reason=self.reason, **where), ()
 
     def at(self, *, file: str | Path, row: int) -> "RecordError":
         """Return the same error with its file and row named."""

@@ -31,6 +31,7 @@ class RecordSet(Sequence[Record]):
         data_root: Folder that holds every image.
         skipped: How many rows were left out, by reason.
         skipped_rows: Row number and message of each row left out.
+        errors: The error of each row left out.
         metadata_fields: How many rows kept each unknown top-level field in their metadata.
     """
 
@@ -47,6 +48,7 @@ class RecordSet(Sequence[Record]):
         self.data_root = Path(data_root)
         self.skipped = Counter(error.reason for _, error in skipped_rows)
         self.skipped_rows = [(row, str(error)) for row, error in skipped_rows]
+        self.errors = [error for _, error in skipped_rows]
         self.metadata_fields = Counter(metadata_fields or {})
 
     def __len__(self) -> int:
@@ -78,6 +80,7 @@ def load_records(
     data_root: str | Path | None = None,
     on_bad_record: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
+    workers: int = 0,
 ) -> RecordSet:
     """Return the verified records of a `.jsonl` or `.parquet` file.
 
@@ -89,6 +92,7 @@ def load_records(
         data_root: Folder that image paths are relative to; the folder of `path` when None.
         on_bad_record: "raise" stops at a bad row; "skip" leaves it out, counted in `skipped`.
         limit: Read at most this many rows; None reads all.
+        workers: Processes that decode images; 0 decodes in threads of this process.
 
     Raises:
         RecordError: For a bad row under "raise"; for a file of another kind; when no row is usable.
@@ -102,7 +106,7 @@ def load_records(
     root = (path.parent if data_root is None else Path(data_root)).resolve()
     check = RecordChecks(path, root, is_strict=on_bad_record == "raise")
     rows = [(row, check.parse(row, data)) for row, data in islice(_read(path), limit)]
-    check.decode_images(record for _, record in rows if record is not None)
+    check.decode_images((record for _, record in rows if record is not None), workers=workers)
     records = [
         record for row, record in rows if record is not None and check.is_trainable(row, record)
     ]

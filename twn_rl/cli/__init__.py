@@ -16,7 +16,9 @@ from twn_rl import __version__
 
 # Subcommand -> (module of this package, one line of help). Modules are imported when chosen, so
 # that `twn-rl --help` does not load torch.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "check-data": ("check_data", "Verify a file of records and print what it holds."),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, line) in COMMANDS.items():
         subparser = subparsers.add_parser(
-            name, help=line, description=line, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+            name,
+            help=line,
+            description=line,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == chosen:
             _module(name).add_arguments(subparser)
