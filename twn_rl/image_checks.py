@@ -1,15 +1,30 @@
 """Which pictures can be used: each decoded once, in threads or processes. Knows no records."""
 
+import json
+import logging
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
 
 from tqdm import tqdm
 
-from twn_rl.images import ImageError, ImageFacts, image_facts, remember_images
+from twn_rl.images import (
+    ImageError,
+    ImageFacts,
+    image_facts,
+    remember_images,
+    remembered_facts,
+)
 
+logger = logging.getLogger(__name__)
+
+CACHE_SUFFIX = ".images.cache"
+_CACHE_FORMAT = 1
+_CACHE_FROM_IMAGES = 1000
 _THREADS = 8
 _PATHS_PER_JOB = 32
 
@@ -18,6 +33,7 @@ def check_images(
     paths: Iterable[str],
     *,
     workers: int = 0,
+    cache: Path | None = None,
     label: str = "Verifying images",
     show_progress_bar: bool = True,
 ) -> dict[str, ImageError]:
@@ -26,6 +42,8 @@ def check_images(
     Args:
         paths: Absolute paths, each decoded once.
         workers: Processes that decode; 0 decodes in threads of this process.
+        cache: File that keeps what was found, so that the next run decodes only pictures whose
+            size or time of change differs. Written from a thousand pictures on.
         label: Name of the progress bar.
         show_progress_bar: Show pictures done.
 
@@ -33,23 +51,67 @@ def check_images(
         RuntimeError: If a worker process dies.
     """
     distinct = sorted(set(paths))
+    cached = {} if cache is None else _read_cache(cache)
+    remember_images(cached)
+    # Threads look the known ones up themselves; a worker process would decode them.
+    unknown = [p for p in distinct if not workers or remembered_facts(p) is None]
     problems: dict[str, ImageError] = {}
-    facts: dict[str, ImageFacts] = {}
+    found: dict[str, ImageFacts] = {}
     progress = tqdm(
-        _examine_all(distinct, workers),
+        _examine_all(unknown, workers),
         desc=label,
         unit="image",
-        total=len(distinct),
+        total=len(unknown),
         disable=not show_progress_bar,
     )
-    for path, finding in zip(distinct, progress, strict=True):
-        if isinstance(finding, ImageFacts):
-            facts[path] = finding
-        else:
+    for path, finding in zip(unknown, progress, strict=True):
+        if isinstance(finding, ImageError):
             problems[path] = finding
+        elif cached.get(path) != finding:
+            found[path] = finding
     if workers:
-        remember_images(facts)
+        remember_images(found)
+    if cache is not None and found and len(distinct) >= _CACHE_FROM_IMAGES:
+        _write_cache(cache, cached | found)
     return problems
+
+
+def _read_cache(path: Path) -> dict[str, ImageFacts]:
+    """Return facts by absolute path; a cache that cannot be read costs time, not the run."""
+    facts: dict[str, ImageFacts] = {}
+    folder = path.parent.resolve()
+    try:
+        with path.open(encoding="utf-8") as file:
+            if json.loads(file.readline()) != {"format": _CACHE_FORMAT}:
+                raise ValueError(f"expected format {_CACHE_FORMAT}")
+            for line in file:
+                name, digest, *numbers = json.loads(line)
+                width, height, size_bytes, modified_ns = map(int, numbers)
+                entry = ImageFacts(str(digest), width, height, size_bytes, modified_ns)
+                facts[os.path.normpath(folder / name)] = entry
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("Image cache %s is not usable (%s); verifying all images", path, error)
+        return {}
+    return facts
+
+
+def _write_cache(path: Path, facts: Mapping[str, ImageFacts]) -> None:
+    """Write facts by path relative to the cache, so that data can move as a whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = path.parent.resolve()
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"format": _CACHE_FORMAT}) + "\n")
+            for name, fact in facts.items():
+                file.write(json.dumps([os.path.relpath(name, folder), *fact]) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        logger.warning("Image cache %s cannot be written (%s); going on without", path, error)
+    finally:
+        with suppress(OSError):  # on a read-only disk
+            temporary.unlink(missing_ok=True)
 
 
 def _examine_all(paths: list[str], workers: int) -> Iterator[ImageFacts | ImageError]:

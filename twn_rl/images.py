@@ -60,12 +60,13 @@ class ImageFacts(NamedTuple):
 _remembered: dict[str, ImageFacts] = {}
 
 
-def resolve_inside(source: str | Path, data_root: str | Path) -> Path:
+def resolve_inside(source: str | Path, data_root: str | Path, *, must_exist: bool = True) -> Path:
     """Return the absolute path of `source`, which must be a file inside `data_root`.
 
     Args:
         source: Path relative to `data_root`, as written in a data file.
         data_root: Folder that no path may leave, neither by `..` nor by a symbolic link.
+        must_exist: Refuse a path that is no file.
 
     Raises:
         ImageError: For URLs, absolute paths, paths that leave the root, and missing files.
@@ -99,7 +100,7 @@ def resolve_inside(source: str | Path, data_root: str | Path) -> Path:
             "it; copy the file there or pass a wider data_root",
             reason="path_outside_root",
         )
-    if not is_file:
+    if must_exist and not is_file:
         raise ImageError(
             f"image = {name!r} does not exist under {str(root)!r}; expected a file; "
             "check the path and data_root",
@@ -168,14 +169,24 @@ def image_facts(path: str | Path) -> ImageFacts:
     path = Path(path).absolute()
     if not path.is_file():
         open_image(path)  # raises the message for missing files
-    stat, name = path.stat(), str(path)
-    known = _remembered.get(name)
-    if known is not None and (known.size_bytes, known.modified_ns) == (
-        stat.st_size,
-        stat.st_mtime_ns,
-    ):
+    known = remembered_facts(str(path))
+    if known is not None:
         return known
-    return _file_digest(name, stat.st_mtime_ns, stat.st_size)
+    stat = path.stat()
+    return _file_digest(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def remembered_facts(path: str) -> ImageFacts | None:
+    """Return what `remember_images` was told of an absolute path, if the file is still the same."""
+    known = _remembered.get(path)
+    if known is None:
+        return None
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    is_same = (known.size_bytes, known.modified_ns) == (stat.st_size, stat.st_mtime_ns)
+    return known if is_same else None
 
 
 def remember_images(facts: Mapping[str, ImageFacts]) -> None:

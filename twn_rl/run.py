@@ -102,6 +102,9 @@ class DataArguments:
     on_bad_record: str = field(
         default="raise", metadata={"help": "raise, or skip (counted) for single bad records."}
     )
+    verify_workers: int = field(
+        default=0, metadata={"help": "Processes that verify images; 0 is threads of this one."}
+    )
     demo_dir: str = field(
         default="outputs/demo/data",
         metadata={"help": "Where the embedded emoji scenes are written."},
@@ -141,7 +144,14 @@ class DataArguments:
                     f"{split}_file = None while other record files are given; expected a .jsonl or "
                     f".parquet file; pass --{split}_file"
                 )
-        return load_records(path, data_root=self.data_root, on_bad_record=self.on_bad_record)  # pyright: ignore[reportArgumentType]
+        # One process of a machine decodes the images, the others read what it found.
+        with PartialState().local_main_process_first():
+            return load_records(
+                path,
+                data_root=self.data_root,
+                on_bad_record=self.on_bad_record,  # pyright: ignore[reportArgumentType]
+                workers=self.verify_workers,
+            )
 
     def has(self, split: Split) -> bool:
         """Tell whether `load(split)` would find records."""
