@@ -125,7 +125,7 @@ class EmbedGRPOTrainer(GRPOTrainer):
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         """Let TRL repeat prompts; those of a mixture are drawn by weight."""
-        places = super()._get_train_sampler(dataset)
+        places: Any = super()._get_train_sampler(dataset)
         if not isinstance(self.scorer.records, Mixture):
             return places
         order = MixtureSampler(
