@@ -17,7 +17,7 @@ from twn_rl import __version__
 # Subcommand -> (module of this package, one line of help). Modules are imported when chosen, so
 # that `twn-rl --help` does not load torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "check-data": ("check_data", "Verify a file of records and print what it holds."),
+    "check-data": ("check_data", "verify a file of records and print what it holds"),
 }
 
 
