@@ -2,15 +2,19 @@
 
 import json
 import math
+import os
+import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from twn_rl import images, record_checks
+from twn_rl import image_checks, images, parquet_rows, record_checks
 from twn_rl.images import ImageError, image_digest, open_image
 from twn_rl.records import Item, Record, RecordError, load_records, write_records
 
@@ -267,6 +271,174 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(root: Path, suffix: str
             write_records(path, [*_records(), bad])
     assert path.read_bytes() == before
     assert not list(root.glob(".*"))
+
+
+# Rows that stay in their file
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_records_are_read_again_in_any_order_and_in_other_processes(
+    root: Path, suffix: str
+) -> None:
+    path = root / f"records{suffix}"
+    long = "word ü " * 5000  # longer than a block of the reader
+    rows = [
+        Record(str(i), "s", Item(text=f"q{i}" + long * (i % 2), images=("pics/a.png",)), Item("p"))
+        for i in range(7)
+    ]
+    rows = [Record(**{**vars(row), "positive": Item(text="p")}) for row in rows]
+    write_records(path, rows)
+    loaded = load_records(path)
+    texts = [row.query.text for row in rows]
+    assert [record.query.text for record in loaded] == texts
+    assert [loaded[i].id for i in (-1, 3, -7)] == ["6", "3", "0"]
+    assert [record.id for record in loaded[5:1:-2]] == ["5", "3"]
+    for index in (7, -8):
+        with pytest.raises(IndexError):
+            loaded[index]
+    again = pickle.loads(pickle.dumps(loaded[1:]))
+    assert list(again) == list(loaded)[1:]
+    assert again.load(0).query.images[0].size == (32, 32)
+    batches = DataLoader(loaded, batch_size=3, num_workers=2, collate_fn=list)  # pyright: ignore
+    assert [record.query.text for batch in batches for record in batch] == texts
+
+
+def test_a_set_of_records_holds_no_texts(root: Path) -> None:
+    row = _row(query={"text": "word " * 400}, metadata={"more": "x" * 2000})
+    path = _write_lines(root, *({**row, "id": str(i)} for i in range(500)))
+    tracemalloc.start()
+    try:
+        loaded = load_records(path)
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(loaded) == 500
+    assert held < path.stat().st_size / 10
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_a_file_that_changed_since_it_was_verified_is_refused(root: Path, suffix: str) -> None:
+    path = root / f"records{suffix}"
+    write_records(path, _records())
+    loaded = load_records(path)
+    travelled = pickle.dumps(loaded)
+    write_records(path, [*_records(), Record("3", "s", Item(text="q"), Item(text="p"))])
+    assert loaded[1] == _records()[1], "the old file is still open"
+    with pytest.raises(RecordError, match=r"mtime.*expected.*load the records again"):
+        pickle.loads(travelled)[0]
+    if suffix == ".jsonl":
+        loaded = load_records(path)
+        with path.open("a") as file:
+            file.write("\n")
+        with pytest.raises(RecordError, match=r"expected .* as when the file was verified"):
+            loaded[0]
+
+
+def test_an_image_that_went_away_is_named_on_access(root: Path) -> None:
+    loaded = load_records(_write_lines(root, GOOD))
+    (root / "pics" / "a.png").unlink()
+    with pytest.raises(ImageError, match=r"a\.png.*does not exist"):
+        loaded.load(0)
+
+
+def test_rows_of_a_large_parquet_file_lie_in_a_mapped_copy(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, copy = root / "r.parquet", root / "r.parquet.rows.arrow"
+    write_records(path, _records())
+    expected = list(load_records(path))
+    assert not copy.exists(), "a small file needs none"
+    monkeypatch.setattr(parquet_rows, "_IN_MEMORY_BYTES", 0)
+    assert list(load_records(path)) == expected
+    written = copy.stat().st_mtime_ns
+    loaded = load_records(path)
+    assert list(pickle.loads(pickle.dumps(loaded))) == expected
+    assert copy.stat().st_mtime_ns == written, "the copy is reused"
+    write_records(path, _records()[1:])
+    assert [record.id for record in load_records(path)] == ["2"]
+    copy.unlink()
+    copy.mkdir()  # so that it cannot be written
+    assert [record.id for record in load_records(path)] == ["2"]
+    assert "stay in memory" in caplog.text
+    assert not list(root.glob(".*"))
+
+
+# Images
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the pictures decoded since the list was last cleared."""
+    opened: list[str] = []
+    original = images.open_image
+    monkeypatch.setattr(image_checks, "_CACHE_FROM_IMAGES", 1)
+    monkeypatch.setattr(
+        images, "open_image", lambda p, r=None: opened.append(Path(p).name) or original(p, r)
+    )
+    return opened
+
+
+def _forget() -> None:
+    """Bring the module to the state of a new process."""
+    images._file_digest.cache_clear()
+    images._remembered.clear()
+
+
+def test_verified_images_are_not_decoded_again_by_the_next_process(
+    root: Path, decoded: list[str]
+) -> None:
+    path = _write_lines(root, GOOD)
+    keys = [load_records(path)[0].positive.content_key()]
+    assert sorted(decoded) == ["a.png", "b.jpg"]
+    decoded.clear()
+    _forget()
+    keys.append(load_records(path, data_root=root.parent / "data")[0].positive.content_key())
+    assert decoded == []
+    assert keys[0] == keys[1]
+    root.rename(root.parent / "moved")
+    _forget()
+    load_records(root.parent / "moved" / "records.jsonl")
+    assert decoded == []
+
+
+def test_an_image_that_changed_is_verified_again(root: Path, decoded: list[str]) -> None:
+    path = _write_lines(root, GOOD)
+    load_records(path)
+    decoded.clear()
+    (root / "pics" / "a.png").write_text("not a picture")
+    for _ in range(2):  # a bad picture is never remembered as a good one
+        _forget()
+        with pytest.raises(RecordError, match="cannot be decoded"):
+            load_records(path)
+    assert set(decoded) == {"a.png"}
+
+
+@pytest.mark.parametrize("content", ["", "nonsense", '{"format": 1}\n["pics/a.png", "x"]\n'])
+def test_a_damaged_image_cache_is_logged_and_written_anew(
+    root: Path, decoded: list[str], content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _write_lines(root, GOOD)
+    cache = root / f"{path.name}{image_checks.CACHE_SUFFIX}"
+    cache.write_text(content)
+    _forget()
+    load_records(path)
+    assert "is not usable" in caplog.text
+    assert sorted(decoded) == ["a.png", "b.jpg"]
+    decoded.clear()
+    _forget()
+    load_records(path)
+    assert decoded == []
+
+
+def test_an_image_cache_that_cannot_be_written_is_only_logged(
+    root: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _write_lines(root, GOOD)
+    (root / f"{path.name}{image_checks.CACHE_SUFFIX}").mkdir()
+    _forget()
+    assert len(load_records(path)) == 1
+    assert "cannot be written" in caplog.text
+    assert not [name for name in os.listdir(root) if name.endswith(".tmp")]
 
 
 def test_each_distinct_image_is_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,6 +145,7 @@ def load_backbone(
     dtype: str | torch.dtype | None = "auto",
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
+    with_weights: bool = True,
 ) -> Backbone:
     """Return the backbone stored at `name_or_path`; weights come from safetensors only.
 
@@ -154,6 +155,8 @@ def load_backbone(
         dtype: Parameter type; "auto" keeps the stored one.
         trust_remote_code: Allow code from the hub; off unless you read that code.
         attn_implementation: Attention kernel; None leaves the choice to transformers.
+        with_weights: False reads none and leaves the model on the meta device, which is enough to
+            render and tokenize.
     """
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name_or_path, **shared)
@@ -161,14 +164,18 @@ def load_backbone(
     model_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     processor_class = AutoProcessor if is_vlm else AutoTokenizer
     processor = processor_class.from_pretrained(name_or_path, **shared)
-    with whole_parameters():
-        model = model_class.from_pretrained(
-            name_or_path,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            attn_implementation=attn_implementation,
-            **shared,
-        )
+    if with_weights:
+        with whole_parameters():
+            model = model_class.from_pretrained(
+                name_or_path,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                attn_implementation=attn_implementation,
+                **shared,
+            )
+    else:
+        with torch.device("meta"):
+            model = model_class.from_config(config, trust_remote_code=trust_remote_code)
     backbone = from_parts(model, processor)
     backbone.name, backbone.revision = str(name_or_path), revision
     return backbone

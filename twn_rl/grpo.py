@@ -18,6 +18,7 @@ from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
 from twn_rl.gate_files import drop_gates
 from twn_rl.images import open_image
+from twn_rl.mixtures import Mixture, MixtureSampler, ReorderedSampler
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
 from twn_rl.rollouts import RolloutScorer
@@ -122,6 +123,20 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
         set_trainable(model.peft_model, [REASONING_ADAPTER])
         self.dual_model = model
         self.scorer = scorer
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """Let TRL repeat prompts; those of a mixture are drawn by weight."""
+        places: Any = super()._get_train_sampler(dataset)
+        if not isinstance(self.scorer.records, Mixture):
+            return places
+        order = MixtureSampler(
+            self.scorer.records,
+            batch_size=places.batch_size,
+            seed=self.args.seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+        places.num_samples, places.shuffle = len(order), False
+        return ReorderedSampler(places, order)
 
     def _calculate_rewards(
         self,

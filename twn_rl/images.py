@@ -8,8 +8,10 @@ import hashlib
 import re
 import struct
 import zlib
-from functools import lru_cache
+from collections.abc import Mapping
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image, ImageOps
 
@@ -39,13 +41,32 @@ class ImageError(ValueError):
         super().__init__(message)
         self.reason = reason
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle their positional arguments only.
+        return partial(ImageError, str(self), reason=self.reason), ()
 
-def resolve_inside(source: str | Path, data_root: str | Path) -> Path:
+
+class ImageFacts(NamedTuple):
+    """What decoding a picture file told; true while its size and time of change stay the same."""
+
+    digest: str  # see `image_digest`
+    width: int
+    height: int
+    size_bytes: int
+    modified_ns: int
+
+
+# Facts that came from elsewhere than a decoding in this process, by absolute path.
+_remembered: dict[str, ImageFacts] = {}
+
+
+def resolve_inside(source: str | Path, data_root: str | Path, *, must_exist: bool = True) -> Path:
     """Return the absolute path of `source`, which must be a file inside `data_root`.
 
     Args:
         source: Path relative to `data_root`, as written in a data file.
         data_root: Folder that no path may leave, neither by `..` nor by a symbolic link.
+        must_exist: Refuse a path that is no file.
 
     Raises:
         ImageError: For URLs, absolute paths, paths that leave the root, and missing files.
@@ -79,7 +100,7 @@ def resolve_inside(source: str | Path, data_root: str | Path) -> Path:
             "it; copy the file there or pass a wider data_root",
             reason="path_outside_root",
         )
-    if not is_file:
+    if must_exist and not is_file:
         raise ImageError(
             f"image = {name!r} does not exist under {str(root)!r}; expected a file; "
             "check the path and data_root",
@@ -134,17 +155,53 @@ def image_digest(source: ImageSource, data_root: str | Path | None = None) -> st
     """
     if isinstance(source, Image.Image):
         return _pixel_digest(_to_rgb(source))
-    path = Path(data_root or ".") / source
-    if _URL.match(str(source)) or not path.is_file():
-        open_image(source, data_root)  # raises the message for URLs and missing files
+    if _URL.match(str(source)):
+        open_image(source)  # raises the message for URLs
+    return image_facts(Path(data_root or ".") / source).digest
+
+
+def image_facts(path: str | Path) -> ImageFacts:
+    """Return digest and size, in upright pixels, of a picture file, decoded as `image_digest` says.
+
+    Raises:
+        ImageError: If the image cannot be decoded.
+    """
+    path = Path(path).absolute()
+    if not path.is_file():
+        open_image(path)  # raises the message for missing files
+    known = remembered_facts(str(path))
+    if known is not None:
+        return known
     stat = path.stat()
-    return _file_digest(str(path.absolute()), stat.st_mtime_ns, stat.st_size)
+    return _file_digest(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def remembered_facts(path: str) -> ImageFacts | None:
+    """Return what `remember_images` was told of an absolute path, if the file is still the same."""
+    known = _remembered.get(path)
+    if known is None:
+        return None
+    try:
+        stat = Path(path).stat()
+    except OSError:
+        return None
+    is_same = (known.size_bytes, known.modified_ns) == (stat.st_size, stat.st_mtime_ns)
+    return known if is_same else None
+
+
+def remember_images(facts: Mapping[str, ImageFacts]) -> None:
+    """Take over what another process found out, so that this one need not decode the files.
+
+    Args:
+        facts: By absolute path; a file that has changed since is decoded anew when asked for.
+    """
+    _remembered.update(facts)
 
 
 @lru_cache(maxsize=1_000_000)
-def _file_digest(path: str, modified_ns: int, size_bytes: int) -> str:
-    del modified_ns, size_bytes  # part of the cache key only
-    return _pixel_digest(open_image(path))
+def _file_digest(path: str, modified_ns: int, size_bytes: int) -> ImageFacts:
+    image = open_image(path)
+    return ImageFacts(_pixel_digest(image), *image.size, size_bytes, modified_ns)
 
 
 def _pixel_digest(image: Image.Image) -> str:

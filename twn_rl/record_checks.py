@@ -1,22 +1,16 @@
-"""Everything verified about a row besides its types: JSON, ids, paths, pictures, negatives.
+"""Everything verified about a row besides its types: ids, paths, pictures, negatives.
 
 Knows no file formats and no models; `records` feeds it rows.
 """
 
-import json
 import logging
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
 
-from tqdm import tqdm
-
-from twn_rl.images import ImageError, ImageSource, image_digest, resolve_inside
-from twn_rl.record_schema import Item, Record, RecordError
+from twn_rl.image_checks import CACHE_SUFFIX, check_images
+from twn_rl.images import ImageError, resolve_inside
+from twn_rl.record_rows import Row, sources_of, with_absolute_paths
+from twn_rl.record_schema import Record, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -33,14 +27,14 @@ class RecordChecks:
         self.metadata_fields: Counter[str] = Counter()
         self._row_of_id: dict[str, int] = {}
         self._resolved: dict[str, str | ImageError] = {}
-        self._problems: dict[str, ImageError | None] = {}
+        self._problems: dict[str, ImageError] = {}
 
-    def parse(self, row: int, data: Mapping[str, Any] | RecordError) -> Record | None:
+    def parse(self, row: int, data: Row) -> Record | None:
         """Return the record of a row with absolute paths, or None if it is bad."""
         try:
             if isinstance(data, RecordError):
                 raise data
-            record = self._resolve(Record.from_dict(data))
+            record = with_absolute_paths(Record.from_dict(data), self._resolve)
             if record.id in self._row_of_id:
                 raise RecordError(
                     f"id = {record.id!r} was used in row {self._row_of_id[record.id]}; expected "
@@ -54,24 +48,27 @@ class RecordChecks:
         self.metadata_fields.update(set(data) - set(Record.__dataclass_fields__))
         return record
 
-    def decode_images(self, records: Iterable[Record]) -> None:
-        """Decode each distinct image once and remember what is wrong with it."""
-        paths = sorted({str(s) for record in records for _, s in _sources_of(record)})
-        workers = min(8, os.cpu_count() or 1)
-        with ThreadPoolExecutor(max_workers=workers) as pool:
-            verdicts = pool.map(_image_problem, paths)
-            progress = tqdm(
-                zip(paths, verdicts, strict=True),
-                desc=f"Verifying images of {self.path.name}",
-                total=len(paths),
-                disable=len(paths) < _PROGRESS_FROM_IMAGES,
-            )
-            self._problems = dict(progress)
+    def decode_images(self, *, workers: int = 0) -> None:
+        """Decode each distinct image of the parsed rows and remember what is wrong with it."""
+        paths = {found for found in self._resolved.values() if isinstance(found, str)}
+        self._problems = check_images(
+            paths,
+            workers=workers,
+            cache=self.path.with_name(f"{self.path.name}{CACHE_SUFFIX}"),
+            label=f"Verifying images of {self.path.name}",
+            show_progress_bar=len(paths) >= _PROGRESS_FROM_IMAGES,
+        )
+
+    def parse_again(self, data: Row) -> Record:
+        """Return the record of a row that `parse` has accepted."""
+        if isinstance(data, RecordError):
+            raise data
+        return with_absolute_paths(Record.from_dict(data), self._resolve)
 
     def is_trainable(self, row: int, record: Record) -> bool:
         """Return whether all images are readable and the positive is not among the negatives."""
-        for name, source in _sources_of(record):
-            problem = self._problems[str(source)]
+        for name, source in sources_of(record):
+            problem = self._problems.get(str(source))
             if problem is not None:
                 self._bad(row, RecordError(str(problem), reason=problem.reason, field=name))
                 return False
@@ -109,62 +106,19 @@ class RecordChecks:
                 file=self.path,
             )
 
-    def _resolve(self, record: Record) -> Record:
-        for name, source in _sources_of(record):
-            key = str(source)
-            if key not in self._resolved:
-                try:
-                    self._resolved[key] = str(resolve_inside(key, self.root))
-                except ImageError as error:
-                    self._resolved[key] = error
-            found = self._resolved[key]
-            if isinstance(found, ImageError):
-                raise RecordError(str(found), reason=found.reason, field=name)
-
-        def absolute(item: Item) -> Item:
-            return replace(
-                item,
-                images=tuple(str(self._resolved[str(source)]) for source in item.images),
-                video=tuple(str(self._resolved[str(source)]) for source in item.video),
-            )
-
-        return record.map_items(absolute)
+    def _resolve(self, name: str) -> str:
+        if name not in self._resolved:
+            try:
+                self._resolved[name] = str(resolve_inside(name, self.root))
+            except ImageError as error:
+                self._resolved[name] = error
+        found = self._resolved[name]
+        if isinstance(found, ImageError):
+            raise ImageError(str(found), reason=found.reason)
+        return found
 
     def _bad(self, row: int, error: RecordError) -> None:
         located = error.at(file=self.path, row=row)
         if self.is_strict:
             raise located
         self.skipped.append((row, located))
-
-
-def parse_json(text: str | bytes, *, field: str | None) -> Any:
-    """Return the value of a JSON text, or the RecordError that says why there is none."""
-    try:
-        return json.loads(text, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 as well
-        return RecordError(
-            f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
-            reason="bad_json",
-            field=field,
-        )
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _image_problem(path: str) -> ImageError | None:
-    try:
-        image_digest(path)
-    except ImageError as error:
-        return error
-    return None
-
-
-def _sources_of(record: Record) -> Iterator[tuple[str, ImageSource]]:
-    """Yield the dotted field name and the source of every picture of `record`."""
-    names = ["query", "positive", *(f"negatives[{i}]" for i in range(len(record.negatives)))]
-    for name, item in zip(names, record.items(), strict=True):
-        for kind, sources in (("images", item.images), ("video", item.video)):
-            for i, source in enumerate(sources):
-                yield f"{name}.{kind}[{i}]", source

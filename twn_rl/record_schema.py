@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ class RecordError(ValueError):
         place += [] if row is None else [f"row {row}"]
         place += [] if field is None else [f"field {field}"]
         super().__init__(": ".join([", ".join(place), detail]) if place else detail)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle their positional arguments only.
+        where = {"field": self.field, "file": self.file, "row": self.row}
+        return partial(RecordError, self.detail, reason=self.reason, **where), ()
 
     def at(self, *, file: str | Path, row: int) -> "RecordError":
         """Return the same error with its file and row named."""
@@ -113,11 +119,10 @@ class Item:
         """
         if not isinstance(data, Mapping):
             raise _type_error(where, data, "an object with instruction, text, images, video")
-        known = [item_field.name for item_field in fields(cls)]
         for key in data:
-            if key not in known:
+            if key not in _ITEM_FIELDS:
                 raise RecordError(
-                    f"unknown key {key!r}; expected only {known}; rename or remove it",
+                    f"unknown key {key!r}; expected only {_ITEM_FIELDS}; rename or remove it",
                     reason="unknown_field",
                     field=_dotted(where, str(key)),
                 )
@@ -135,6 +140,9 @@ class Item:
                 field=_dotted(where, "text"),
             )
         return item
+
+
+_ITEM_FIELDS = [item_field.name for item_field in fields(Item)]
 
 
 @dataclass(frozen=True)
@@ -231,25 +239,28 @@ class Record:
             ),
             query_cot=_optional_cot(data.get("query_cot"), "query_cot"),
             positive_cot=_optional_cot(data.get("positive_cot"), "positive_cot"),
-            metadata=_metadata(data, [record_field.name for record_field in fields(cls)]),
+            metadata=_metadata(data),
         )
 
 
-def _metadata(data: Mapping[str, Any], known: list[str]) -> dict[str, Any]:
+_RECORD_FIELDS = [record_field.name for record_field in fields(Record)]
+
+
+def _metadata(data: Mapping[str, Any]) -> dict[str, Any]:
     metadata = data.get("metadata")
     if not isinstance(metadata, Mapping | None):
         raise _type_error("metadata", metadata, "an object or null")
     merged = dict(metadata or {})
     for key in data:
-        if key in known:
+        if key in _RECORD_FIELDS:
             continue
         # A misspelt field must not vanish into metadata: "negative" would train without negatives.
-        twin = next((name for name in known if _letters(name) == _letters(str(key))), None)
+        twin = next((name for name in _RECORD_FIELDS if _letters(name) == _letters(str(key))), None)
         if twin is not None or key in merged:
             what = f"is it {twin!r}?" if twin else "metadata has the same key"
             raise RecordError(
-                f"unknown field {key!r}: {what}; expected only {known} or names unlike them and "
-                "unlike the keys of metadata; rename it",
+                f"unknown field {key!r}: {what}; expected only {_RECORD_FIELDS} or names unlike "
+                "them and unlike the keys of metadata; rename it",
                 reason="unknown_field",
                 field=str(key),
             )

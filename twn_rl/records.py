@@ -8,29 +8,40 @@ JSON lines (`.jsonl`) and Parquet (`.parquet`) hold one record a row: `id`, `sou
 import importlib
 import json
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
+import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from twn_rl.images import ImageSource
-from twn_rl.record_checks import RecordChecks, parse_json
+from twn_rl.record_checks import RecordChecks
+from twn_rl.record_rows import JsonLines, RowFile, StoredRecords, sources_of
 from twn_rl.record_schema import Item, Record, RecordError
 
 __all__ = ["Item", "Record", "RecordError", "RecordSet", "load_records", "write_records"]
 
+T = TypeVar("T")
+_PROGRESS_AFTER_SECONDS = 5.0
+
 
 class RecordSet(Sequence[Record]):
-    """Verified records with absolute image paths; no image stays in memory.
+    """Verified records with absolute image paths; neither texts nor images stay in memory.
+
+    Each access reads the row again, so a record that is used often is worth keeping. A set can be
+    pickled for other processes, which must see the same file.
 
     Attributes:
         data_root: Folder that holds every image.
         skipped: How many rows were left out, by reason.
         skipped_rows: Row number and message of each row left out.
+        errors: The error of each row left out.
         metadata_fields: How many rows kept each unknown top-level field in their metadata.
     """
 
@@ -43,10 +54,11 @@ class RecordSet(Sequence[Record]):
         metadata_fields: Mapping[str, int] | None = None,
     ) -> None:
         """Hold records that `load_records` has verified."""
-        self._records = list(records)
+        self._records = records if isinstance(records, StoredRecords) else list(records)
         self.data_root = Path(data_root)
         self.skipped = Counter(error.reason for _, error in skipped_rows)
         self.skipped_rows = [(row, str(error)) for row, error in skipped_rows]
+        self.errors = [error for _, error in skipped_rows]
         self.metadata_fields = Counter(metadata_fields or {})
 
     def __len__(self) -> int:
@@ -78,6 +90,7 @@ def load_records(
     data_root: str | Path | None = None,
     on_bad_record: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
+    workers: int = 0,
 ) -> RecordSet:
     """Return the verified records of a `.jsonl` or `.parquet` file.
 
@@ -89,6 +102,7 @@ def load_records(
         data_root: Folder that image paths are relative to; the folder of `path` when None.
         on_bad_record: "raise" stops at a bad row; "skip" leaves it out, counted in `skipped`.
         limit: Read at most this many rows; None reads all.
+        workers: Processes that decode images; 0 decodes in threads of this process.
 
     Raises:
         RecordError: For a bad row under "raise"; for a file of another kind; when no row is usable.
@@ -101,18 +115,34 @@ def load_records(
         )
     root = (path.parent if data_root is None else Path(data_root)).resolve()
     check = RecordChecks(path, root, is_strict=on_bad_record == "raise")
-    rows = [(row, check.parse(row, data)) for row, data in islice(_read(path), limit)]
-    check.decode_images(record for _, record in rows if record is not None)
-    records = [
-        record for row, record in rows if record is not None and check.is_trainable(row, record)
-    ]
-    check.report(usable=len(records), total=len(rows))
+    rows = _open_rows(path)
+    places, numbers, total = array("q"), array("q"), 0
+    illustrated = array("q")  # positions whose pictures must be decoded before they are judged
+    for number, place, data in _progress(islice(rows.scan(), limit), f"Reading {path.name}"):
+        total += 1
+        record = check.parse(number, data)
+        has_pictures = record is not None and next(sources_of(record), None) is not None
+        if record is not None and (has_pictures or check.is_trainable(number, record)):
+            if has_pictures:
+                illustrated.append(len(places))
+            places.append(place)
+            numbers.append(number)
+    check.decode_images(workers=workers)
+    is_usable = np.ones(len(places), dtype=bool)
+    for position in _progress(illustrated, f"Verifying {path.name}"):
+        record = check.parse_again(rows.read(places[position]))
+        is_usable[position] = check.is_trainable(numbers[position], record)
+    check.report(usable=int(is_usable.sum()), total=total)
     return RecordSet(
-        records,
+        StoredRecords(rows, np.array(places, dtype=np.int64)[is_usable], root),
         data_root=root,
         skipped_rows=sorted(check.skipped, key=lambda pair: pair[0]),
         metadata_fields=check.metadata_fields,
     )
+
+
+def _progress(rows: Iterable[T], label: str) -> Iterable[T]:
+    return tqdm(rows, desc=label, unit="row", delay=_PROGRESS_AFTER_SECONDS)
 
 
 def write_records(
@@ -171,17 +201,9 @@ def _parquet() -> ModuleType:
         ) from error
 
 
-def _read(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
-    """Yield 1-based row numbers with parsed rows, or with what kept a row from being parsed."""
+def _open_rows(path: Path) -> RowFile:
     _check_suffix(path)
-    return _parquet().read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path)
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[int, Mapping[str, Any] | RecordError]]:
-    with path.open("rb") as file:
-        for row, line in enumerate(file, start=1):
-            if line.strip():
-                yield row, parse_json(line.removeprefix(b"\xef\xbb\xbf"), field=None)
+    return _parquet().ParquetRows(path) if path.suffix == ".parquet" else JsonLines(path)
 
 
 def _to_row(record: Record, root: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.demo.dataset import DemoSettings, write_demo
 from twn_rl.demo.questions import TeacherNoise
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
+from twn_rl.mixtures import Mixture, is_mixture, load_mixture
 from twn_rl.model import DualLoraModel
 from twn_rl.records import RecordSet, load_records
 
@@ -86,7 +87,12 @@ class ModelArguments:
 class DataArguments:
     """Where the records are. Without files the embedded emoji scenes are written and used."""
 
-    train_file: str | None = field(default=None, metadata={"help": "Records of the warm start."})
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records of the warm start: .jsonl, .parquet, or .yaml of a weighted mixture."
+        },
+    )
     rl_file: str | None = field(
         default=None, metadata={"help": "Records of RL; default: train_file."}
     )
@@ -101,6 +107,9 @@ class DataArguments:
     )
     on_bad_record: str = field(
         default="raise", metadata={"help": "raise, or skip (counted) for single bad records."}
+    )
+    verify_workers: int = field(
+        default=0, metadata={"help": "Processes that verify images; 0 is threads of this one."}
     )
     demo_dir: str = field(
         default="outputs/demo/data",
@@ -126,8 +135,8 @@ class DataArguments:
         """Tell whether the embedded default is used."""
         return not any(getattr(self, f"{split}_file") for split in get_args(Split))
 
-    def load(self, split: Split) -> RecordSet:
-        """Return the verified records of a split.
+    def load(self, split: Split) -> RecordSet | Mixture:
+        """Return the verified records of a split, or of the mixture that a YAML file describes.
 
         Raises:
             ValueError: If files are given, but none for this split.
@@ -138,10 +147,18 @@ class DataArguments:
             path = self._given(split)
             if path is None:
                 raise ValueError(
-                    f"{split}_file = None while other record files are given; expected a .jsonl or "
-                    f".parquet file; pass --{split}_file"
+                    f"{split}_file = None while other record files are given; expected a .jsonl, "
+                    f".parquet or mixture .yaml file; pass --{split}_file"
                 )
-        return load_records(path, data_root=self.data_root, on_bad_record=self.on_bad_record)  # pyright: ignore[reportArgumentType]
+        # One process of a machine decodes the images, the others read what it found.
+        with PartialState().local_main_process_first():
+            load = load_mixture if is_mixture(path) else load_records
+            return load(
+                path,
+                data_root=self.data_root,
+                on_bad_record=self.on_bad_record,  # pyright: ignore[reportArgumentType]
+                workers=self.verify_workers,
+            )
 
     def has(self, split: Split) -> bool:
         """Tell whether `load(split)` would find records."""

@@ -27,6 +27,7 @@ from twn_rl.losses import (
     info_nce,
     key_ids,
 )
+from twn_rl.mixtures import Mixture, MixtureSampler
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 
@@ -203,8 +204,21 @@ class SftTrainer(AdapterCheckpoints, Trainer):
             data_collator=collator,
             **kwargs,
         )
-        self.dual_model = model
+        self.dual_model, self.records = model, records
         self._sums: dict[str, list[float]] = defaultdict(list)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Draw a mixture's sources by weight, one a global batch; else as HF does."""
+        records = self.records
+        if not isinstance(records, Mixture):
+            return super()._get_train_sampler(train_dataset)
+        processes = 1 if self.accelerator.split_batches else self.accelerator.num_processes
+        return MixtureSampler(
+            records,
+            batch_size=self._train_batch_size * processes,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
 
     def compute_loss(
         self,

@@ -18,6 +18,7 @@ from twn_rl import __version__
 # that `twn-rl --help` does not load torch.
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "turn data of another format into records"),
+    "check-data": ("check_data", "verify a file of records and print what it holds"),
 }
 
 

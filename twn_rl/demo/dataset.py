@@ -27,6 +27,7 @@ from twn_rl.demo.scenes import (
     concepts,
     draw_tile,
 )
+from twn_rl.image_checks import CACHE_SUFFIX
 from twn_rl.records import Item, Record, write_records
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
 
 
 def _refuse_foreign(directory: Path, stamp: Path) -> None:
-    known = {stamp.name, "images", *(f"{split}.jsonl" for split in SPLITS)}
+    files = [f"{split}.jsonl" for split in SPLITS]
+    known = {stamp.name, "images", *files, *(f"{file}{CACHE_SUFFIX}" for file in files)}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
     if foreign:
         raise ValueError(
