@@ -7,11 +7,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from rewards import REWARDS
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parameters
 from twn_rl.gate import DOCUMENT_SIDE, QUERY_SIDE, FitSettings, Gate, fit_gate
 from twn_rl.gate_files import GATE_FILE, drop_gates, gate_fingerprints
+from twn_rl.grpo import EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
 from twn_rl.metrics import expected_calibration_error, roc_auc
 from twn_rl.model import DualLoraModel
+from twn_rl.reward_loading import load_rewards
+from twn_rl.rollouts import RolloutScorer
+from twn_rl.sft import SftConfig, SftTrainer
 
 WIDTH = 16
 
@@ -321,6 +326,26 @@ def test_a_model_loaded_to_be_trained_leaves_its_gate_behind(
     ]
     assert "recipes/gate_embed.py" in caplog.text
     assert (tmp_path / GATE_FILE).is_file()
+
+
+def test_the_trainers_drop_the_gate_before_they_train(make_model, records, tmp_path, caplog):
+    options = {"output_dir": str(tmp_path / "out"), "report_to": [], "use_cpu": True}
+    model = make_model()
+    add_gate(model)
+    model.config.gate_threshold = 0.4
+    SftTrainer(model, SftConfig(**options), records)
+    assert not model.gates
+    assert model.config.gate_threshold is None
+    assert caplog.text.count(f"gate_embed.py --model {tmp_path / 'out'}") == 1
+
+    add_gate(model)
+    freeze_scorer(model)
+    scorer = RolloutScorer(model, records, tmp_path / "bank")
+    batch = {"per_device_train_batch_size": 2, "num_generations": 2}
+    config = EmbedGRPOConfig(**options, **batch)
+    EmbedGRPOTrainer(model, load_rewards(["margin"], REWARDS), config, records, scorer)
+    assert not model.gates
+    assert caplog.text.count("the routing gate is dropped") == 2
 
 
 def test_dropping_nothing_says_nothing(make_model, caplog):

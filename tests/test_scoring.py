@@ -26,6 +26,7 @@ from twn_rl.scoring import (
 )
 
 WIDTH = 6
+TEMPERATURE = 0.1
 
 
 def vector_of(text: str) -> torch.Tensor:
@@ -231,7 +232,9 @@ def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools)
             if bank.ids[row] != positive_id and bank.ids[row] not in ignored
         ]
         rank = 1 + sum(other >= positive - 1e-6 for other in others)
-        rows.append((positive, sorted(others, reverse=True)[:count], rank))
+        exps = np.exp(np.array([positive, *others]) / TEMPERATURE)
+        loss = -np.log(exps[0] / exps.sum())
+        rows.append((positive, sorted(others, reverse=True)[:count], rank, loss))
     return rows
 
 
@@ -255,9 +258,11 @@ def test_columns_agree_with_a_naive_loop_for_any_chunk(tmp_path_factory, seed, c
         false_negative_ids=ignored,
         pools=pools,
         chunk_size=chunk_size,
+        temperature=TEMPERATURE,
     )
     expected = naive_columns(queries, positive_ids, bank, count, ignored, pools)
-    for row, (positive, negatives, rank) in enumerate(expected):
+    for row, (positive, negatives, rank, loss) in enumerate(expected):
+        assert columns["info_nce"][row] == pytest.approx(loss, abs=2e-5)
         assert columns["positive_similarity"][row] == pytest.approx(positive, abs=1e-6)
         assert columns["negative_similarities"][row] == pytest.approx(negatives, abs=1e-6)
         assert columns["target_rank"][row] == rank
@@ -282,7 +287,10 @@ def test_a_query_equal_to_its_positive_ranks_first_and_ties_count_against_it(tmp
 
 def test_a_pool_of_one_has_no_negatives(tmp_path):
     bank = build(tmp_path, make_items(3), pools=["alone", "b", "b"])
-    columns = similarity_columns(vector_of("x")[None], [bank.ids[0]], bank, pools=["alone"])
+    columns = similarity_columns(
+        vector_of("x")[None], [bank.ids[0]], bank, pools=["alone"], temperature=TEMPERATURE
+    )
+    assert columns["info_nce"] == [0.0]
     assert columns["negative_similarities"] == [[]]
     assert columns["target_rank"] == [1]
 

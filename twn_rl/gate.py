@@ -240,5 +240,5 @@ def _train(
     gate.load_state_dict(best_state)
     gate.requires_grad_(False)
     # Weighting the classes alike has moved the log odds by log(pos_weight).
-    gate.output.bias -= pos_weight.log()
+    gate.output.bias.sub_(pos_weight.log())
     return best_epoch, best
