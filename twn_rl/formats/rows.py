@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from twn_rl.formats.extras import import_extra
 from twn_rl.formats.layout import DataFile
-from twn_rl.record_checks import parse_json
+from twn_rl.record_rows import parse_json
 from twn_rl.record_schema import RecordError
 
 # Rows of Parquet may hold pictures of some megabytes each.
