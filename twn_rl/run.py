@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import yaml
 from accelerate import PartialState
 from transformers.trainer_utils import get_last_checkpoint
@@ -192,6 +193,7 @@ def parse_arguments(
     Without `--config` the default file is read. Unknown keys and flags raise. `arguments` are the
     process's own if None.
     """
+    join_processes()
     words: list[str] = []
     for word in sys.argv[1:] if arguments is None else arguments:
         # TrlParser knows the two-word form only.
@@ -200,6 +202,15 @@ def parse_arguments(
         words = ["--config", str(default_config), *words]
     parser = TrlParser(types, description=description)  # pyright: ignore[reportArgumentType]
     return parser.parse_args_and_config(args=words)
+
+
+def join_processes() -> None:
+    """Join the process group that a launcher has announced, also on machines without accelerator.
+
+    accelerate alone would leave CPU processes started by torchrun on their own.
+    """
+    if not PartialState._shared_state:
+        PartialState(cpu=not torch.accelerator.is_available())
 
 
 def set_up_logging() -> None:
