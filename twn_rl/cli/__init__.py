@@ -16,7 +16,11 @@ from twn_rl import __version__
 
 # Subcommand -> (module of this package, one line of help). Modules are imported when chosen, so
 # that `twn-rl --help` does not load torch.
-COMMANDS: dict[str, tuple[str, str]] = {}
+COMMANDS: dict[str, tuple[str, str]] = {
+    "encode": ("encode", "Embed the items of a file into a file of vectors."),
+    "search": ("search", "Find the nearest vectors of one file to those of another."),
+    "mine-negatives": ("mine_negatives", "Add hard negatives to a file of records."),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
