@@ -7,11 +7,11 @@ Knows neither how vectors are made nor how they are stored: a `ThinkingEmbedder`
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,14 +20,13 @@ from tqdm.auto import tqdm
 
 from twn_rl.adapter_files import adapter_state
 from twn_rl.adapters import REASONING_ADAPTER
+from twn_rl.encode_settings import EncodeReport, EncodeSettings, ThinkMode
 from twn_rl.item_rows import ItemFile, ItemRow, Side
-from twn_rl.record_schema import Item
+from twn_rl.record_schema import Item, RecordError
 from twn_rl.scoring import scorer_fingerprint
 from twn_rl.vector_files import VectorWriter, read_meta
 
 logger = logging.getLogger(__name__)
-
-ThinkMode = Literal["auto", "always", "never"]
 
 _SHOWN_ERRORS = 3
 
@@ -42,84 +41,12 @@ class Embedder(Protocol):
         ...
 
     def encode_query(self, items: Sequence[Item], **settings: Any) -> Any:
-        """Return details: embeddings, thoughts, gate_probabilities, think_tokens, problems."""
+        """Return details: embeddings and what happened to each item."""
         ...
 
     def encode_document(self, items: Sequence[Item], **settings: Any) -> Any:
         """Return details, as `encode_query`."""
         ...
-
-
-@dataclass(frozen=True)
-class EncodeSettings:
-    """How the rows of a file become vectors.
-
-    Attributes:
-        think: When to write a thought; None is "auto" for queries and "never" for documents.
-        think_rate: Share of the items of a shard that may think, in [0, 1]; None is off.
-        max_think_tokens: Budget of one thought; None is the model's.
-        batch_size: Items per forward pass. It may change between runs, as after a full memory.
-        shard_size: Rows between two writes; a kill loses at most these.
-        dtype: Parameter type the model was loaded with; None is the stored one.
-        on_bad_row: "skip" leaves a zero vector and counts; "raise" stops.
-    """
-
-    think: ThinkMode | None = None
-    think_rate: float | None = None
-    max_think_tokens: int | None = None
-    batch_size: int = 32
-    shard_size: int = 1024
-    dtype: str | None = None
-    on_bad_row: Literal["raise", "skip"] = "skip"
-
-    def __post_init__(self) -> None:
-        """Collect every problem of the settings into one error."""
-        checks = {
-            f"think = {self.think!r}, expected 'auto', 'always', 'never' or none": self.think
-            in ("auto", "always", "never", None),
-            f"think_rate = {self.think_rate}, expected in [0, 1] or none": self.think_rate is None
-            or 0.0 <= self.think_rate <= 1.0,
-            f"max_think_tokens = {self.max_think_tokens}, expected >= 1 or none": (
-                self.max_think_tokens is None or self.max_think_tokens >= 1
-            ),
-            f"batch_size = {self.batch_size}, expected >= 1": self.batch_size >= 1,
-            f"shard_size = {self.shard_size}, expected >= 1": self.shard_size >= 1,
-            f"on_bad_row = {self.on_bad_row!r}, expected 'raise' or 'skip'": self.on_bad_row
-            in ("raise", "skip"),
-        }
-        if problems := [problem for problem, is_fine in checks.items() if not is_fine]:
-            raise ValueError("; ".join(problems) + "; change these settings")
-
-    def think_mode(self, side: Side) -> ThinkMode:
-        """Return when items of this side think."""
-        return self.think or ("auto" if side == "query" else "never")
-
-
-@dataclass(frozen=True)
-class EncodeReport:
-    """What a file of vectors holds after a run.
-
-    Attributes:
-        rows: Rows of the file.
-        resumed_rows: How many of them an earlier run had made.
-        counts: Over all rows: `failed`, `thoughts`, `think_tokens`, and `problem: ...` by kind.
-    """
-
-    rows: int
-    resumed_rows: int
-    counts: Mapping[str, int]
-
-    @property
-    def failed_rows(self) -> int:
-        """Rows without a vector."""
-        return self.counts.get("failed", 0)
-
-    def __str__(self) -> str:
-        """Return the report as one line."""
-        rest = {name: count for name, count in self.counts.items() if name != "failed"}
-        text = f"{self.rows} rows, {self.failed_rows} failed"
-        text += f", {self.resumed_rows} from an earlier run" if self.resumed_rows else ""
-        return text + "".join(f", {name} {count}" for name, count in sorted(rest.items()))
 
 
 def encode_file(
@@ -156,7 +83,7 @@ def encode_file(
     if not described["rows"]:
         raise ValueError(f"{source.path} has no rows; expected at least one; check the file")
     plan = {
-        "model": fingerprints(embedder.model, settings.think_mode(source.side)),
+        "model": fingerprints(embedder.model, source.side, settings.think_mode(source.side)),
         "settings": {
             "side": source.side,
             "think": settings.think_mode(source.side),
@@ -182,25 +109,31 @@ def encode_file(
     return report
 
 
-def fingerprints(model: Any, think: ThinkMode) -> dict[str, str | None]:
-    """Return what tells models apart: `space`, who embeds, and `thinker`, who writes thoughts.
+def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | None]:
+    """Return what tells models apart: `space`, who embeds, and `thinker`, who decides and thinks.
 
     Vectors of one space can be compared, whoever wrote the thoughts. Without thinking `thinker` is
-    None, so that documents stay valid when only the reasoning adapter or the gate is trained on.
+    None, so that documents stay valid when only the reasoning adapter or a gate is trained on.
 
     Args:
         model: A `DualLoraModel`.
+        side: Whose gate decides.
         think: When it thinks.
     """
     thinker = None
     if think != "never":
-        digest = hashlib.sha256(repr(model.config.gate_threshold).encode())
         weights = dict(adapter_state(model.peft_model, REASONING_ADAPTER))
-        gate = getattr(model, "gate", None)
-        if isinstance(gate, torch.nn.Module):
-            weights |= {f"gate.{key}": value for key, value in gate.state_dict().items()}
+        about: list[Any] = [model.config.max_think_tokens]
+        if think == "auto":
+            name = "gate_threshold" if side == "query" else "document_gate_threshold"
+            about.append(getattr(model.config, name, None))
+            gates = dict(getattr(model, "gates", {}).items())
+            if side in gates:
+                weights |= {f"gate.{key}": w for key, w in gates[side].state_dict().items()}
+        digest = hashlib.sha256(repr(about).encode())
         for key, weight in sorted(weights.items()):
             digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
+            # View as bytes: numpy has no bfloat16.
             data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(data.numpy().tobytes())
         thinker = digest.hexdigest()
@@ -251,10 +184,9 @@ def _encode_shard(
     """Return vectors (n, D) and details of n rows, good and bad."""
     vectors = np.zeros((len(shard), writer.width), dtype=np.float32)
     details = [_detail(row, writer.done_rows + i) for i, row in enumerate(shard)]
-    for row in shard:
-        if row.error is not None and settings.on_bad_row == "raise":
-            raise row.error
     items = {i: row.item for i, row in enumerate(shard) if row.item is not None}
+    if len(items) < len(shard):
+        _refuse(shard, {i: row.error for i, row in enumerate(shard) if row.error}, settings)
     if items:
         encode = embedder.encode_query if side == "query" else embedder.encode_document
         result = encode(
@@ -263,19 +195,33 @@ def _encode_shard(
             batch_size=settings.batch_size,
             max_think_tokens=settings.max_think_tokens,
             think_rate=settings.think_rate,
-            on_bad_input=settings.on_bad_row,
+            on_bad_input="skip",
             show_progress_bar=False,
             return_details=True,
         )
         embeddings = _checked(result.embeddings, (len(items), writer.width))
-        for position, (i, made) in enumerate(zip(items, _lines(result, len(items)), strict=True)):
+        for position, i in enumerate(items):
+            made = _happened(result, position)
             if made["error"] is None and not np.isfinite(embeddings[position]).all():
                 made["error"] = "the model gave NaN or infinity for this row"
             if made["error"] is None:
                 vectors[i] = embeddings[position]
             details[i].update(made)
+        _refuse(shard, {i: details[i]["error"] for i in items if details[i]["error"]}, settings)
     _log_errors(details, writer.counts.get("failed", 0))
     return vectors, details
+
+
+def _refuse(
+    shard: Sequence[ItemRow], errors: Mapping[int, str | RecordError], settings: EncodeSettings
+) -> None:
+    """Raise the first error, if bad rows are to stop the job."""
+    if settings.on_bad_row == "skip" or not errors:
+        return
+    place, error = next(iter(errors.items()))
+    if isinstance(error, RecordError):
+        raise error
+    raise RecordError(f"row with id {shard[place].id!r}: {error}", reason="bad_input")
 
 
 def _detail(row: ItemRow, number: int) -> dict[str, Any]:
@@ -290,17 +236,19 @@ def _detail(row: ItemRow, number: int) -> dict[str, Any]:
     }
 
 
-def _lines(result: Any, count: int) -> Iterator[dict[str, Any]]:
-    """Yield what the embedder says of each item, JSON-ready."""
-    for i in range(count):
-        gate, tokens = result.gate_probabilities[i], result.think_tokens[i]
-        yield {
-            "thought": result.thoughts[i],
-            "gate_probability": None if gate is None else float(gate),
-            "think_tokens": None if tokens is None else int(tokens),
-            "problem": result.problems[i],
-            "error": result.errors.get(i),
-        }
+def _happened(result: Any, position: int) -> dict[str, Any]:
+    """Return what the embedder says of one item, JSON-ready."""
+    gate, tokens = result.gate_probabilities[position], result.think_tokens[position]
+    problems = [problem for problem in result.problems[position] if problem is not None]
+    if position in result.truncated:
+        problems.append("input_cut")
+    return {
+        "thought": next(iter(result.thoughts[position]), None),
+        "gate_probability": None if gate is None else float(gate),
+        "think_tokens": int(tokens),
+        "problem": ", ".join(problems) or None,
+        "error": result.errors.get(position),
+    }
 
 
 def _checked(embeddings: Any, shape: tuple[int, int]) -> NDArray[np.float32]:

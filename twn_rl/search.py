@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from twn_rl.vector_files import StoredVectors
+from twn_rl.stored_vectors import StoredVectors
 
 logger = logging.getLogger(__name__)
 
@@ -230,7 +230,7 @@ def _write_hits(
                 i = place.get(row)
                 line: dict[str, Any] = {"id": queries.ids[row], "row": row}
                 line["hits"] = [] if i is None else [
-                    {"id": index.ids[hit], "row": hit, "score": round(score, 6)}
+                    {"id": index.ids[hit], "row": hit, "score": round(score, 6) or 0.0}
                     for hit, score in zip(rows[i].tolist(), scores[i].tolist(), strict=True)
                 ]  # fmt: skip
                 if i is None:

@@ -6,7 +6,7 @@ import argparse
 import logging
 
 from twn_rl.search import hit_lines, search_files
-from twn_rl.vector_files import open_vectors
+from twn_rl.stored_vectors import open_vectors
 
 logger = logging.getLogger(__name__)
 
