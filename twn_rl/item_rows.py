@@ -72,7 +72,8 @@ class ItemFile:
             ValueError: For another kind of file, side, field or limit.
             FileNotFoundError: If there is no such file.
         """
-        self.path, self.side, self.limit = Path(path), side, limit
+        self.path, self.limit = Path(path), limit
+        self.side: Side = side
         self.fields = dict(fields or {})
         self.data_root = (self.path.parent if data_root is None else Path(data_root)).resolve()
         self.ignored_fields: Counter[str] = Counter()

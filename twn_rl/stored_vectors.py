@@ -60,7 +60,7 @@ def open_vectors(path: str | Path) -> StoredVectors:
         return StoredVectors(path, vectors, ids, np.ones(len(vectors), bool), 0, 0, None)
     done = meta["done_rows"]
     ids, is_usable = [], np.zeros(len(vectors), dtype=bool)
-    for row, line in enumerate(read_details(path, meta)):
+    for row, line in zip(range(len(vectors)), read_details(path, meta), strict=False):
         ids.append(line["id"])
         is_usable[row] = line["error"] is None
     if len(ids) != done or len(vectors) != meta["rows"]:

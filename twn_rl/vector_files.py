@@ -154,7 +154,7 @@ class VectorWriter:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno)}: no {size} bytes for {self.rows} vectors of width "
+                f"{error.strerror}: no {size} bytes for {self.rows} vectors of width "
                 f"{self.width} in {self.path.parent}; expected room for all of them; free space "
                 "or write elsewhere. Nothing was written",
             ) from error
