@@ -173,7 +173,7 @@ def check_finite(vectors: np.ndarray, start: int, source: str) -> None:
         )
 
 
-def map_file(path: Path, shape: tuple[int, int | None]) -> np.ndarray | None:
+def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | None:
     """Return the memory-mapped array, or `None` if it is absent, truncated or of another shape."""
     try:
         vectors = np.load(path, mmap_mode="r")

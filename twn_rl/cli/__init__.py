@@ -19,6 +19,9 @@ from twn_rl import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "convert": ("convert", "turn data of another format into records"),
     "check-data": ("check_data", "verify a file of records and print what it holds"),
+    "encode": ("encode", "Embed the items of a file into a file of vectors."),
+    "search": ("search", "Find the nearest vectors of one file to those of another."),
+    "mine-negatives": ("mine_negatives", "Add hard negatives to a file of records."),
 }
 
 

@@ -1,0 +1,49 @@
+"""Arguments of every command that embeds, and the one place where its model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from twn_rl.encode_settings import EncodeSettings
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the model, how it thinks and how much it takes at once."""
+    off = EncodeSettings()
+    parser.add_argument("--model", required=True, help="folder written by save_pretrained")
+    parser.add_argument("--device", help="as cuda:0 or cpu; chosen if not given")
+    parser.add_argument("--dtype", help="parameter type to load, as bfloat16; else the stored one")
+    parser.add_argument(
+        "--think",
+        choices=("auto", "always", "never"),
+        help="when to write a thought; queries: auto, documents: never if not given",
+    )
+    parser.add_argument("--think_rate", type=float, help="share of a shard that may think")
+    parser.add_argument(
+        "--max_think_tokens", type=int, help="budget of a thought; else the model's"
+    )
+    parser.add_argument("--batch_size", type=int, default=off.batch_size, help="items at a time")
+    parser.add_argument(
+        "--shard_size", type=int, default=off.shard_size, help="rows between two writes"
+    )
+    parser.add_argument("--limit", type=int, help="read this many rows only")
+    parser.add_argument("--data_root", help="folder no image path may leave; else the file's")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew; else go on")
+
+
+def encode_settings(arguments: argparse.Namespace, **settings: Any) -> EncodeSettings:
+    """Return the settings that `add_model_arguments` and the command itself declared."""
+    names = ("think", "think_rate", "max_think_tokens", "batch_size", "shard_size", "dtype")
+    return EncodeSettings(**{name: getattr(arguments, name) for name in names}, **settings)
+
+
+def load_embedder(arguments: argparse.Namespace) -> Any:
+    """Return the `ThinkingEmbedder` of `--model`."""
+    return _load_embedder(arguments.model, device=arguments.device, dtype=arguments.dtype)
+
+
+def _load_embedder(path: str, *, device: str | None, dtype: str | None) -> Any:
+    from twn_rl.encode import ThinkingEmbedder
+
+    return ThinkingEmbedder.from_pretrained(path, device=device, dtype=dtype)
