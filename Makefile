@@ -35,6 +35,8 @@ env .venv: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/accelerate launch --num_processes 1 recipes/grpo_embed.py
+	$(BIN)/accelerate launch --num_processes 1 recipes/gate_embed.py
+	$(BIN)/accelerate launch --num_processes 1 recipes/eval_embed.py --before outputs/demo/sft
 
 ablation: $(STAMP)
 	$(BIN)/python recipes/ablate.py --output_dir $(OUTPUTS)/ablation

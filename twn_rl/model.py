@@ -376,7 +376,7 @@ class DualLoraModel(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass; trainers ask for it."""
-        return bool(self.backbone.model.is_gradient_checkpointing)
+        return bool(self.backbone.model.is_activation_checkpointing)
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
