@@ -23,6 +23,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.config import TwnConfig
+from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
 from twn_rl.evaluation.report import write_report
 from twn_rl.evaluation.results import Evaluation, merge_evaluations, write_text
 from twn_rl.evaluation.routing import describe_routing, routed_queries, routing_summary
@@ -35,7 +36,15 @@ logger = logging.getLogger(__name__)
 REPORTED_SPLITS = ("test", "ood")
 # The model before RL shares the frozen embedding adapter: only its own thoughts differ.
 BEFORE_MODES = ("never", "always")
-PLAIN_MODES = ("never", "always", "oracle", "sampled", "gold", "shuffled", "foreign", "empty")
+PLAIN_MODES = (
+    "never",
+    "always",
+    "oracle",
+    "sampled",
+    "averaged",
+    *THINKING_TARGETS,
+    *ABLATIONS,
+)
 GATE_MODES = ("auto", "random")
 ROUTING_FILE = "routing.json"
 

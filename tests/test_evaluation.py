@@ -173,6 +173,39 @@ def test_ranks_agree_with_single_embeddings(make_model: Callable[..., DualLoraMo
             assert (row["nearest"][0] == row["positive"]) == (expected == 1)
 
 
+def test_averaged_vectors_and_thinking_targets_have_their_closed_form(
+    make_model: Callable[..., DualLoraModel],
+) -> None:
+    model, records = make_model(), make_records()
+    # Every thought of this model is malformed, so that no vector can differ from no-think.
+    modes = ("never", "sampled", "averaged", "never_to_thinking", "always_to_thinking")
+    settings = dataclasses.replace(QUIET, modes=modes, num_thoughts=3, max_think_tokens=1)
+    metrics = evaluate(model, records, settings).metrics
+    for mode in ("averaged1", "averaged3", "never_to_thinking", "always_to_thinking"):
+        assert metrics[f"test/all/{mode}/mrr"] == metrics["test/all/never/mrr"]
+    assert metrics["test/all/averaged3/think_tokens"] == 3
+    assert metrics["test/all/averaged1/think_tokens"] == 1
+
+
+def test_a_mean_vector_is_that_of_the_usable_thoughts(
+    make_model: Callable[..., DualLoraModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, records = make_model(), make_records()[:2]
+    words = ["<think> camel </think>", "<think> never closed", "<think> tree </think>"]
+    written = [model.completion_ids(text, add_eos=True) for text in words]
+    monkeypatch.setattr(model, "reason", lambda prompts, **_: written * len(prompts))
+    settings = dataclasses.replace(QUIET, modes=("averaged",), num_thoughts=3)
+    rows = evaluate(model, records, settings).queries
+    assert [row["mode"] for row in rows] == [f"averaged{n}" for n in (1, 1, 2, 2, 3, 3)]
+    with torch.no_grad():
+        targets = model.embed(model.collate([Item(text=word) for word in WORDS[:3]]))
+        for index, record in enumerate(records):
+            own = model.embed(model.collate([record.query] * 2, [words[0], words[2]]))
+            for row, query in ((rows[2 + index], own[0]), (rows[4 + index], own.mean(0))):
+                scores = targets @ torch.nn.functional.normalize(query, dim=0)
+                assert row["ranks"] == [int((scores >= scores[index] - 1e-6).sum())]
+
+
 def test_auto_without_a_gate_is_refused(make_model: Callable[..., DualLoraModel]) -> None:
     with pytest.raises(ValueError, match=r"without a gate; .*gate_embed\.py"):
         evaluate(make_model(), make_records(), dataclasses.replace(QUIET, modes=("auto",)))

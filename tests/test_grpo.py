@@ -296,4 +296,9 @@ def test_the_trainer_stays_thin() -> None:
     overridden = {name for name in own if hasattr(GRPOTrainer, name)}
     overridden -= {"__doc__", "__module__", "__init__", "__firstlineno__", "__static_attributes__"}
     overridden -= {"__annotations__", "__dict__", "__weakref__"}
-    assert overridden == {"_calculate_rewards", "_save", "_load_from_checkpoint"}
+    assert overridden == {
+        "_calculate_rewards",
+        "_get_train_sampler",
+        "_save",
+        "_load_from_checkpoint",
+    }

@@ -3,8 +3,10 @@
 A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
 of serving; `oracle` takes the better of both per query and is the ceiling of any gate; `auto` is
 what a gate chooses and `random` what chance would at the same rate; `sampled` averages over sampled
-thoughts. The ablations swap the thought and keep everything else, which tells whether its content
-matters or only its presence.
+thoughts, `averaged` embeds a query as the mean vector of its first 1, 2, ... sampled thoughts.
+Targets never think, but for `never_to_thinking` and `always_to_thinking`, in which they always do.
+The ablations swap the thought and keep everything else, which tells whether its content matters or
+only its presence.
 """
 
 import random
@@ -15,7 +17,17 @@ from typing import Any
 from twn_rl.records import Record
 from twn_rl.templates import Renderer
 
-MODES = ("never", "always", "oracle", "auto", "random", "sampled")
+THINKING_TARGETS = {"never_to_thinking": "never", "always_to_thinking": "always"}
+MODES = (
+    "never",
+    "always",
+    "oracle",
+    "auto",
+    "random",
+    "sampled",
+    "averaged",
+    *THINKING_TARGETS,
+)
 # Modes that choose between the two ways of serving, query by query.
 CHOOSING_MODES = ("oracle", "auto", "random")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty")
@@ -27,11 +39,23 @@ MODE_NAMES = {
     "random": "chance decides",
     "oracle": "oracle",
     "sampled": "sampled thoughts",
+    "never_to_thinking": "no thinking, but targets think",
+    "always_to_thinking": "own thoughts, targets think too",
     "gold": "gold thoughts",
     "shuffled": "another query's",
     "foreign": "another task's",
     "empty": "empty thought",
 }
+
+
+def mode_name(mode: str) -> str:
+    """Return what a reader would call a mode of a result row.
+
+    >>> mode_name("averaged3")
+    'mean vector of 3 sampled thoughts'
+    """
+    count = mode.removeprefix("averaged")
+    return f"mean vector of {count} sampled thoughts" if count != mode else MODE_NAMES[mode]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class EvaluationSettings:
         candidates: "pool" or "local"; see `collect_candidates`.
         batch_size: Queries or targets a forward.
         max_think_tokens: Budget of one thought; None takes the model's.
-        num_thoughts: Sampled thoughts a query, in mode "sampled".
+        num_thoughts: Sampled thoughts a query, in modes "sampled" and "averaged".
         temperature: Of sampling.
         gate_threshold: Probability above which mode "auto" thinks; None takes the model's.
         confidence: Of the bootstrap intervals.

@@ -10,7 +10,13 @@ from markupsafe import Markup
 from twn_rl.evaluation.charts import Chart, draw_bars, draw_curves, draw_tradeoff, read_curves
 from twn_rl.evaluation.modes import MODE_NAMES
 from twn_rl.evaluation.report_gallery import gallery, routing_gallery
-from twn_rl.evaluation.report_tables import groups_of, quality_table, routing_table, splits_of
+from twn_rl.evaluation.report_tables import (
+    further_table,
+    groups_of,
+    quality_table,
+    routing_table,
+    splits_of,
+)
 from twn_rl.evaluation.results import Evaluation, write_text
 from twn_rl.evaluation.routing import (
     RoutedQuery,
@@ -62,7 +68,7 @@ def write_report(
         title=title,
         note=note,
         has_before=before is not None,
-        tables=[quality_table(split, after, before) for split in splits_of(after)],
+        tables=_tables(after, before),
         ablations=_markup(_ablation_charts(after)),
         stages={name: _markup(charts) for name, charts in stages.items() if charts},
         routing=_routing(after, num_routing_examples),
@@ -72,6 +78,13 @@ def write_report(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
     return path
+
+
+def _tables(after: Evaluation, before: Evaluation | None) -> list[dict[str, Any]]:
+    splits = splits_of(after)
+    further = [further_table(split, after) for split in splits]
+    tables = [quality_table(split, after, before) for split in splits]
+    return tables + [table for table in further if table is not None]
 
 
 def _markup(charts: Sequence[Chart]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from twn_rl.evaluation.modes import MODE_NAMES
+from twn_rl.evaluation.modes import MODE_NAMES, THINKING_TARGETS, mode_name
 from twn_rl.evaluation.results import Evaluation
 
 TABLE_MODES = ("never", "always", "auto", "oracle", "sampled")
@@ -58,6 +58,24 @@ def routing_table(split: str, evaluation: Evaluation) -> dict[str, Any]:
     ]
     caption = f"{split}: hit@1, and what a query costs on average"
     return {"caption": caption, "columns": [MODE_NAMES[mode] for mode in columns], "rows": rows}
+
+
+def further_table(split: str, evaluation: Evaluation) -> dict[str, Any] | None:
+    """Return what more thoughts per query give, and what thinking targets do; None if unmeasured."""
+    start = f"{split}/all/"
+    found = {key.split("/")[2] for key in evaluation.metrics if key.startswith(start)}
+    averaged = sorted(m for m in found if m.startswith("averaged"))
+    averaged.sort(key=len)  # 2 before 10
+    extra = [*averaged, *(mode for mode in THINKING_TARGETS if mode in found)]
+    if not extra:
+        return None
+    columns = [mode for mode in ("never", "always", *extra) if mode in found]
+    rows = [
+        (group, [_cell(evaluation, f"{split}/{group}/{mode}") for mode in columns])
+        for group in groups_of(evaluation, split)
+    ]
+    caption = f"{split}: hit@1 with several sampled thoughts a query, and with targets that think"
+    return {"caption": caption, "columns": [mode_name(mode) for mode in columns], "rows": rows}
 
 
 def _has_mode(evaluation: Evaluation, split: str, mode: str) -> bool:

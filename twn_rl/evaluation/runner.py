@@ -10,11 +10,19 @@ from typing import Any, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
 
 from twn_rl import gate as gate_network
 from twn_rl.evaluation import modes
 from twn_rl.evaluation.candidates import Candidates, collect_candidates, describe_item
-from twn_rl.evaluation.modes import CHOOSING_MODES, Thought, hop_of, task_of
+from twn_rl.evaluation.modes import (
+    CHOOSING_MODES,
+    THINKING_TARGETS,
+    Thought,
+    hop_of,
+    task_of,
+)
 from twn_rl.evaluation.queries import (
     EvaluationSettings,
     Gate,
@@ -98,13 +106,24 @@ class _Run:
     def run(self) -> Evaluation:
         settings, asked = self.settings, set(self.settings.modes)
         self.targets, collapse = self._embed_targets()
-        chosen = asked & set(CHOOSING_MODES)
-        measured = asked - chosen | ({"never", "always"} if chosen else set())
+        chosen, to_thinking = asked & set(CHOOSING_MODES), asked & set(THINKING_TARGETS)
+        measured = asked - chosen - to_thinking - {"averaged"}
+        measured |= {"never", "always"} if chosen else set()
+        measured |= {THINKING_TARGETS[mode] for mode in to_thinking}
+        measured |= {"sampled"} if "averaged" in asked else set()
         self.queries.embed(measured)
         for mode in measured:
-            self.rows[mode] = self._rank_all(mode)
+            self.rows[mode] = self._rank_all(mode, self.queries.embeds[mode])
         if chosen:
             self._choose_all(chosen)
+        if "averaged" in asked:
+            self.rows["averaged"] = self._average()
+        if to_thinking:
+            self.targets, report = self._embed_targets(is_thinking=True)
+            collapse |= report
+            for mode in to_thinking:
+                own = THINKING_TARGETS[mode]
+                self.rows[mode] = self._rank_all(own, self.queries.embeds[own], label=mode)
         rows = [row for mode in settings.modes for row in self.rows[mode] if row is not None]
         metrics = summarize(
             rows, split=settings.split, confidence=settings.confidence, seed=settings.seed
@@ -114,12 +133,39 @@ class _Run:
             metrics[f"{settings.split}/all/auto/gate_threshold"] = self.threshold
         return Evaluation(metrics, rows, self.candidates.describe())
 
-    def _rank_all(self, mode: str) -> list[dict[str, Any] | None]:
-        thoughts, embeds = self.queries.thoughts[mode], self.queries.embeds[mode]
-        return [
+    def _rank_all(
+        self, mode: str, embeds: Sequence[NDArray[Any]], *, label: str | None = None
+    ) -> list[dict[str, Any] | None]:
+        """Return a row per record: the ranks of its vectors, labelled with the mode or `label`."""
+        thoughts = self.queries.thoughts[mode]
+        rows = [
             self._row(mode, index, thoughts[index], embeds[index]) if thoughts[index] else None
             for index in range(len(self.records))
         ]
+        return [None if row is None else {**row, "mode": label or mode} for row in rows]
+
+    def _average(self) -> list[dict[str, Any] | None]:
+        """Return rows of the mean vectors of the first 1, 2, ... sampled thoughts.
+
+        As in serving, thoughts that are no thoughts are left out of the mean.
+        """
+        rows: list[dict[str, Any] | None] = []
+        for count in range(1, self.settings.num_thoughts + 1):
+            means = []
+            for thoughts, embeds in zip(
+                self.queries.thoughts["sampled"], self.queries.embeds["sampled"], strict=True
+            ):
+                usable = [t.completion is not None for t in thoughts[:count]]
+                first = embeds[:count]
+                mean = (first[usable] if any(usable) else first[:1]).mean(axis=0)
+                means.append((mean / np.linalg.norm(mean))[None])
+            for row in self._rank_all("sampled", means, label=f"averaged{count}"):
+                if row is not None:
+                    tokens = sum(row["think_tokens"][:count])
+                    del row["seconds"]  # those of all thoughts
+                    row |= {"think_tokens": [tokens], "problems": [row["problems"][0]]}
+                rows.append(row)
+        return rows
 
     def _row(
         self, mode: str, index: int, thoughts: Sequence[Thought], embeds: NDArray[Any]
@@ -173,14 +219,21 @@ class _Run:
             rate = sum(thinks) / len(thinks)
             self.rows["random"] = [modes.choose("random", *pair, rate) for pair in pairs]
 
-    def _embed_targets(self) -> tuple[NDArray[Any], dict[str, float]]:
+    def _embed_targets(self, *, is_thinking: bool = False) -> tuple[NDArray[Any], dict[str, float]]:
         """Return unit vectors (M, D) of all candidates, and how far they have collapsed."""
         items = self.candidates.items
         order = sorted(range(len(items)), key=lambda i: item_size(items[i]))
+        name = "thinking_targets" if is_thinking else "targets"
         parts = []
-        for rows in batches(order, self.settings, "targets"):
+        for rows in batches(order, self.settings, name.replace("_", " ")):
             batch = self.model.collate([items[row].load(self.data_root) for row in rows])
-            parts.append(self.model.embed(batch).cpu().numpy())
-        embeds = np.concatenate(parts)
-        report = check_embeds(f"{self.settings.split}/collapse/targets", embeds)
+            parts.append(self._think_and_embed(batch) if is_thinking else self.model.embed(batch))
+        embeds = torch.cat(parts).cpu().numpy()
+        report = check_embeds(f"{self.settings.split}/collapse/{name}", embeds)
         return embeds[np.argsort(order)], report
+
+    def _think_and_embed(self, batch: dict[str, Any]) -> Tensor:
+        prompts = self.model.prepare(batch)
+        written = self.model.reason(prompts, max_think_tokens=self.settings.max_think_tokens)
+        usable = [self.model.completion_for_embedding(ids) for ids in written]
+        return normalize(self.model.read_out(self.model.read(prompts), usable), dim=-1)
