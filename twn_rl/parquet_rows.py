@@ -1,6 +1,6 @@
 """Rows of Parquet and Arrow files. Knows the columns of a record and nothing of its meaning.
 
-The only room that needs pyarrow.
+Of the rooms of records the only one that needs pyarrow.
 """
 
 import json
