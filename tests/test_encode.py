@@ -4,6 +4,7 @@ import inspect
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -192,6 +193,19 @@ def test_thoughts_are_written_together_across_batches(taught, monkeypatch):
     mask = [row % 4 == 0 for row in range(20)]
     embedder.encode_query(items * 4, think=mask, batch_size=4)
     assert sizes == [4, 1]
+
+
+@pytest.mark.parametrize("options", [{"think": "always"}, {"think_rate": 0.4}])
+def test_prompts_that_cannot_be_told_apart_think_batch_by_batch(taught, monkeypatch, options):
+    embedder, items = taught("idefics3")
+    expected = embedder.encode_query(items, batch_size=3, **options)
+    prepare = embedder.model.prepare
+    monkeypatch.setattr(
+        embedder.model, "prepare", lambda batch: replace(prepare(batch), image_tokens=None)
+    )
+    details = embedder.encode_query(items, batch_size=3, return_details=True, **options)
+    np.testing.assert_allclose(details.embeddings, expected, **NEAR)
+    assert details.rereads == (2 if "think_rate" in options else 0)
 
 
 def test_pictures_are_encoded_and_prompts_preprocessed_once(taught, monkeypatch):
