@@ -317,6 +317,14 @@ def test_changed_settings_input_or_model_are_refused_and_named(tmp_path):
     assert len(np.load(tmp_path / "out.npy")) == 7
 
 
+def test_a_run_that_failed_at_its_first_row_can_be_corrected(tmp_path):
+    source = write_lines(tmp_path / "in.jsonl", text_rows(6))
+    with pytest.raises(KeyboardInterrupt):
+        encode(TinyEmbedder(stop_after=0), source, tmp_path / "out.npy")
+    report = encode(TinyEmbedder(), source, tmp_path / "out.npy", EncodeSettings(shard_size=3))
+    assert (report.rows, report.resumed_rows) == (6, 0)
+
+
 def test_only_what_thinks_depends_on_who_thinks():
     one, other = TinyEmbedder(seed=0).model, TinyEmbedder(seed=0).model
     with torch.no_grad():

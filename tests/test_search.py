@@ -1,6 +1,8 @@
 """Search agrees with a naive loop: ties, blocks, failed rows, refusals; FAISS agrees with exact."""
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -94,6 +96,23 @@ def test_faiss_finds_what_the_exact_product_finds():
 def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match=r"backend = 'annoy'; expected 'auto', 'faiss' or 'exact'"):
         choose_backend("annoy")
+
+
+def test_without_faiss_the_exact_product_is_taken_and_said_so(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "faiss").mkdir()  # a folder of that name must not pass for the library
+    monkeypatch.setattr("sys.path", [str(tmp_path), *_without_faiss()])
+    for name in [name for name in sys.modules if name.split(".")[0] == "faiss"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert choose_backend("auto") == ("exact", exact_block)
+    assert "FAISS cannot be used" in caplog.text
+    with pytest.raises(ValueError, match=r"backend = 'faiss' cannot be used .*install faiss-cpu"):
+        choose_backend("faiss")
+    monkeypatch.delitem(sys.modules, "faiss", raising=False)
+
+
+def _without_faiss() -> list[str]:
+    return [path for path in sys.path if not (Path(path) / "faiss" / "__init__.py").exists()]
 
 
 def test_vectors_that_cannot_be_searched_are_refused():

@@ -83,21 +83,26 @@ def choose_backend(backend: Backend) -> tuple[str, BlockSearch]:
     """Return the name and the block search of a backend; "auto" is FAISS where it is installed.
 
     Raises:
-        ValueError: If FAISS is asked for and not installed.
+        ValueError: If FAISS is asked for and cannot be used.
     """
     if backend not in ("auto", "faiss", "exact"):
         raise ValueError(f"backend = {backend!r}; expected 'auto', 'faiss' or 'exact'; change it")
-    if backend != "exact":
-        try:
-            return "faiss", faiss_block(importlib.import_module("faiss"))
-        except ModuleNotFoundError as error:
-            if error.name != "faiss":
-                raise
-            if backend == "faiss":
-                raise ValueError(
-                    "backend = 'faiss' and module faiss is missing; expected it installed; "
-                    "install faiss-cpu or use the exact backend"
-                ) from error
+    if backend == "exact":
+        return "exact", exact_block
+    try:
+        faiss = importlib.import_module("faiss")
+        # A folder of that name on the path is imported as an empty package.
+        problem = None if hasattr(faiss, "knn") else f"{faiss} has no knn"
+    except ImportError as error:
+        faiss, problem = None, str(error)
+    if problem is None:
+        return "faiss", faiss_block(faiss)
+    if backend == "faiss":
+        raise ValueError(
+            f"backend = 'faiss' cannot be used ({problem}); expected FAISS installed; install "
+            "faiss-cpu or use the exact backend"
+        )
+    logger.info("FAISS cannot be used (%s): the search is an exact product", problem)
     return "exact", exact_block
 
 

@@ -81,9 +81,11 @@ class VectorWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             self._descriptor = _lock(self.path)
+            meta = read_meta(self.path)
             try:
-                if not overwrite:
-                    self._resume()
+                # A run that failed at its first shard must not stand in the way of a corrected one.
+                if not overwrite and (meta is None or meta["done_rows"]):
+                    self._resume(meta)
                     return
             except VectorFileError:
                 os.close(self._descriptor)
@@ -159,8 +161,7 @@ class VectorWriter:
                 "or write elsewhere. Nothing was written",
             ) from error
 
-    def _resume(self) -> None:
-        meta = read_meta(self.path)
+    def _resume(self, meta: dict[str, Any] | None) -> None:
         if meta is None:
             raise VectorFileError(
                 f"{self.path} exists without a readable {meta_path(self.path).name}; expected "
