@@ -61,7 +61,7 @@ def routing_table(split: str, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def further_table(split: str, evaluation: Evaluation) -> dict[str, Any] | None:
-    """Return what more thoughts per query give, and what thinking targets do; None if unmeasured."""
+    """Return what more thoughts a query and thinking targets do; None if unmeasured."""
     start = f"{split}/all/"
     found = {key.split("/")[2] for key in evaluation.metrics if key.startswith(start)}
     averaged = sorted(m for m in found if m.startswith("averaged"))
