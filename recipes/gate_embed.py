@@ -30,7 +30,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers import set_seed
 
 from twn_rl.evaluation.gate_chart import plot_gate_curves
@@ -145,12 +144,9 @@ class FittedSide:
 
 def main(script: GateScriptArguments, data: DataArguments) -> Path:
     """Label, fit, choose, save; return the folder of the model."""
-    # Without a trainer nobody else has told accelerate that several processes may run on CPU.
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    processes = PartialState(cpu=use_cpu)
     set_up_logging()
     set_seed(script.seed)
-    path = Path(script.model)
+    path, processes = Path(script.model), PartialState()
 
     # Data first: bad records must show before a model is loaded.
     records = {

@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 import torch
 import yaml
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
@@ -210,7 +211,8 @@ def join_processes() -> None:
     accelerate alone would leave CPU processes started by torchrun on their own.
     """
     if not PartialState._shared_state:
-        PartialState(cpu=not torch.accelerator.is_available())
+        wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
+        PartialState(cpu=wants_cpu or not torch.accelerator.is_available())
 
 
 def set_up_logging() -> None:
