@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from twn_rl.encode import ThinkingEmbedder
-from twn_rl.encode_batches import in_batches
+from twn_rl.encoding.batches import in_batches
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
 from twn_rl.run import DataArguments, parse_arguments

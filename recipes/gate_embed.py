@@ -35,9 +35,9 @@ from transformers import set_seed
 from twn_rl.evaluation.gate_chart import plot_gate_curves
 from twn_rl.evaluation.results import INTERVAL_METRICS, query_values
 from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
-from twn_rl.gate_files import gate_fingerprints, save_gates, set_threshold
-from twn_rl.gate_labelling import LabelSettings, label_records
-from twn_rl.gate_labels import (
+from twn_rl.gating.files import gate_fingerprints, save_gates, set_threshold
+from twn_rl.gating.labelling import LabelSettings, label_records
+from twn_rl.gating.labels import (
     IGNORED,
     GateLabels,
     cut_labels,
@@ -45,7 +45,7 @@ from twn_rl.gate_labels import (
     report_table,
     soft_labels,
 )
-from twn_rl.gate_threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_point
+from twn_rl.gating.threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_point
 from twn_rl.metrics import expected_calibration_error, roc_auc
 from twn_rl.model import DualLoraModel
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging

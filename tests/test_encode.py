@@ -16,9 +16,9 @@ from torch.nn.functional import normalize
 from twn_rl.adapters import REASONING_ADAPTER, adapter_parameters
 from twn_rl.config import LoraSettings
 from twn_rl.encode import ThinkingEmbedder
-from twn_rl.encode_inputs import InputError
+from twn_rl.encoding.inputs import InputError
+from twn_rl.encoding.thought_pool import mean_vector
 from twn_rl.records import Item
-from twn_rl.thought_pool import mean_vector
 from twn_rl.vision import encode_images
 
 FAMILIES = ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"]

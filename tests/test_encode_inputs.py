@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from conftest import picture
 
-from twn_rl.cot_cache import CACHE_FILE, CotCache, cache_key
-from twn_rl.encode_batches import Row, collate_rows, in_batches
-from twn_rl.encode_inputs import InputError, InputRules, as_list, is_single, parse_input
+from twn_rl.encoding.batches import Row, collate_rows, in_batches
+from twn_rl.encoding.cot_cache import CACHE_FILE, CotCache, cache_key
+from twn_rl.encoding.inputs import InputError, InputRules, as_list, is_single, parse_input
+from twn_rl.encoding.shortlist import Shortlist
 from twn_rl.records import Item
-from twn_rl.shortlist import Shortlist
 from twn_rl.templates import Renderer
 
 RULES = InputRules(reserved_tokens=frozenset({"<image>"}))

@@ -12,9 +12,9 @@ from conftest import BACKBONES, awaken
 
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.gate import DOCUMENT_SIDE, QUERY_SIDE
-from twn_rl.gate_examples import choose_examples, gate_examples
-from twn_rl.gate_labelling import LabelSettings, label_records
-from twn_rl.gate_labels import (
+from twn_rl.gating.examples import choose_examples, gate_examples
+from twn_rl.gating.labelling import LabelSettings, label_records
+from twn_rl.gating.labels import (
     IGNORED,
     SCHEMA,
     LabelsError,

@@ -10,7 +10,7 @@ import torch
 from test_distributed_recipes import ROOT, TORCHRUN, launch
 
 from twn_rl.gate import DOCUMENT_SIDE, QUERY_SIDE
-from twn_rl.gate_labels import read_labels
+from twn_rl.gating.labels import read_labels
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
 from twn_rl.run import ModelArguments

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twn_rl.evaluation.gate_chart import plot_gate_curves
-from twn_rl.gate_threshold import (
+from twn_rl.gating.threshold import (
     CurvePoint,
     curve_rows,
     gate_curve,

@@ -15,7 +15,7 @@ from twn_rl.adapter_files import load_adapter, save_adapter
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.backbone import Backbone
 from twn_rl.config import CONFIG_FILE, TwnConfig
-from twn_rl.gate_files import GATE_FILE, forget_thresholds, load_gates, save_gates, warn_dropped
+from twn_rl.gating.files import GATE_FILE, forget_thresholds, load_gates, save_gates, warn_dropped
 
 if TYPE_CHECKING:
     from twn_rl.model import DualLoraModel

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from twn_rl.backbone import Backbone
-from twn_rl.cot_cache import CotCache
-from twn_rl.encode_inputs import InputError, InputRules, as_list, is_single, parse_input
-from twn_rl.encode_ledger import Ledger
-from twn_rl.encode_options import EncodeOptions, Think, think_mask
-from twn_rl.encode_results import as_float_rows, finish
-from twn_rl.encode_run import Chooser, EncodeRun
+from twn_rl.encoding.cot_cache import CotCache
+from twn_rl.encoding.inputs import InputError, InputRules, as_list, is_single, parse_input
+from twn_rl.encoding.ledger import Ledger
+from twn_rl.encoding.options import EncodeOptions, Think, think_mask
+from twn_rl.encoding.results import as_float_rows, finish
+from twn_rl.encoding.run import Chooser, EncodeRun
+from twn_rl.encoding.thought_pool import ThoughtCache
 from twn_rl.fingerprints import reasoner_fingerprint
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
-from twn_rl.thought_pool import ThoughtCache
 
 Side = Literal["query", "document"]
 SIDES = ("query", "document")

@@ -29,7 +29,7 @@ class Gate(nn.Module):
     Attributes:
         width: Width D of the states it reads.
         hidden_size: Width of the hidden layer.
-        fitted_to: What it was fitted to, see `gate_files.gate_fingerprints`; empty if unknown.
+        fitted_to: What it was fitted to, see `gating.files.gate_fingerprints`; empty if unknown.
     """
 
     def __init__(self, width: int, hidden_size: int = 256) -> None:

@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUs
 
 from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
-from twn_rl.gate_files import drop_gates
+from twn_rl.gating.files import drop_gates
 from twn_rl.images import open_image
 from twn_rl.mixtures import Mixture, MixtureSampler, ReorderedSampler
 from twn_rl.model import DualLoraModel

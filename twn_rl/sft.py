@@ -19,7 +19,7 @@ from transformers import Trainer, TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.adapter_trainer import AdapterCheckpoints
-from twn_rl.gate_files import drop_gates
+from twn_rl.gating.files import drop_gates
 from twn_rl.losses import (
     contrastive_accuracy,
     false_negative_mask,

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from twn_rl.evaluation.charts import PALETTE
-from twn_rl.gate_threshold import CurvePoint, GateCurve
+from twn_rl.gating.threshold import CurvePoint, GateCurve
 
 
 def plot_gate_curves(

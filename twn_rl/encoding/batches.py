@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twn_rl.backbone import Backbone
 from twn_rl.batching import collate_prompts
-from twn_rl.encode_inputs import InputError
+from twn_rl.encoding.inputs import InputError
 from twn_rl.images import ImageError
 from twn_rl.records import Item
 from twn_rl.templates import Renderer

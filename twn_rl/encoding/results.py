@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from twn_rl.encode_options import EncodeOptions, Precision
+from twn_rl.encoding.options import EncodeOptions, Precision
 from twn_rl.templates import Think
 
 logger = logging.getLogger(__name__)

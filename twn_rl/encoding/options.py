@@ -37,7 +37,7 @@ class EncodeOptions:
         convert_to_tensor: Return a tensor on the model's device; wins over `convert_to_numpy`.
         normalize_embeddings: Return unit vectors.
         truncate_dim: Keep the first numbers only (and normalise again); None keeps all.
-        precision: Other than "float32": see `twn_rl.encode_results.quantize`.
+        precision: Other than "float32": see `twn_rl.encoding.results.quantize`.
         on_bad_input: "raise", or "skip": an input that cannot be embedded gets a zero vector, and
             the details name position and reason.
         prefix_cache_gib: With `think_rate`, memory for what was read of inputs that may be chosen;

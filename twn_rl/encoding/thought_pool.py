@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from twn_rl.cot_cache import CotCache, Thoughts, cache_key
-from twn_rl.encode_ledger import Ledger
-from twn_rl.encode_options import EncodeOptions
+from twn_rl.encoding.cot_cache import CotCache, Thoughts, cache_key
+from twn_rl.encoding.ledger import Ledger
+from twn_rl.encoding.options import EncodeOptions
 from twn_rl.model import DualLoraModel
 from twn_rl.prefix import Prefix, merge, prefix_bytes
 from twn_rl.prompts import Prompts, merge_prompts

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twn_rl.encode_inputs import InputError
-from twn_rl.encode_results import EncodeDetails
+from twn_rl.encoding.inputs import InputError
+from twn_rl.encoding.results import EncodeDetails
 
 
 class Ledger:

@@ -23,9 +23,9 @@ from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
 from twn_rl.bank_building import Processes, read_json, wait, write_json
-from twn_rl.gate_examples import GateExample, bank_items, choose_examples, gate_examples
-from twn_rl.gate_files import gate_fingerprints
-from twn_rl.gate_labels import (
+from twn_rl.gating.examples import GateExample, bank_items, choose_examples, gate_examples
+from twn_rl.gating.files import gate_fingerprints
+from twn_rl.gating.labels import (
     LABEL_FORMAT,
     PLAN_FILE,
     GateLabels,

@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from twn_rl.encode_batches import Row, collate_rows, in_batches, open_pictures
-from twn_rl.encode_inputs import InputError
-from twn_rl.encode_ledger import Ledger
-from twn_rl.encode_options import EncodeOptions
+from twn_rl.encoding.batches import Row, collate_rows, in_batches, open_pictures
+from twn_rl.encoding.inputs import InputError
+from twn_rl.encoding.ledger import Ledger
+from twn_rl.encoding.options import EncodeOptions
+from twn_rl.encoding.shortlist import Shortlist
+from twn_rl.encoding.thought_pool import Chunk, ThoughtCache, ThoughtPool
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
-from twn_rl.shortlist import Shortlist
-from twn_rl.thought_pool import Chunk, ThoughtCache, ThoughtPool
 from twn_rl.thoughts import evaluating
 
 logger = logging.getLogger(__name__)

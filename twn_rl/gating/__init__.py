@@ -1,0 +1,1 @@
+"""Where a gate comes from: labels from the loss a thought saves, a threshold, files."""
