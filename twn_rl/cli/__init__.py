@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         return int(_module(parsed.command).run(parsed))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         # Errors people can act on: their message says what to change; a traceback would hide it.
         logging.getLogger(__name__).error("%s", error)
         return 1
