@@ -19,14 +19,14 @@ from conftest import awaken, make_idefics3, picture
 
 from twn_rl.cli import main, model_arguments
 from twn_rl.config import LoraSettings, TwnConfig
-from twn_rl.encode_files import encode_file, fingerprints
-from twn_rl.encode_settings import EncodeSettings
 from twn_rl.images import ImageError
-from twn_rl.item_rows import ItemFile
+from twn_rl.jobs.encode_files import encode_file, fingerprints
+from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.jobs.item_rows import ItemFile
+from twn_rl.jobs.stored_vectors import open_vectors, read_details
+from twn_rl.jobs.vector_files import VectorFileError, VectorWriter
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record, RecordError, write_records
-from twn_rl.stored_vectors import open_vectors, read_details
-from twn_rl.vector_files import VectorFileError, VectorWriter
 
 SHARDS = EncodeSettings(shard_size=4, batch_size=2)
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from test_encode_files import TinyEmbedder, write_lines
 
 from twn_rl.cli import main, model_arguments
-from twn_rl.encode_settings import EncodeSettings
-from twn_rl.mine_files import mine_file
-from twn_rl.mining import MiningCounts, MiningSettings, nearest_allowed, select_negatives
+from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.jobs.mine_files import mine_file
+from twn_rl.jobs.mining import MiningCounts, MiningSettings, nearest_allowed, select_negatives
+from twn_rl.jobs.vector_files import VectorFileError
 from twn_rl.records import Item, Record, load_records, write_records
-from twn_rl.vector_files import VectorFileError
 
 NEVER = EncodeSettings(think="never")
 

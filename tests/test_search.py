@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twn_rl.cli import main
-from twn_rl.search import choose_backend, exact_block, search, top_k
-from twn_rl.stored_vectors import open_vectors
-from twn_rl.vector_files import VectorFileError, VectorWriter
+from twn_rl.jobs.search import choose_backend, exact_block, search, top_k
+from twn_rl.jobs.stored_vectors import open_vectors
+from twn_rl.jobs.vector_files import VectorFileError, VectorWriter
 
 
 def naive_hits(queries, index, k, usable):

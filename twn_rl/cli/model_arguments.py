@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from twn_rl.encode_settings import EncodeSettings
+from twn_rl.jobs.encode_settings import EncodeSettings
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

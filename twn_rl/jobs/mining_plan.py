@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from twn_rl.images import ImageError
-from twn_rl.item_rows import ItemFile
+from twn_rl.jobs.item_rows import ItemFile
 from twn_rl.records import Item, RecordSet
 from twn_rl.rollouts import pool_of
 

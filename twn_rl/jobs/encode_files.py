@@ -20,11 +20,11 @@ from tqdm.auto import tqdm
 
 from twn_rl.adapter_files import adapter_state
 from twn_rl.adapters import REASONING_ADAPTER
-from twn_rl.encode_settings import EncodeReport, EncodeSettings, ThinkMode
-from twn_rl.item_rows import ItemFile, ItemRow, Side
+from twn_rl.jobs.encode_settings import EncodeReport, EncodeSettings, ThinkMode
+from twn_rl.jobs.item_rows import ItemFile, ItemRow, Side
+from twn_rl.jobs.vector_files import VectorWriter, read_meta
 from twn_rl.record_schema import Item, RecordError
 from twn_rl.scoring import scorer_fingerprint
-from twn_rl.vector_files import VectorWriter, read_meta
 
 logger = logging.getLogger(__name__)
 

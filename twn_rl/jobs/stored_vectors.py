@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twn_rl.bank_building import map_file
-from twn_rl.vector_files import VectorFileError, details_path, read_meta
+from twn_rl.jobs.vector_files import VectorFileError, details_path, read_meta
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from twn_rl.item_rows import Side
+from twn_rl.jobs.item_rows import Side
 
 ThinkMode = Literal["auto", "always", "never"]
 

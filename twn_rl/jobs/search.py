@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from twn_rl.stored_vectors import StoredVectors
+from twn_rl.jobs.stored_vectors import StoredVectors
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from twn_rl.encode_files import Embedder, encode_file
-from twn_rl.encode_settings import EncodeSettings
-from twn_rl.item_rows import ItemFile, Side
-from twn_rl.mining import MiningCounts, MiningSettings, select_negatives
-from twn_rl.mining_plan import MiningPlan, by_pool, columns_of
+from twn_rl.jobs.encode_files import Embedder, encode_file
+from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.jobs.item_rows import ItemFile, Side
+from twn_rl.jobs.mining import MiningCounts, MiningSettings, select_negatives
+from twn_rl.jobs.mining_plan import MiningPlan, by_pool, columns_of
+from twn_rl.jobs.stored_vectors import StoredVectors, open_vectors
 from twn_rl.records import load_records, write_records
-from twn_rl.stored_vectors import StoredVectors, open_vectors
 
 logger = logging.getLogger(__name__)
 

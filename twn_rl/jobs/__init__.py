@@ -1,0 +1,1 @@
+"""Resumable jobs over files: items to vectors, search in them, hard negatives. Know no training."""
