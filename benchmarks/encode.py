@@ -13,7 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -49,6 +49,10 @@ class BenchmarkArguments:
     batch_size: int = field(default=32, metadata={"help": "Queries a forward."})
     few: float = field(default=0.1, metadata={"help": "Share of the queries in the arms 'few'."})
     max_think_tokens: int = field(default=64, metadata={"help": "Longest thought in tokens."})
+    clock: Literal["wall", "cpu"] = field(
+        default="wall",
+        metadata={"help": "cpu: seconds of this process, steadier beside other programs."},
+    )
 
 
 def main() -> None:
@@ -64,9 +68,12 @@ def main() -> None:
     arms = make_arms(embedder, items, some, few.tolist(), script)
     if has_gate:
         arms["some think"] = lambda: embedder.encode_query(items, think="auto", **limits(script))
-    seconds, vectors = measure(arms, script.repeats)
+    seconds, vectors = measure(arms, script)
     print(f"{len(items)} queries; some: {sum(some)} think ({'gate' if has_gate else 'hops'});")
-    print(f"few: {few.sum()} think; batches of {script.batch_size}, {script.repeats} rounds\n")
+    print(
+        f"few: {few.sum()} think; batches of {script.batch_size}, {script.repeats} rounds, "
+        f"{script.clock} clock\n"
+    )
     for name, values in seconds.items():
         rate = len(items) / statistics.median(values)
         spread = f"{min(values):.2f} to {max(values):.2f}"
@@ -118,17 +125,18 @@ def make_arms(
 
 
 def measure(
-    arms: dict[str, Callable[[], Any]], repeats: int
+    arms: dict[str, Callable[[], Any]], script: BenchmarkArguments
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Return seconds of each round and the vectors of each arm; arms take turns in every round."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     vectors: dict[str, Any] = {}
-    for repeat in range(repeats + 1):
+    clock = time.process_time if script.clock == "cpu" else time.perf_counter
+    for repeat in range(script.repeats + 1):
         for name, arm in arms.items():
-            started = time.perf_counter()
+            started = clock()
             vectors[name] = arm()
             if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds, vectors
 
 
