@@ -17,7 +17,13 @@ from twn_rl.evaluation import (
     merge_evaluations,
 )
 from twn_rl.evaluation.candidates import collect_candidates
-from twn_rl.evaluation.modes import Thought, foreign_thoughts, gold_thoughts, shuffled_thoughts
+from twn_rl.evaluation.modes import (
+    Thought,
+    foreign_thoughts,
+    gold_thoughts,
+    shuffled_thoughts,
+    truncated_thoughts,
+)
 from twn_rl.evaluation.results import query_values, summarize
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
@@ -91,6 +97,36 @@ def test_unusable_thoughts_are_never_lent() -> None:
     records = make_records()[4:]
     own = [Thought(completion=(1,), text="fine"), Thought(problem="truncated")]
     assert shuffled_thoughts(records, own) == [None, own[0]]
+
+
+def test_a_truncated_thought_is_the_first_half_of_a_usable_one() -> None:
+    renderer = Renderer()
+    own = [
+        Thought(completion=(1,), text="camel left ; tree"),
+        Thought(completion=(1,), text="camel"),
+        Thought(text="camel left", problem="truncated"),
+    ]
+    half, *rest = truncated_thoughts(own, renderer)
+    assert half == Thought(renderer.completion("camel left"), "camel left")
+    assert rest == [None, None]
+
+
+def test_cosines_tell_whether_vectors_read_their_thoughts(
+    make_model: Callable[..., DualLoraModel],
+) -> None:
+    model, records = make_model(), make_records()
+    settings = dataclasses.replace(QUIET, modes=("always", "gold", "never"), max_think_tokens=1)
+    metrics = evaluate(model, records, settings).metrics
+    # No thought of this model is usable: its own vectors are no-think vectors.
+    assert metrics["test/collapse/own_to_never/cosine_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["test/collapse/own_to_never/cosine_std"] == pytest.approx(0, abs=1e-5)
+    with torch.no_grad():
+        queries = [record.query for record in records]
+        gold = [model.renderer.completion(record.metadata["gold_cot"]) for record in records]
+        cosines = (
+            model.embed(model.collate(queries)) * model.embed(model.collate(queries, gold))
+        ).sum(1)
+    assert metrics["test/collapse/own_to_gold/cosine_mean"] == pytest.approx(float(cosines.mean()))
 
 
 def test_records_without_a_cot_have_no_gold_thought() -> None:

@@ -30,7 +30,7 @@ MODES = (
 )
 # Modes that choose between the two ways of serving, query by query.
 CHOOSING_MODES = ("oracle", "auto", "random")
-ABLATIONS = ("gold", "shuffled", "foreign", "empty")
+ABLATIONS = ("gold", "shuffled", "foreign", "empty", "truncated")
 # Mode -> how a reader would call it.
 MODE_NAMES = {
     "never": "no thinking",
@@ -45,6 +45,7 @@ MODE_NAMES = {
     "shuffled": "another query's",
     "foreign": "another task's",
     "empty": "empty thought",
+    "truncated": "first half of the own thought",
 }
 
 
@@ -155,6 +156,20 @@ def choose(
             row[key] = [never[key][0], always[key][0]]
         row["weights"] = [1.0 - chance, chance]
     return row
+
+
+def truncated_thoughts(own: Sequence[Thought], renderer: Renderer) -> list[Thought | None]:
+    """Return the first half of the words of each usable own thought, properly closed.
+
+    A thought of one word has no first half and is left out.
+    """
+    halves: list[Thought | None] = []
+    for thought in own:
+        words = thought.text.split()
+        half = " ".join(words[: len(words) // 2])
+        is_usable = thought.completion is not None and half
+        halves.append(Thought(renderer.completion(half), half) if is_usable else None)
+    return halves
 
 
 def _borrow(

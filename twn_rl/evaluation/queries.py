@@ -114,17 +114,27 @@ class Queries:
     def embed(self, asked: set[str]) -> None:
         """Embed all queries under modes and ablations that stand on their own.
 
-        Borrowed thoughts need all own ones first, so they take a second reading of the prompts.
+        Thoughts made of own ones need all of these first, hence a second reading of the prompts.
         """
-        borrowed = asked & {"shuffled", "foreign"}
+        borrowed = asked & {"shuffled", "foreign", "truncated"}
         first = asked - borrowed | ({"always"} if borrowed else set())
         self._embed([mode for mode in (*MODES, *ABLATIONS) if mode in first])
         if borrowed:
             own = [thoughts[0] for thoughts in self.thoughts["always"]]
             for mode in borrowed:
-                borrow = modes.shuffled_thoughts if mode == "shuffled" else modes.foreign_thoughts
-                self._know(mode, borrow(self.records, own, seed=self.settings.seed))
+                self._know(mode, self._borrow(mode, own))
             self._embed(sorted(borrowed))
+
+    def _borrow(self, mode: str, own: list[Thought]) -> list[Thought | None]:
+        if mode == "truncated":
+            return modes.truncated_thoughts(own, self.model.renderer)
+        borrow = modes.shuffled_thoughts if mode == "shuffled" else modes.foreign_thoughts
+        return borrow(self.records, own, seed=self.settings.seed)
+
+    def cosines(self, mode: str) -> NDArray[Any]:
+        """Return the cosines (n,) of queries' vectors with their own thought and under `mode`."""
+        pairs = zip(self.embeds["always"], self.embeds[mode], strict=True)
+        return np.array([float(own[0] @ other[0]) for own, other in pairs if len(other)])
 
     def _know(self, mode: str, thoughts: Sequence[Thought | None]) -> None:
         self.thoughts[mode] = [[] if thought is None else [thought] for thought in thoughts]

@@ -129,9 +129,25 @@ class _Run:
             rows, split=settings.split, confidence=settings.confidence, seed=settings.seed
         )
         metrics |= collapse | self.queries.collapse
+        if "always" in measured:
+            metrics |= self._cosine_metrics(measured - {"always", "sampled"})
         if "auto" in asked and self.threshold is not None:
             metrics[f"{settings.split}/all/auto/gate_threshold"] = self.threshold
         return Evaluation(metrics, rows, self.candidates.describe())
+
+    def _cosine_metrics(self, measured: set[str]) -> dict[str, float]:
+        """Return mean and spread of the cosine between vectors with the own and another thought.
+
+        A model whose vectors ignore their thoughts has means near 1 and no spread.
+        """
+        metrics = {}
+        for mode in sorted(measured):
+            cosines = self.queries.cosines(mode)
+            if len(cosines):
+                name = f"{self.settings.split}/collapse/own_to_{mode}"
+                metrics[f"{name}/cosine_mean"] = float(cosines.mean())
+                metrics[f"{name}/cosine_std"] = float(cosines.std())
+        return metrics
 
     def _rank_all(
         self, mode: str, embeds: Sequence[NDArray[Any]], *, label: str | None = None
