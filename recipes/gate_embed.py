@@ -35,6 +35,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from twn_rl.calibration import expected_calibration_error, roc_auc
 from twn_rl.evaluation.gate_chart import plot_gate_curves
 from twn_rl.evaluation.results import INTERVAL_METRICS, query_values
 from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
@@ -49,7 +50,6 @@ from twn_rl.gating.labels import (
     soft_labels,
 )
 from twn_rl.gating.threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_point
-from twn_rl.metrics import expected_calibration_error, roc_auc
 from twn_rl.model import DualLoraModel
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 

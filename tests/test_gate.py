@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from rewards import REWARDS
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parameters
+from twn_rl.calibration import expected_calibration_error, roc_auc
 from twn_rl.gate import DOCUMENT_SIDE, QUERY_SIDE, FitSettings, Gate, fit_gate
 from twn_rl.gating.files import GATE_FILE, drop_gates, gate_fingerprints
 from twn_rl.grpo import EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
-from twn_rl.metrics import expected_calibration_error, roc_auc
 from twn_rl.model import DualLoraModel
 from twn_rl.reward_loading import load_rewards
 from twn_rl.rollouts import RolloutScorer

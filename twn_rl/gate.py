@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twn_rl.metrics import expected_calibration_error, roc_auc
+from twn_rl.calibration import expected_calibration_error, roc_auc
 
 logger = logging.getLogger(__name__)
 

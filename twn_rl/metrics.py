@@ -6,17 +6,13 @@ same vector scores 0, not the 100 % that sorting by similarity would give it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
+
+from twn_rl.checked_arrays import Array, Numbers, as_array, bool_matrix, finite, finite_matrix
 
 # Matrix products give equal vectors similarities that differ in the last float32 bits.
 TIE_TOLERANCE = 1e-6
-
-Array = NDArray[Any]
-Numbers = ArrayLike | torch.Tensor
 
 
 def positive_ranks(
@@ -42,9 +38,9 @@ def positive_ranks(
     Raises:
         ValueError: For non-finite similarities, shapes that do not fit, indices out of range.
     """
-    scores = _finite_matrix(similarities, "similarities")
+    scores = finite_matrix(similarities, "similarities")
     n, m = scores.shape
-    positives = _as_array(positive_index)
+    positives = as_array(positive_index)
     if not n:
         return np.zeros(0, dtype=np.int64)
     if (
@@ -58,7 +54,7 @@ def positive_ranks(
             f"columns from 0 to {m - 1}; pass one column per query"
         )
     positive = np.take_along_axis(scores, positives[:, None], axis=1)
-    is_rival = np.ones((n, m), dtype=bool) if mask is None else ~_bool_matrix(mask, (n, m))
+    is_rival = np.ones((n, m), dtype=bool) if mask is None else ~bool_matrix(mask, (n, m))
     np.put_along_axis(is_rival, positives[:, None], False, axis=1)
     return 1 + ((scores >= positive - tie_tolerance) & is_rival).sum(axis=1)
 
@@ -109,8 +105,8 @@ def ndcg_at_k(
     Raises:
         ValueError: For non-finite or negative numbers, or a query without a relevant candidate.
     """
-    scores = _finite_matrix(similarities, "similarities")
-    gains = _finite_matrix(relevance, "relevance")
+    scores = finite_matrix(similarities, "similarities")
+    gains = finite_matrix(relevance, "relevance")
     is_bad = (gains < 0).any(axis=1) | (gains.max(axis=1, initial=0.0) <= 0)
     if gains.shape != scores.shape or is_bad.any():
         raise ValueError(
@@ -161,76 +157,6 @@ def retrieval_metrics(
     return {**hits, "mrr": float(reciprocal_ranks(ranks).mean())}
 
 
-def roc_auc(scores: Numbers, labels: Numbers) -> float | None:
-    """Return the area under the ROC curve in [0, 1], ties counting half; None without both classes.
-
-    The chance that a positive scores above a negative (Hanley and McNeil 1982). Equal scores
-    everywhere give 0.5.
-
-    >>> roc_auc([0.1, 0.4, 0.4, 0.8], [0, 0, 1, 1])
-    0.875
-    >>> roc_auc([0.1, 0.4], [1, 1]) is None
-    True
-
-    Args:
-        scores: (N,), higher means positive.
-        labels: (N,) of 0 and 1, or bool.
-
-    Raises:
-        ValueError: For non-finite scores, shapes that do not fit or other labels.
-    """
-    values, is_positive = _scores_and_labels(scores, labels, "scores")
-    num_positive = int(is_positive.sum())
-    num_negative = len(is_positive) - num_positive
-    if not num_positive or not num_negative:
-        return None
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    mean_rank = last - (counts - 1) / 2  # of each distinct score, from 1
-    rank_sum = mean_rank[place[is_positive]].sum()
-    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
-
-
-def expected_calibration_error(
-    probabilities: Numbers, labels: Numbers, *, num_bins: int = 15
-) -> float:
-    """Return the mean gap between stated and observed probability in [0, 1]; 0 is calibrated.
-
-    ECE = sum over equally wide bins of n_b / N * |mean label - mean probability| (Guo et al. 2017,
-    1706.04599, eq. 3).
-
-    >>> round(expected_calibration_error([0.1, 0.1, 0.9, 0.9], [0, 0, 1, 0], num_bins=10), 3)
-    0.25
-
-    Args:
-        probabilities: (N,) in [0, 1].
-        labels: (N,) of 0 and 1, or bool.
-        num_bins: Number of bins.
-
-    Raises:
-        ValueError: For no examples, numbers outside [0, 1] or other labels.
-    """
-    values, is_positive = _scores_and_labels(probabilities, labels, "probabilities")
-    if not len(values) or values.min() < 0 or values.max() > 1 or num_bins < 1:
-        raise ValueError(
-            f"probabilities has {len(values)} values, num_bins = {num_bins}; expected at least "
-            "one value, all in [0, 1], and at least one bin; correct the arguments"
-        )
-    bins = np.minimum((values * num_bins).astype(np.int64), num_bins - 1)
-    gaps = np.bincount(bins, weights=is_positive - values, minlength=num_bins)
-    return float(np.abs(gaps).sum() / len(values))
-
-
-def _scores_and_labels(scores: Numbers, labels: Numbers, name: str) -> tuple[Array, Array]:
-    values, marks = _finite(scores, name).astype(np.float64), _finite(labels, "labels")
-    if values.ndim != 1 or marks.shape != values.shape or not np.isin(marks, (0, 1)).all():
-        raise ValueError(
-            f"{name} has shape {values.shape}, labels {marks.shape}; expected (N,) both, labels 0 "
-            "or 1; correct the arguments"
-        )
-    return values, marks == 1
-
-
 @dataclass(frozen=True)
 class Interval:
     """A mean with the bounds of its bootstrap interval."""
@@ -260,7 +186,7 @@ def bootstrap_interval(
     Raises:
         ValueError: For no or non-finite values, or a confidence outside (0, 1).
     """
-    sample = _finite(values, "values").astype(np.float64)
+    sample = finite(values, "values").astype(np.float64)
     if sample.ndim != 1 or not len(sample) or not 0 < confidence < 1 or num_resamples < 1:
         raise ValueError(
             f"values has shape {sample.shape}, confidence = {confidence}, num_resamples = "
@@ -291,7 +217,7 @@ def collapse_report(embeds: Numbers) -> dict[str, float]:
     Raises:
         ValueError: For fewer than two rows or non-finite numbers.
     """
-    rows = _finite_matrix(embeds, "embeds").astype(np.float64)
+    rows = finite_matrix(embeds, "embeds").astype(np.float64)
     n, width = rows.shape
     if n < 2:
         raise ValueError(f"embeds has {n} rows; expected at least 2 to compare; pass more inputs")
@@ -309,45 +235,8 @@ def collapse_report(embeds: Numbers) -> dict[str, float]:
     }
 
 
-def _as_array(numbers: Numbers) -> Array:
-    if isinstance(numbers, torch.Tensor):
-        tensor = numbers.detach().cpu()  # NumPy has no bfloat16
-        return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return np.asarray(numbers)
-
-
-def _finite(numbers: Numbers, name: str) -> Array:
-    array = _as_array(numbers)
-    if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
-        raise ValueError(
-            f"{name} has type {array.dtype}; expected numbers of one shape; convert them"
-        )
-    array = array.astype(np.promote_types(array.dtype, np.float32), copy=False)
-    bad_count = int((~np.isfinite(array)).sum())
-    if bad_count:
-        raise ValueError(
-            f"{name} has {bad_count} non-finite numbers; expected finite ones; find the input that "
-            "gives NaN or infinity, they are never ranked"
-        )
-    return array
-
-
-def _finite_matrix(numbers: Numbers, name: str) -> Array:
-    array = _finite(numbers, name)
-    if array.ndim != 2 or not array.shape[1]:
-        raise ValueError(f"{name} has shape {array.shape}; expected 2 dimensions; reshape it")
-    return array
-
-
-def _bool_matrix(numbers: Numbers, shape: tuple[int, int]) -> Array:
-    mask = _as_array(numbers)
-    if mask.dtype != bool or mask.shape != shape:
-        raise ValueError(f"mask is {mask.dtype} {mask.shape}; expected bool {shape}; convert it")
-    return mask
-
-
 def _checked_ranks(ranks: Numbers) -> Array:
-    array = _as_array(ranks)
+    array = as_array(ranks)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or (array < 1).any():
         raise ValueError(f"ranks is {array.dtype} {array.shape}; expected (N,) integers from 1 up")
     return array
