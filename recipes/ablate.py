@@ -21,9 +21,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,15 +28,14 @@ from pathlib import Path
 from grpo_embed import GrpoScriptArguments
 
 from twn_rl.evaluation.ablation import plot_summary, summarize_runs, tables
-from twn_rl.evaluation.results import write_text
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.stages import FINISHED_FILE, Stages
 
 logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
 WARM_START = "warm_start"
-FINISHED_FILE = "finished.json"
 GATE_FOLDER = "gate"
 EVALUATION_FOLDER = "evaluation"
 GATE_MODES = ("auto", "random", "oracle")
@@ -105,13 +101,9 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
     own = {**asdict(data), "demo_dir": str(root / "data"), "demo_seed": seed}
     shared = [f"--{name}={value}" for name, value in own.items() if value is not None]
     seeded = [*shared, f"--seed={seed}"]
-    warm = root / WARM_START
-    launch(
-        script,
-        "sft_embed.py",
-        [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded],
-        warm,
-    )
+    stages, warm = Stages(RECIPES, script.launcher), root / WARM_START
+    flags = [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded]
+    stages.run("sft_embed.py", flags, warm)
     measure(script, warm, shared, seed)
     budget = rl_budget(script.grpo_config)
     for arm in script.arms:
@@ -124,7 +116,7 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
             flags += [f"--warm_start={warm}"]
             reward = arm.partition(":")[2]
             flags += ["--rewards", reward, "--reward_weights", "1.0"] if reward else []
-        launch(script, recipe, [*flags, f"--output_dir={target}", *seeded], target)
+        stages.run(recipe, [*flags, f"--output_dir={target}", *seeded], target)
         measure(script, target, shared, seed)
 
 
@@ -143,62 +135,15 @@ def rl_budget(grpo_config: str) -> list[str]:
     return [*flags, f"--lr_scheduler_type={grpo.lr_scheduler_type.value}"]
 
 
-def launch(script: AblateArguments, recipe: str, flags: list[str], target: Path) -> bool:
-    """Run one recipe to its end with its own log file; return False if it had been run before."""
-    done = target / FINISHED_FILE
-    if done.exists():
-        if finished_flags(done, recipe) != flags:
-            logger.warning("Kept %s, which was run with other flags: see %s", target, done)
-        else:
-            logger.info("Kept %s", target)
-        return False
-    target.mkdir(parents=True, exist_ok=True)
-    for outdated in target.glob(f"*/{FINISHED_FILE}"):  # fitted to or measured on what was there
-        outdated.unlink()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *script.launcher]
-    command += [str(RECIPES / recipe), *flags]
-    logger.info("Running %s, log in %s", target, target / "log.txt")
-    started = time.perf_counter()
-    with (target / "log.txt").open("w", encoding="utf-8") as log:
-        status = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if status != 0:
-        tail = (target / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise RuntimeError(
-            f"{recipe} for {target} ended with status {status}; expected 0; "
-            f"see {target / 'log.txt'}:\n{tail}"
-        )
-    seconds = time.perf_counter() - started
-    write_text(done, json.dumps({"command": command, "seconds": seconds}))
-    return True
-
-
-def finished_flags(done: Path, recipe: str) -> list[str]:
-    """Return the flags that a finished run gave its recipe."""
-    command = json.loads(done.read_text(encoding="utf-8"))["command"]
-    names = [Path(word).name for word in command]
-    return command[names.index(recipe) + 1 :]
-
-
 def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) -> None:
     """Fit the gate of one model if asked for, and evaluate it; do again what is out of date."""
-    measured = model / EVALUATION_FOLDER / FINISHED_FILE
+    stages, evaluation = Stages(RECIPES, script.launcher), model / EVALUATION_FOLDER
     if script.gate:
         flags = gate_flags(model, shared, seed)
-        drop_if_outdated(model / GATE_FOLDER / FINISHED_FILE, "gate_embed.py", flags)
-        if launch(script, "gate_embed.py", flags, model / GATE_FOLDER):
-            measured.unlink(missing_ok=True)
+        if stages.run("gate_embed.py", flags, model / GATE_FOLDER, is_cheap=True):
+            (evaluation / FINISHED_FILE).unlink(missing_ok=True)
     flags = evaluation_flags(script, model, shared)
-    drop_if_outdated(measured, "eval_embed.py", flags)
-    launch(script, "eval_embed.py", flags, measured.parent)
-
-
-def drop_if_outdated(done: Path, recipe: str, flags: list[str]) -> None:
-    """Forget a finished run of other flags; only for runs that are cheap next to training."""
-    if done.exists() and finished_flags(done, recipe) != flags:
-        logger.info("%s was run with other flags: running it again", done.parent)
-        done.unlink()
+    stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
 
 
 def gate_flags(model: Path, shared: list[str], seed: int) -> list[str]:
