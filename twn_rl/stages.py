@@ -59,9 +59,7 @@ class Stages:
             logger.info("%s was run with other flags: running it again", target)
             done.unlink()
         target.mkdir(parents=True, exist_ok=True)
-        for outdated in target.glob(
-            f"*/{FINISHED_FILE}"
-        ):  # measured on what was there
+        for outdated in target.glob(f"*/{FINISHED_FILE}"):  # measured on what was there
             outdated.unlink()
         command = [sys.executable, "-m", "accelerate.commands.launch", *self.launcher]
         command += [str(self.recipes / recipe), *flags]
