@@ -250,6 +250,11 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
                 # Without a gradient the optimizer passes over it: no decay, no momentum.
                 parameter.requires_grad_(not is_frozen)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the optimizer LoRA too; what is frozen when it is made would never be trained."""
+        self._freeze_lora(False)
+        return super().create_optimizer(*args, **kwargs)
+
     def _contrastive_losses(
         self, outputs: dict[str, Tensor], inputs: dict[str, Any]
     ) -> dict[str, Tensor]:

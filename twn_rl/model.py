@@ -282,10 +282,10 @@ class DualLoraModel(nn.Module):
             shared = [(batches["embed", name], tails[name]) for name in names]
             states |= dict(zip(names, self._read_together(shared), strict=True))
         lengths = {name: len(tails[name].reason_ids) for name in embedded}
-        output: dict[str, Any] = {
-            "embeds": {name: pool(states[name][:, k:]) for name, k in lengths.items()},
-            "reason_states": {name: states[name][:, :k] for name, k in lengths.items() if k},
-        }
+        embeds = {name: pool(states[name][:, k:]) for name, k in lengths.items()}
+        output: dict[str, Any] = {"embeds": embeds}
+        if latent:
+            output["reason_states"] = {name: states[name][:, : lengths[name]] for name in latent}
         if last is not None:
             output["token_nll"], output["token_count"] = self.token_nll(last)
         return output
