@@ -46,6 +46,7 @@ PLAIN_MODES = (
     *ABLATIONS,
 )
 GATE_MODES = ("auto", "random")
+LATENT_MODES = ("never", "latent")  # a latent model need not have learned to write
 ROUTING_FILE = "routing.json"
 
 
@@ -142,9 +143,15 @@ def measure(
 
 
 def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, ...]:
-    """Return every mode the model has; a threshold asks for a gate, so that a missing one shows."""
+    """Return every mode the model has; a threshold asks for a gate, so that a missing one shows.
+
+    A model with reason tokens and without gate has learned latent thoughts only.
+    """
     has_gate = config.gate_threshold is not None or script.gate_threshold is not None
-    return (*PLAIN_MODES, *GATE_MODES) if has_gate else PLAIN_MODES
+    if config.num_reason_tokens and not has_gate:
+        return LATENT_MODES
+    latent = ("latent",) if config.num_reason_tokens else ()
+    return (*PLAIN_MODES, *latent, *GATE_MODES) if has_gate else PLAIN_MODES
 
 
 def write_routing(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
@@ -171,7 +178,7 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
     """Log hit@1 by group and mode of serving, before and after."""
     for key in sorted(after.metrics):
         parts = key.split("/")
-        if parts[-1] == "hit@1" and parts[2] in ("never", "always", "auto"):
+        if parts[-1] == "hit@1" and parts[2] in ("never", "latent", "always", "auto"):
             old = before.metrics.get(key) if before else None
             was = "" if old is None else f" (before {100 * old:.1f})"
             logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)

@@ -134,7 +134,7 @@ def losses(
     trainer = SftTrainer(model, small_config(folder, **settings), records)
     trainer.state.max_steps, trainer.state.global_step = 10, step
     loss = trainer.compute_loss(model, trainer.data_collator(records))
-    return loss, {name: values[-1] for name, values in trainer._sums.items()}
+    return loss, {name: values[-1] for name, values in trainer._noted.items()}
 
 
 @pytest.mark.parametrize("has_target_cots", [False, True])

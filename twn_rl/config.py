@@ -65,6 +65,11 @@ class TwnConfig:
         interface: "reencode" re-reads input and CoT under the embedding adapter; "kv_detach" lets
             the read-out tokens attend to the detached cache the reasoning adapter left.
         num_readout_tokens: Q, learned tokens whose last states are averaged into the vector.
+        num_reason_tokens: K, learned tokens before the read-outs in which a latent thought happens
+            (LaME, arXiv 2606.13061); 0 is none.
+        latent_bottleneck: Let the read-outs of a latent thought see the K reason states only.
+        latent_documents: Embed documents with a latent thought too, in training and serving;
+            otherwise only queries have one, and documents are indexed as without reason tokens.
         reasoning_lora: Adapter that writes CoTs.
         embedding_lora: Adapter that makes vectors.
         renderer: How items become prompts.
@@ -78,6 +83,9 @@ class TwnConfig:
     backbone_revision: str | None = None
     interface: Literal["reencode", "kv_detach"] = "reencode"
     num_readout_tokens: int = 4
+    num_reason_tokens: int = 0
+    latent_bottleneck: bool = False
+    latent_documents: bool = False
     reasoning_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=32, alpha=64))
     embedding_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=64, alpha=128))
     renderer: Renderer = field(default_factory=Renderer)
@@ -93,6 +101,11 @@ class TwnConfig:
             problems.append(f"interface = {self.interface!r}, expected one of {INTERFACES}")
         if self.num_readout_tokens < 1:
             problems.append(f"num_readout_tokens = {self.num_readout_tokens}, expected >= 1")
+        if self.num_reason_tokens < 0:
+            problems.append(f"num_reason_tokens = {self.num_reason_tokens}, expected >= 0")
+        for name in ("latent_bottleneck", "latent_documents"):
+            if getattr(self, name) and self.num_reason_tokens == 0:
+                problems.append(f"{name} = True with num_reason_tokens = 0, expected >= 1 of them")
         if self.max_think_tokens < 1:
             problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
         for name in ("gate_threshold", "document_gate_threshold"):
@@ -101,6 +114,16 @@ class TwnConfig:
                 problems.append(f"{name} = {threshold}, expected None or in [0, 1]")
         if problems:
             raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
+
+    @property
+    def readout_settings(self) -> dict[str, Any]:
+        """What the read-out is made of, for fingerprints; as ever without reason tokens."""
+        settings: dict[str, Any] = {"num_readout_tokens": self.num_readout_tokens}
+        if self.num_reason_tokens:
+            settings["num_reason_tokens"] = self.num_reason_tokens
+            settings["latent_bottleneck"] = self.latent_bottleneck
+            settings["latent_documents"] = self.latent_documents
+        return settings
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict; `from_dict` is its inverse."""

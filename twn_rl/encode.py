@@ -106,7 +106,11 @@ class ThinkingEmbedder:
                 before it perhaps a system message, which is the instruction), or an `Item`.
                 Remote URLs are refused.
             side: "query" or "document": whose gate is asked.
-            think: "auto", "always", "never", or one bool per input.
+            think: "auto", "always", "never", "latent" (the model's reason tokens instead of a
+                written thought; one pass, no tokens), or one bool per input. "auto" asks the side's
+                gate; a model with reason tokens and without that gate reads inputs as in training.
+                Documents of a model with `latent_documents` have a latent thought wherever they
+                have no written one.
             options: Fields of `EncodeOptions`.
 
         Returns:
@@ -202,7 +206,8 @@ class ThinkingEmbedder:
         """Return what the backbone's context leaves for a prompt."""
         context = self._context
         assert context is not None
-        room = context - think_tokens - self.model.config.num_readout_tokens
+        config = self.model.config
+        room = context - think_tokens - config.num_readout_tokens - config.num_reason_tokens
         if room < 1:
             raise ValueError(
                 f"max_think_tokens = {think_tokens} in a context of {context} tokens leaves no "
@@ -221,11 +226,12 @@ class ThinkingEmbedder:
         self, values: list[Any], options: EncodeOptions, ledger: Ledger
     ) -> list[Item | None]:
         backbone = self.model.backbone
-        readouts = backbone.tokenizer.convert_ids_to_tokens(self.model.readout_ids)
+        tail_ids = [*self.model.readout_ids, *self.model.reason_ids]
+        tail = backbone.tokenizer.convert_ids_to_tokens(tail_ids)
         rules = InputRules(
             instruction=options.prompt,
             is_multimodal=backbone.is_multimodal,
-            reserved_tokens=frozenset(backbone.placeholder_tokens() | set(readouts)),
+            reserved_tokens=frozenset(backbone.placeholder_tokens() | set(tail)),
         )
         items: list[Item | None] = []
         for position, value in enumerate(values):
@@ -240,8 +246,14 @@ class ThinkingEmbedder:
         if side not in SIDES:
             raise ValueError(f"side = {side!r}; expected one of {SIDES}; correct it")
         mask = think_mask(options.think, count)
+        is_latent = side == "document" and self.model.config.latent_documents
+        if isinstance(options.think, str) and options.think == "latent":
+            self._check_reason_tokens()
+            is_latent = True
         if mask is not None:
-            return Chooser(mask=mask)
+            return Chooser(mask=mask, is_latent=is_latent)
+        if side not in self.model.gates and self.model.reason_ids and options.is_ungated:
+            return Chooser(mask=[False] * count, is_latent=is_latent or side == "query")
         if side not in self.model.gates:
             raise ValueError(
                 f"think = 'auto' but the model has no {side} gate (gates: "
@@ -257,7 +269,14 @@ class ThinkingEmbedder:
                 f"{_THRESHOLDS[side]} = None; expected the probability above which a {side} "
                 "thinks; fit it with recipes/gate_embed.py, or pass think_threshold or think_rate"
             )
-        return Chooser(gate=gate.probability, threshold=threshold)
+        return Chooser(gate=gate.probability, threshold=threshold, is_latent=is_latent)
+
+    def _check_reason_tokens(self) -> None:
+        if not self.model.reason_ids:
+            raise ValueError(
+                "think = 'latent' but the model has num_reason_tokens = 0; expected at least one; "
+                "train one with recipes/latent_embed.py, or pass think='always', 'never' or 'auto'"
+            )
 
     def _check_width(self, options: EncodeOptions) -> None:
         width = self.model.hidden_size

@@ -31,7 +31,7 @@ def scorer_fingerprint(model: Any) -> str:
         "backbone": _backbone_identity(config.backbone),
         "backbone_revision": config.backbone_revision,
         "interface": config.interface,
-        "num_readout_tokens": config.num_readout_tokens,
+        **config.readout_settings,
         "embedding_lora": asdict(config.embedding_lora),
         "renderer": config.renderer.to_dict(),
     }

@@ -4,7 +4,10 @@ Similarities here are unscaled dot products of embeddings; `temperature` divides
 True where a target is ignored.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -170,6 +173,57 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
             "rank; drop the last incomplete batch (dataloader_drop_last=True)"
         )
     return _GatherRows.apply(tensor)  # pyright: ignore[reportReturnType]
+
+
+@dataclass(frozen=True)
+class GatheredPairs:
+    """Which gathered target is whose positive, and which are no negatives.
+
+    Targets are the positives of all processes, then the negatives of all processes.
+
+    Attributes:
+        count: Number n of local queries.
+        positive_index: (N,) int64 row of each gathered query's positive.
+        mask: (N, M) bool, True = no negative of that query.
+    """
+
+    count: int
+    positive_index: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, query_keys: Tensor, target_keys: Tensor) -> GatheredPairs:
+        """Gather content keys: (n,) of local queries, (n * (1 + k),) of local targets.
+
+        The first n targets are the queries' positives. Every process must call this.
+        """
+        count = len(query_keys)
+        positives = gather_with_grad(target_keys[:count])
+        keys = torch.cat([positives, gather_with_grad(target_keys[count:])])
+        index = torch.arange(len(positives), device=keys.device)
+        queries = gather_with_grad(query_keys)
+        return cls(count, index, false_negative_mask(queries, keys, positive_index=index))
+
+    def gather_targets(self, vectors: Tensor) -> Tensor:
+        """Return (M, D) targets of all processes of (n * (1 + k), D) local ones; gradient flows."""
+        parts = vectors[: self.count], vectors[self.count :]
+        return torch.cat([gather_with_grad(part) for part in parts])
+
+    def loss(self, queries: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
+        """Return `info_nce` of gathered queries (N, D) and targets (M, D)."""
+        return info_nce(
+            queries,
+            targets,
+            temperature=temperature,
+            positive_index=self.positive_index,
+            mask=self.mask,
+        )
+
+    def accuracy(self, queries: Tensor, targets: Tensor) -> Tensor:
+        """Return `contrastive_accuracy` of gathered queries (N, D) and targets (M, D)."""
+        return contrastive_accuracy(
+            queries.detach(), targets.detach(), positive_index=self.positive_index, mask=self.mask
+        )
 
 
 class _GatherRows(torch.autograd.Function):

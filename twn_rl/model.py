@@ -23,12 +23,15 @@ from twn_rl.adapters import (
 from twn_rl.backbone import Backbone, load_backbone
 from twn_rl.config import TwnConfig
 from twn_rl.decoding import decode, dice
-from twn_rl.prefix import Prefix, read_out, read_rows
+from twn_rl.prefix import Prefix, read_rows, read_tail
 from twn_rl.prompts import Prompts, prepare_prompts
 from twn_rl.readout import (
+    Tail,
     add_readout_tokens,
+    check_bottleneck,
     join_sequence,
     kv_detach,
+    pool,
     position_ids,
     reencode,
     without_checkpointing,
@@ -52,13 +55,19 @@ class DualLoraModel(nn.Module):
         renderer: How items become prompts.
         config: Settings stored with the checkpoint.
         readout_ids: Q ids of the read-out tokens.
+        reason_ids: K ids of the reason tokens, for latent thoughts; [] if there are none.
         prefill_adapter: Adapter that fills the cache in "kv_detach"; a frozen snapshot while the
             reasoning adapter is trained by RL.
         gates: Fitted routing gates by side (`gate.QUERY_SIDE`, `gate.DOCUMENT_SIDE`), frozen.
     """
 
     def __init__(
-        self, backbone: Backbone, peft_model: Any, config: TwnConfig, readout_ids: list[int]
+        self,
+        backbone: Backbone,
+        peft_model: Any,
+        config: TwnConfig,
+        readout_ids: list[int],
+        reason_ids: Sequence[int] = (),
     ) -> None:
         """Hold parts made by `from_backbone`."""
         super().__init__()
@@ -68,7 +77,7 @@ class DualLoraModel(nn.Module):
         self.renderer = config.renderer
         self.processor = backbone.processor
         self.tokenizer = backbone.tokenizer
-        self.readout_ids = readout_ids
+        self.readout_ids, self.reason_ids = readout_ids, list(reason_ids)
         self.prefill_adapter = REASONING_ADAPTER
         self.gates = nn.ModuleDict()
 
@@ -94,15 +103,19 @@ class DualLoraModel(nn.Module):
             revision = config.backbone_revision
             backbone = load_backbone(backbone, revision=revision, dtype=dtype)
         config = replace(config, backbone=backbone.name or config.backbone)
-        readout_ids = add_readout_tokens(backbone, config.num_readout_tokens)
+        if config.latent_bottleneck:
+            check_bottleneck(backbone)
+        num_readouts = config.num_readout_tokens
+        tail_ids = add_readout_tokens(backbone, num_readouts, config.num_reason_tokens)
         peft_model = attach_adapters(
             backbone,
             reasoning=config.reasoning_lora,
             embedding=config.embedding_lora,
-            readout_ids=readout_ids,
+            readout_ids=tail_ids,
             seed=seed,
         )
-        return cls(backbone, peft_model, config, readout_ids)
+        tail = tail_ids[:num_readouts], tail_ids[num_readouts:]
+        return cls(backbone, peft_model, config, *tail)
 
     @classmethod
     def from_pretrained(
@@ -178,22 +191,35 @@ class DualLoraModel(nn.Module):
         ids = batching.completion_ids(self.backbone, text)
         return [*ids, self.backbone.eos_token_id] if add_eos else ids
 
-    def embed(self, batch: Batch) -> Tensor:
+    def embed(self, batch: Batch, *, is_latent: bool = False) -> Tensor:
         """Return unit-norm float32 vectors (N, D), local, of a batch from `collate`.
 
         Rows whose completion is empty give the no-think vector. Gradient reaches the embedding
-        adapter and the read-out rows only.
+        adapter and the rows of the tail only.
+
+        Args:
+            batch: N prompts, with or without completions.
+            is_latent: Put the reason tokens before the read-outs: a latent thought.
         """
-        batch = self._on_device(batch)
-        if self.config.interface == "reencode":
-            return reencode(self.backbone, self.peft_model, batch, self.readout_ids)
-        return kv_detach(
-            self.backbone,
-            self.peft_model,
-            batch,
-            self.readout_ids,
-            prefill_adapter=self.prefill_adapter,
-        )
+        tail = self._tail(is_latent)
+        return pool(self._tail_states(batch, tail)[:, len(tail.reason_ids) :])
+
+    def _tail(self, is_latent: bool) -> Tail:
+        if not is_latent:
+            return Tail(self.readout_ids)
+        if not self.reason_ids:
+            raise ValueError(
+                "num_reason_tokens = 0; a latent thought needs at least one; train a model with "
+                "recipes/latent_embed.py, or think in another way"
+            )
+        return Tail(self.readout_ids, self.reason_ids, self.config.latent_bottleneck)
+
+    def _tail_states(self, batch: Batch, tail: Tail) -> Tensor:
+        """Return the states (N, K + Q, D) of the tail after prompts and completions."""
+        parts = self.backbone, self.peft_model, self._on_device(batch), tail
+        if self._is_detached:
+            return kv_detach(*parts, prefill_adapter=self.prefill_adapter)
+        return reencode(*parts)
 
     def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the summed NLL (N,) in nats of each completion, and its length (N,) in tokens.
@@ -221,7 +247,10 @@ class DualLoraModel(nn.Module):
         return nll.view_as(labels).sum(1), mask.sum(1)
 
     def forward(
-        self, embed: Mapping[str, Batch] | None = None, token_nll: Batch | None = None
+        self,
+        embed: Mapping[str, Batch] | None = None,
+        token_nll: Batch | None = None,
+        latent: Mapping[str, Batch] | None = None,
     ) -> dict[str, Any]:
         """Return every vector and token loss of one training step in one forward.
 
@@ -232,24 +261,31 @@ class DualLoraModel(nn.Module):
         Args:
             embed: Batches by name, each given to `embed`.
             token_nll: Batch given to `token_nll`.
+            latent: Batches by other names, embedded with a latent thought.
 
         Returns:
-            `embeds`: name -> (N, D); `token_nll`, `token_count`: (N,), if asked for.
+            `embeds`: name -> (N, D); `reason_states`: name -> (N, K, D) of the latent ones;
+            `token_nll`, `token_count`: (N,), if asked for. Gradient flows into all of them.
         """
-        groups = _by_prompt(embed or {})
-        batches: dict[Any, Batch] = {
-            ("embed", name): batch for name, batch in (embed or {}).items()
-        }
+        tails = {name: self._tail(False) for name in embed or {}}
+        tails |= {name: self._tail(True) for name in latent or {}}
+        embedded = {**(embed or {}), **(latent or {})}
+        groups = _by_prompt(embedded)
+        batches: dict[Any, Batch] = {("embed", name): batch for name, batch in embedded.items()}
         if token_nll is not None:
             batches["token_nll", ""] = token_nll
         moved = {key: self._on_device(batch) for key, batch in batches.items()}
         batches = dict(share_images(self.backbone, moved))
         last = batches.pop(("token_nll", ""), None)
-        embeds: dict[str, Tensor] = {}
+        states: dict[str, Tensor] = {}
         for names in groups:
-            shared = [batches["embed", name] for name in names]
-            embeds |= dict(zip(names, self._embed_together(shared), strict=True))
-        output: dict[str, Any] = {"embeds": {name: embeds[name] for name in embed or {}}}
+            shared = [(batches["embed", name], tails[name]) for name in names]
+            states |= dict(zip(names, self._read_together(shared), strict=True))
+        lengths = {name: len(tails[name].reason_ids) for name in embedded}
+        embeds = {name: pool(states[name][:, k:]) for name, k in lengths.items()}
+        output: dict[str, Any] = {"embeds": embeds}
+        if latent:
+            output["reason_states"] = {name: states[name][:, : lengths[name]] for name in latent}
         if last is not None:
             output["token_nll"], output["token_count"] = self.token_nll(last)
         return output
@@ -271,7 +307,11 @@ class DualLoraModel(nn.Module):
             return read_rows(self.backbone, self.peft_model, prompts, rows, adapter=adapter)
 
     def read_out(
-        self, prefix: Prefix, completions: Sequence[batching.Completion] | None = None
+        self,
+        prefix: Prefix,
+        completions: Sequence[batching.Completion] | None = None,
+        *,
+        is_latent: bool = False,
     ) -> Tensor:
         """Return the mean read-out states (N, D), float32, not normalised, no gradient.
 
@@ -280,18 +320,21 @@ class DualLoraModel(nn.Module):
         Args:
             prefix: What `read` returned.
             completions: Per sequence a string, a list of ids, or None for no thinking.
+            is_latent: Put the reason tokens before the read-outs: a latent thought.
         """
         batch = {} if completions is None else self.collate_completions(completions)
+        tail = self._tail(is_latent)
         with self._inference():
-            return self._read_out(prefix, self._on_device(batch))
+            states = self._read_tail(prefix, self._on_device(batch), tail)
+        return states[:, len(tail.reason_ids) :].float().mean(1)
 
-    def _read_out(self, prefix: Prefix, batch: Batch) -> Tensor:
-        return read_out(
+    def _read_tail(self, prefix: Prefix, batch: Batch, tail: Tail) -> Tensor:
+        return read_tail(
             self.backbone,
             self.peft_model,
             prefix,
             batch,
-            self.readout_ids,
+            tail,
             prefill_adapter=self.prefill_adapter if self._is_detached else None,
         )
 
@@ -345,14 +388,14 @@ class DualLoraModel(nn.Module):
                     top_p=top_p,
                 )
 
-    def _embed_together(self, batches: Sequence[Batch]) -> list[Tensor]:
-        """Return the vectors of batches with the same prompts, which are read once if possible."""
+    def _read_together(self, batches: Sequence[tuple[Batch, Tail]]) -> list[Tensor]:
+        """Return tail states of batches with the same prompts, which are read once if possible."""
         # A recomputed layer drops its cache, and "kv_detach" has no gradient in the prompt anyway.
         if len(batches) == 1 or self._is_detached or self.is_gradient_checkpointing:
-            return [self.embed(batch) for batch in batches]
-        prompts = prepare_prompts(self.backbone, batches[0])
+            return [self._tail_states(batch, tail) for batch, tail in batches]
+        prompts = prepare_prompts(self.backbone, batches[0][0])
         prefix = read_rows(self.backbone, self.peft_model, prompts, adapter=EMBEDDING_ADAPTER)
-        return [nn.functional.normalize(self._read_out(prefix, b), dim=-1) for b in batches]
+        return [self._read_tail(prefix, batch, tail) for batch, tail in batches]
 
     @property
     def _is_detached(self) -> bool:

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from twn_rl.adapters import EMBEDDING_ADAPTER, use_adapter
 from twn_rl.backbone import Backbone
 from twn_rl.prompts import Prompts, pad_left
+from twn_rl.readout import Tail, attention_for
 
 
 @dataclass(frozen=True)
@@ -150,6 +151,7 @@ def continue_prefix(
     mask: Tensor,
     *,
     adapter: str,
+    tail: Tail | None = None,
 ) -> tuple[Tensor, Prefix]:
     """Return last states (N, T, D) of T more tokens a sequence, and the longer prefix.
 
@@ -160,6 +162,7 @@ def continue_prefix(
         ids: (N, T) tokens.
         mask: (N, T), 1 on real tokens; others take no position and are never attended to.
         adapter: Adapter to read with.
+        tail: What the tokens end with, if its read-outs may not see everything.
     """
     steps = (mask.long().cumsum(1) - 1).clamp(min=0)
     positions = prefix.next_position[:, None] + steps
@@ -167,7 +170,7 @@ def continue_prefix(
     with use_adapter(peft_model, adapter):
         output = backbone.inner_model(
             input_ids=ids,
-            attention_mask=attention,
+            attention_mask=attention_for(backbone, attention, tail, ids.shape[1]),
             position_ids=positions.expand(3, -1, -1) if backbone.uses_mrope else positions,
             past_key_values=fork(prefix.cache),
             use_cache=True,
@@ -183,27 +186,27 @@ def continue_prefix(
     return output.last_hidden_state, longer
 
 
-def read_out(
+def read_tail(
     backbone: Backbone,
     peft_model: PeftModel,
     prefix: Prefix,
     completions: Mapping[str, Tensor],
-    readout_ids: Sequence[int],
+    tail: Tail,
     *,
     prefill_adapter: str | None = None,
 ) -> Tensor:
-    """Return mean read-out states (N, D), float32, not normalised; gradient flows.
+    """Return the tail's states (N, K + Q, D); gradient flows.
 
     Args:
         backbone: The frozen model.
         peft_model: The model with its adapters.
         prefix: Prompts read by the embedding adapter, or by `prefill_adapter`.
         completions: `completion_ids`, `completion_mask` (N, C), or neither; rows may be empty.
-        readout_ids: Q read-out tokens.
+        tail: K reason tokens and Q read-outs.
         prefill_adapter: For "kv_detach": adapter that also reads the completions, so that only the
-            read-outs run under the embedding adapter. None is "reencode".
+            tail runs under the embedding adapter. None is "reencode".
     """
-    ids = prefix.next_position.new_tensor(readout_ids).expand(len(prefix), -1)
+    ids = prefix.next_position.new_tensor(tail.ids).expand(len(prefix), -1)
     mask = torch.ones_like(ids)
     if "completion_ids" in completions:  # also if all are empty: processes must run in step
         written = completions["completion_ids"], completions["completion_mask"]
@@ -213,5 +216,7 @@ def read_out(
             _, prefix = continue_prefix(
                 backbone, peft_model, prefix, *written, adapter=prefill_adapter
             )
-    states, _ = continue_prefix(backbone, peft_model, prefix, ids, mask, adapter=EMBEDDING_ADAPTER)
-    return states[:, -len(readout_ids) :].float().mean(1)
+    states, _ = continue_prefix(
+        backbone, peft_model, prefix, ids, mask, adapter=EMBEDDING_ADAPTER, tail=tail
+    )
+    return states[:, -len(tail.ids) :]

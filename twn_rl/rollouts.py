@@ -22,7 +22,7 @@ DEFAULT_POOL = ""
 def embed_items(model: DualLoraModel, items: Sequence[Item]) -> Tensor:
     """Return detached no-think unit vectors (N, D) float32 of one batch, dropout off."""
     with evaluating(model.peft_model):
-        return model.embed(model.collate(items))
+        return model.embed(model.collate(items), is_latent=model.config.latent_documents)
 
 
 class RolloutScorer:

@@ -57,6 +57,16 @@ class ModelArguments:
         },
     )
     num_readout_tokens: int = field(default=4, metadata={"help": "Learned read-out tokens Q."})
+    num_reason_tokens: int = field(
+        default=0, metadata={"help": "Learned reason tokens K of a latent thought; 0 is none."}
+    )
+    latent_bottleneck: bool = field(
+        default=False,
+        metadata={"help": "Read-outs of a latent thought see the reason states only."},
+    )
+    latent_documents: bool = field(
+        default=False, metadata={"help": "Documents have a latent thought too, not only queries."}
+    )
     reasoning_rank: int = field(
         default=32, metadata={"help": "LoRA rank of the reasoning adapter."}
     )
@@ -74,6 +84,9 @@ class ModelArguments:
             backbone_revision=self.backbone_revision,
             interface=self.interface,  # pyright: ignore[reportArgumentType]  (checked by TwnConfig)
             num_readout_tokens=self.num_readout_tokens,
+            num_reason_tokens=self.num_reason_tokens,
+            latent_bottleneck=self.latent_bottleneck,
+            latent_documents=self.latent_documents,
             reasoning_lora=LoraSettings(reasoning, 2 * reasoning, self.lora_dropout),
             embedding_lora=LoraSettings(embedding, 2 * embedding, self.lora_dropout),
             max_think_tokens=self.max_think_tokens,

@@ -6,7 +6,6 @@ Knows no rewards, no rollouts and no data format beyond `Record`.
 from __future__ import annotations
 
 import random
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,16 +17,9 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 from trl.models.utils import unwrap_model_for_generation
 
-from twn_rl.adapter_trainer import AdapterCheckpoints
+from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
 from twn_rl.gating.files import drop_gates
-from twn_rl.losses import (
-    contrastive_accuracy,
-    false_negative_mask,
-    gather_with_grad,
-    info_nce,
-    key_ids,
-)
-from twn_rl.mixtures import Mixture, MixtureSampler
+from twn_rl.losses import GatheredPairs, gather_with_grad, key_ids
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 
@@ -182,7 +174,7 @@ def content_key(item: Item) -> str:
     return item.content_key()
 
 
-class SftTrainer(AdapterCheckpoints, Trainer):
+class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
     """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step gives all losses."""
 
     args: SftConfig
@@ -205,20 +197,6 @@ class SftTrainer(AdapterCheckpoints, Trainer):
             **kwargs,
         )
         self.dual_model, self.records = model, records
-        self._sums: dict[str, list[float]] = defaultdict(list)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Draw a mixture's sources by weight, one a global batch; else as HF does."""
-        records = self.records
-        if not isinstance(records, Mixture):
-            return super()._get_train_sampler(train_dataset)
-        processes = 1 if self.accelerator.split_batches else self.accelerator.num_processes
-        return MixtureSampler(
-            records,
-            batch_size=self._train_batch_size * processes,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
 
     def compute_loss(
         self,
@@ -258,7 +236,7 @@ class SftTrainer(AdapterCheckpoints, Trainer):
         own = torch.stack(list(parts.values())).detach()
         logged: Any = self.accelerator.reduce(own, "mean")
         for name, part in zip(parts, logged.tolist(), strict=True):
-            self._sums[f"loss_{name}"].append(part)
+            self._note(f"loss_{name}", part)
         return (loss, outputs) if return_outputs else loss
 
     def _token_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
@@ -269,35 +247,23 @@ class SftTrainer(AdapterCheckpoints, Trainer):
     def _contrastive_losses(
         self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]
     ) -> dict[str, Tensor]:
-        rows = inputs["target_rows"]
-        count = len(embeds["no_think"])
-        # Positives of all processes first, then negatives of all processes.
-        positive_keys = gather_with_grad(inputs["target_keys"][:count])
-        keys = torch.cat([positive_keys, gather_with_grad(inputs["target_keys"][count:])])
-        index = torch.arange(len(positive_keys), device=keys.device)
-        query_keys = gather_with_grad(inputs["query_keys"])
-        mask = false_negative_mask(query_keys, keys, positive_index=index)
-
-        def targets(name: str) -> Tensor:
-            vectors = embeds[name][rows]
-            return torch.cat([gather_with_grad(vectors[:count]), gather_with_grad(vectors[count:])])
-
-        def loss(query: Tensor, target: Tensor) -> Tensor:
-            return info_nce(
-                query, target, temperature=self.args.temperature, positive_index=index, mask=mask
-            )
-
+        rows, temperature = inputs["target_rows"], self.args.temperature
+        pairs = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
         think, no_think = gather_with_grad(embeds["think"]), gather_with_grad(embeds["no_think"])
-        target = targets("target")
-        think_target = targets("target_think") if "target_think" in embeds else target
-        parts = {"think": loss(think, think_target), "no_think": loss(no_think, target)}
+        target = pairs.gather_targets(embeds["target"][rows])
+        think_target = target
         if "target_think" in embeds:
-            parts["cross"] = (loss(think, target) + loss(no_think, think_target)) / 2
+            think_target = pairs.gather_targets(embeds["target_think"][rows])
+        parts = {
+            "think": pairs.loss(think, think_target, temperature=temperature),
+            "no_think": pairs.loss(no_think, target, temperature=temperature),
+        }
+        if "target_think" in embeds:
+            cross = pairs.loss(think, target, temperature=temperature)
+            back = pairs.loss(no_think, think_target, temperature=temperature)
+            parts["cross"] = (cross + back) / 2
         for name, query in (("think", think), ("no_think", no_think)):
-            accuracy = contrastive_accuracy(
-                query.detach(), target.detach(), positive_index=index, mask=mask
-            )
-            self._sums[f"in_batch_hit@1_{name}"].append(float(accuracy))
+            self._note(f"in_batch_hit@1_{name}", float(pairs.accuracy(query, target)))
         return parts
 
     def _is_self_written(self, done: float) -> bool:
@@ -314,14 +280,7 @@ class SftTrainer(AdapterCheckpoints, Trainer):
         with unwrap_model_for_generation(cast(Any, self.model_wrapped), self.accelerator):
             ids = dual.reason(inputs["query"])
         usable = [dual.completion_for_embedding(row) for row in ids]
-        self._sums["self_written_malformed_ratio"].append(
-            sum(not row for row in usable) / len(usable)
-        )
+        malformed = sum(not row for row in usable)
+        self._note("self_written_malformed_ratio", malformed / len(usable))
         batch = dual.collate_completions(usable)
         return {key: value.to(self.args.device) for key, value in batch.items()}
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of the loss parts since the last log."""
-        means = {name: sum(values) / len(values) for name, values in self._sums.items() if values}
-        self._sums.clear()
-        super().log({**logs, **means}, start_time)

@@ -104,6 +104,7 @@ def add_token_lengths(
 
 def _measure(record: Record, counter: TokenCounter) -> dict[str, list[int]]:
     rest = 1 + counter.config.num_readout_tokens  # end of turn and read-outs
+    rest += counter.config.num_reason_tokens
     measured = {
         "query prompt": [counter.prompt(record.query)],
         "positive prompt": [counter.prompt(record.positive)],

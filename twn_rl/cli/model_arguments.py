@@ -16,7 +16,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="parameter type to load, as bfloat16; else the stored one")
     parser.add_argument(
         "--think",
-        choices=("auto", "always", "never"),
+        choices=("auto", "always", "never", "latent"),
         help="when to write a thought; queries: auto, documents: never if not given",
     )
     parser.add_argument("--think_rate", type=float, help="share of a shard that may think")

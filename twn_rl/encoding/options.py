@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-ThinkMode = Literal["auto", "always", "never"]
+ThinkMode = Literal["auto", "always", "never", "latent"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Think = ThinkMode | Sequence[bool]
 
@@ -18,7 +18,8 @@ class EncodeOptions:
     """Settings of one call; the names are those of sentence-transformers where it has them.
 
     Attributes:
-        think: "auto" asks the gate, "always", "never", or one bool per input.
+        think: "auto" asks the gate, "always", "never", "latent" thinks in the model's reason tokens
+            and writes nothing, or one bool per input.
         think_rate: With "auto", think about this share of the call's inputs, those with the
             highest gate probability (rounded down); None uses the threshold. Which inputs think
             then depends on the other inputs of the call.
@@ -88,6 +89,11 @@ class EncodeOptions:
             )
         return cls(**arguments)
 
+    @property
+    def is_ungated(self) -> bool:
+        """Whether nothing is asked for that only a gate can answer."""
+        return self.think_rate is None and self.think_threshold is None
+
     def _think_problems(self) -> list[str]:
         is_gated = isinstance(self.think, str) and self.think == "auto"
         checks = {
@@ -147,7 +153,7 @@ def think_mask(think: Think, count: int) -> list[bool] | None:
     if len(values) != count or not all(isinstance(value, bool | np.bool_) for value in values):
         raise ValueError(
             f"think = {str(values)[:80]} ({len(values)} values) for {count} inputs; expected one "
-            "bool per input, or 'auto', 'always', 'never'; correct the list"
+            "bool per input, or 'auto', 'always', 'never', 'latent'; correct the list"
         )
     return [bool(value) for value in values]
 

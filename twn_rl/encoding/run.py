@@ -37,11 +37,13 @@ class Chooser:
         mask: One bool per input; None asks the gate.
         gate: No-think states (N, D) -> probabilities (N,).
         threshold: Probability above which to think; unused with a rate.
+        is_latent: Vectors without a written thought have a latent one.
     """
 
     mask: Sequence[bool] | None = None
     gate: Callable[[Tensor], Tensor] | None = None
     threshold: float | None = None
+    is_latent: bool = False
 
 
 class EncodeRun:
@@ -121,12 +123,14 @@ class EncodeRun:
         self.pool.add(chunk, thinking)
 
     def _embed_only(self, rows: Sequence[Row], batch: dict[str, Tensor]) -> None:
+        is_latent = self.chooser.is_latent
         with self.ledger.timed("read"):
             if self.options.normalize_embeddings:
                 # One pass is cheaper than two where nothing goes on from the prompt.
-                states = self.model.embed(batch)
+                states = self.model.embed(batch, is_latent=is_latent)
             else:
-                states = self.model.read_out(self.model.read(self.model.prepare(batch)))
+                prefix = self.model.read(self.model.prepare(batch))
+                states = self.model.read_out(prefix, is_latent=is_latent)
         self.ledger.accept([row.position for row in rows], states)
 
     def _collate(self, rows: Sequence[Row]) -> tuple[dict[str, Tensor], list[Row]]:
@@ -150,7 +154,7 @@ class EncodeRun:
         with self.ledger.timed("read"):
             prompts = self.model.prepare(batch)
             prefix = self.model.read(prompts)
-            states = self.model.read_out(prefix)
+            states = self.model.read_out(prefix, is_latent=self.chooser.is_latent)
         return Chunk([row.position for row in rows], [""] * len(rows), prompts, prefix), states
 
     def _ask_gate(self, positions: Sequence[int], states: Tensor) -> None:

@@ -1,9 +1,10 @@
 """Which thought a query is embedded with; knows strings and ids, no models and no vectors.
 
 A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
-of serving; `oracle` takes the better of both per query and is the ceiling of any gate; `auto` is
-what a gate chooses and `random` what chance would at the same rate; `sampled` averages over sampled
-thoughts, `averaged` embeds a query as the mean vector of its first 1, 2, ... sampled thoughts.
+of serving, `latent` a third for models with reason tokens; `oracle` takes the better of the first
+two per query and is the ceiling of any gate; `auto` is what a gate chooses and `random` what chance
+would at the same rate; `sampled` averages over sampled thoughts, `averaged` embeds a query as the
+mean vector of its first 1, 2, ... sampled thoughts.
 Targets never think, but for `never_to_thinking` and `always_to_thinking`, in which they always do.
 The ablations swap the thought and keep everything else, which tells whether its content matters or
 only its presence.
@@ -20,6 +21,7 @@ from twn_rl.templates import Renderer
 THINKING_TARGETS = {"never_to_thinking": "never", "always_to_thinking": "always"}
 MODES = (
     "never",
+    "latent",
     "always",
     "oracle",
     "auto",
@@ -28,12 +30,15 @@ MODES = (
     "averaged",
     *THINKING_TARGETS,
 )
+# Modes in which nothing is written: no thoughts, no think tokens.
+WORDLESS_MODES = ("never", "latent")
 # Modes that choose between the two ways of serving, query by query.
 CHOOSING_MODES = ("oracle", "auto", "random")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty", "truncated")
 # Mode -> how a reader would call it.
 MODE_NAMES = {
     "never": "no thinking",
+    "latent": "latent thoughts",
     "always": "own thoughts",
     "auto": "gate decides",
     "random": "chance decides",

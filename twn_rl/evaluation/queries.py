@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from twn_rl.evaluation import modes
 from twn_rl.evaluation.candidates import CandidateScope
-from twn_rl.evaluation.modes import ABLATIONS, MODES, NO_THOUGHT, Thought
+from twn_rl.evaluation.modes import ABLATIONS, MODES, NO_THOUGHT, WORDLESS_MODES, Thought
 from twn_rl.metrics import collapse_report
 from twn_rl.model import DualLoraModel
 from twn_rl.prefix import Prefix
@@ -163,7 +163,7 @@ class Queries:
             reading = clock.lap()
             for mode in chosen:
                 clock.lap()
-                if mode in ("never", "always", "sampled"):
+                if mode in (*WORDLESS_MODES, "always", "sampled"):
                     self._think(mode, rows, prompts)
                 states = self._read_out(mode, rows, prefix)
                 own = clock.lap()
@@ -181,7 +181,7 @@ class Queries:
                 self.collapse |= check_embeds(name, np.concatenate(parts))
 
     def _think(self, mode: str, rows: list[int], prompts: Prompts) -> None:
-        if mode == "never":
+        if mode in WORDLESS_MODES:
             for row in rows:
                 self.thoughts[mode][row] = [NO_THOUGHT]
             return
@@ -206,7 +206,8 @@ class Queries:
             return torch.zeros(0, self.model.hidden_size)
         states = self.model.read_out(
             prefix.select([place for place, _ in pairs]),
-            None if mode == "never" else [thought.completion for _, thought in pairs],
+            None if mode in WORDLESS_MODES else [thought.completion for _, thought in pairs],
+            is_latent=mode == "latent",
         )
         vectors = torch.nn.functional.normalize(states, dim=-1).cpu().numpy()
         places = np.array([place for place, _ in pairs])

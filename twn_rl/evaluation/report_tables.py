@@ -6,7 +6,7 @@ from typing import Any
 from twn_rl.evaluation.modes import MODE_NAMES, THINKING_TARGETS, mode_name
 from twn_rl.evaluation.results import Evaluation
 
-TABLE_MODES = ("never", "always", "auto", "oracle", "sampled")
+TABLE_MODES = ("never", "latent", "always", "auto", "oracle", "sampled")
 ROUTING_MODES = ("never", "always", "auto", "random", "oracle")
 
 

@@ -19,6 +19,7 @@ from twn_rl.evaluation.candidates import Candidates, collect_candidates, describ
 from twn_rl.evaluation.modes import (
     CHOOSING_MODES,
     THINKING_TARGETS,
+    WORDLESS_MODES,
     Thought,
     hop_of,
     task_of,
@@ -59,7 +60,8 @@ def evaluate(
         gate: For modes "auto" and "random"; the model's own query gate if None.
 
     Raises:
-        ValueError: For no records, non-finite vectors, or mode "auto" without gate or threshold.
+        ValueError: For no records, non-finite vectors, mode "auto" without gate or threshold, or
+            mode "latent" without reason tokens.
     """
     settings = settings or EvaluationSettings()
     if not len(records):
@@ -73,6 +75,11 @@ def evaluate(
         raise ValueError(
             f"modes = {settings.modes} without a {missing}; expected a model with a routing gate; "
             "fit one with recipes/gate_embed.py or drop the modes auto and random"
+        )
+    if "latent" in settings.modes and not model.reason_ids:
+        raise ValueError(
+            f"modes = {settings.modes} with num_reason_tokens = 0; expected a model with reason "
+            "tokens; train one with recipes/latent_embed.py or drop the mode latent"
         )
     was_training = model.training
     model.eval()
@@ -201,7 +208,7 @@ class _Run:
             "nearest": ranked[0][1],
             "positive": self.candidates.keys[self.candidates.positive[index]],
             "query": describe_item(record.query),
-            "think_rate": float(mode != "never"),
+            "think_rate": float(mode not in WORDLESS_MODES),
             "seconds": float(self.queries.seconds[mode][index]),
         }
 
@@ -243,7 +250,12 @@ class _Run:
         parts = []
         for rows in batches(order, self.settings, name.replace("_", " ")):
             batch = self.model.collate([items[row].load(self.data_root) for row in rows])
-            parts.append(self._think_and_embed(batch) if is_thinking else self.model.embed(batch))
+            is_latent = self.model.config.latent_documents
+            parts.append(
+                self._think_and_embed(batch)
+                if is_thinking
+                else self.model.embed(batch, is_latent=is_latent)
+            )
         embeds = torch.cat(parts).cpu().numpy()
         report = check_embeds(f"{self.settings.split}/collapse/{name}", embeds)
         return embeds[np.argsort(order)], report

@@ -59,7 +59,7 @@ def gate_fingerprints(
     reasoning = _digest(adapter_state(model.peft_model, REASONING_ADAPTER, state))
     described = {
         "interface": config.interface,
-        "num_readout_tokens": config.num_readout_tokens,
+        **config.readout_settings,
         "renderer": config.renderer.to_dict(),
         "backbone": _digest(_backbone_probe(model)),
         "embedding": _digest(adapter_state(model.peft_model, EMBEDDING_ADAPTER, state)),

@@ -112,8 +112,9 @@ def encode_file(
 def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | None]:
     """Return what tells models apart: `space`, who embeds, and `thinker`, who decides and thinks.
 
-    Vectors of one space can be compared, whoever wrote the thoughts. Without thinking `thinker` is
-    None, so that documents stay valid when only the reasoning adapter or a gate is trained on.
+    Vectors of one space can be compared, whoever wrote the thoughts. If nothing is written
+    `thinker` is None, so that documents stay valid when only the reasoning adapter or a gate is
+    trained on.
 
     Args:
         model: A `DualLoraModel`.
@@ -121,7 +122,7 @@ def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | No
         think: When it thinks.
     """
     thinker = None
-    if think != "never":
+    if think not in ("never", "latent"):
         weights = dict(adapter_state(model.peft_model, REASONING_ADAPTER))
         about: list[Any] = [model.config.max_think_tokens]
         if think == "auto":

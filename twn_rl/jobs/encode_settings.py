@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from twn_rl.encoding.options import ThinkMode
 from twn_rl.jobs.item_rows import Side
-
-ThinkMode = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class EncodeSettings:
     def __post_init__(self) -> None:
         """Collect every problem of the settings into one error."""
         checks = {
-            f"think = {self.think!r}, expected 'auto', 'always', 'never' or none": self.think
-            in ("auto", "always", "never", None),
+            f"think = {self.think!r}, expected one of {get_args(ThinkMode)} or none": self.think
+            in (*get_args(ThinkMode), None),
             f"think_rate = {self.think_rate}, expected in [0, 1] or none": self.think_rate is None
             or 0.0 <= self.think_rate <= 1.0,
             f"max_think_tokens = {self.max_think_tokens}, expected >= 1 or none": (

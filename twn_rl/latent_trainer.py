@@ -1,0 +1,353 @@
+"""Training of latent thoughts: bottleneck warm-up, then joint optimisation, in one trainer.
+
+Knows no decoder weights by name and no data format beyond `Record`; never reads a chain of thought.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
+from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
+from twn_rl.gating.files import drop_gates
+from twn_rl.latent import (
+    LatentDecoder,
+    LatentLearner,
+    check_texts,
+    rows_of_others,
+    target_text,
+    vector_losses,
+)
+from twn_rl.losses import GatheredPairs, gather_with_grad
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Record
+from twn_rl.sft import RecordDataset, SftCollator
+from twn_rl.thoughts import evaluating
+
+DECODER_FILE = "latent_decoder.safetensors"
+
+
+@dataclass
+class LatentConfig(TrainingArguments):
+    """Hyper-parameters of LaME; the paper publishes no weights, these are our reading of it."""
+
+    temperature: float = field(
+        default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
+    )
+    num_hard_negatives: int = field(
+        default=1,
+        metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
+    )
+    warm_up_share: float = field(
+        default=0.15,
+        metadata={
+            "help": "Share of the steps of the bottleneck warm-up, in which LoRA is frozen and "
+            "reason tokens, read-outs and decoder train; 0 is off."
+        },
+    )
+    warm_up_reconstruction_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the reconstruction in the warm-up; 0 is off."}
+    )
+    warm_up_contrastive_weight: float = field(
+        default=0.3, metadata={"help": "Weight of InfoNCE in the warm-up; 0 is off."}
+    )
+    reconstruction_weight: float = field(
+        default=0.3, metadata={"help": "Weight of the reconstruction after it; 0 is off."}
+    )
+    contrastive_weight: float = field(
+        default=1.0, metadata={"help": "Weight of InfoNCE after the warm-up; 0 is off."}
+    )
+    regression_weight: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight, inside the reconstruction, of 1 - cosine to the detached vector of a "
+            "target without text or caption; 0 is off and refuses such targets."
+        },
+    )
+    no_think_weight: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of InfoNCE(query without reason tokens, target), which keeps the mode "
+            "never usable; 0 is off."
+        },
+    )
+    caption_field: str = field(
+        default="caption", metadata={"help": "Metadata field with the words of a picture target."}
+    )
+    decoder_layers: int = field(default=2, metadata={"help": "Layers of the decoder head."})
+    decoder_width: int = field(default=256, metadata={"help": "Width of the decoder head."})
+    decoder_heads: int = field(default=4, metadata={"help": "Attention heads of the decoder."})
+    max_target_tokens: int = field(
+        default=64, metadata={"help": "Words of a target to reconstruct; the rest is left out."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check the method's own fields, all problems at once, then HF's."""
+        problems = []
+        if self.temperature <= 0:
+            problems.append(f"temperature = {self.temperature}, expected > 0")
+        if not 0.0 <= self.warm_up_share < 1.0:
+            problems.append(f"warm_up_share = {self.warm_up_share}, expected in [0, 1)")
+        weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
+        for name in (*weights, "num_hard_negatives"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} = {getattr(self, name)}, expected >= 0")
+        for name in ("decoder_layers", "decoder_width", "decoder_heads", "max_target_tokens"):
+            if getattr(self, name) < 1:
+                problems.append(f"{name} = {getattr(self, name)}, expected >= 1")
+        if self.decoder_width % max(1, self.decoder_heads):
+            problems.append(
+                f"decoder_width = {self.decoder_width}, expected a multiple of decoder_heads = "
+                f"{self.decoder_heads}"
+            )
+        if problems:
+            raise ValueError("LatentConfig: " + "; ".join(problems) + "; change these fields")
+        self.remove_unused_columns = False
+        super().__post_init__()
+
+    @property
+    def is_reconstructing(self) -> bool:
+        """Whether any step asks the decoder for anything."""
+        in_warm_up = self.warm_up_share > 0 and self.warm_up_reconstruction_weight > 0
+        return in_warm_up or self.reconstruction_weight > 0
+
+
+class LatentCollator(SftCollator):
+    """Records -> queries, distinct targets, and the words of each query's target."""
+
+    def __init__(self, model: DualLoraModel, args: LatentConfig) -> None:
+        """Keep what renders and tokenizes."""
+        super().__init__(model, num_hard_negatives=args.num_hard_negatives)
+        self.caption_field, self.max_tokens = args.caption_field, args.max_target_tokens
+        self.needs_text = args.is_reconstructing and args.regression_weight == 0
+
+    def __call__(self, records: list[Record]) -> dict[str, Any]:
+        """Return `query`, `target`, `target_rows`, keys as `SftCollator`, and `text`."""
+        if self.needs_text:
+            check_texts(records, self.caption_field)
+        bare = [replace(record, query_cot=None, positive_cot=None) for record in records]
+        batch = self._targets(bare)
+        eos = self.model.backbone.eos_token_id
+        words = []
+        for record in records:
+            text = target_text(record, self.caption_field)
+            ids = self.model.completion_ids(text)[: self.max_tokens - 1] if text else []
+            words.append([*ids, eos] if ids else [])
+        collated = self.model.collate_completions(words)
+        return {
+            "query": self.model.collate([record.query for record in records]),
+            "text": {"ids": collated["completion_ids"], "mask": collated["completion_mask"]},
+            **{key: batch[key] for key in ("target", "target_rows", "target_keys", "query_keys")},
+        }
+
+
+class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
+    """HF Trainer over `LatentLearner`; without reason tokens it is the baseline, InfoNCE alone."""
+
+    args: LatentConfig
+
+    def __init__(
+        self,
+        model: DualLoraModel,
+        args: LatentConfig,
+        records: Sequence[Record],
+        *,
+        direct_only: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Build head and collator; `kwargs` go to `Trainer`.
+
+        Args:
+            model: A model with reason tokens, or without for the baseline.
+            args: Hyper-parameters.
+            records: What to train on.
+            direct_only: Train without latent thoughts, for comparison.
+            kwargs: Of HF's trainer.
+
+        Raises:
+            ValueError: For no reason tokens, or a target that cannot be reconstructed.
+        """
+        drop_gates(model, "training changes what it reads", args.output_dir or "OUTPUT_DIR")
+        decoder = None
+        if not direct_only:
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)
+                decoder = LatentDecoder(
+                    model.hidden_size,
+                    width=args.decoder_width,
+                    num_layers=args.decoder_layers,
+                    num_heads=args.decoder_heads,
+                    max_tokens=args.max_target_tokens,
+                ).to(model.device)
+            if args.is_reconstructing and args.regression_weight == 0:
+                check_texts(records, args.caption_field)
+        self.dual_model, self.records = model, records
+        self.learner = LatentLearner(model, decoder)
+        super().__init__(
+            model=self.learner,
+            args=args,
+            train_dataset=RecordDataset(records),
+            data_collator=LatentCollator(model, args),
+            **kwargs,
+        )
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the weighted sum of the losses, the same however many processes hold the batch."""
+        done = self.state.global_step / max(1, self.state.max_steps)
+        is_warm_up = self.learner.decoder is not None and done < self.args.warm_up_share
+        self._freeze_lora(is_warm_up)
+        outputs = model(
+            inputs["query"],
+            inputs["target"],
+            inputs["text"],
+            with_no_think=self.args.no_think_weight > 0,
+        )
+        parts = self._contrastive_losses(outputs, inputs)
+        if "nll" in outputs:
+            parts["reconstruction"] = self._reconstruction_loss(outputs, inputs)
+        weights = self._weights(is_warm_up)
+        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        own = torch.stack(list(parts.values())).detach()
+        logged: Any = self.accelerator.reduce(own, "mean")
+        for name, part in zip(parts, logged.tolist(), strict=True):
+            self._note(f"loss_{name}", part)
+        self._note("is_warm_up", float(is_warm_up))
+        return (loss, outputs) if return_outputs else loss
+
+    def _weights(self, is_warm_up: bool) -> dict[str, float]:
+        args = self.args
+        contrastive, reconstruction = args.contrastive_weight, args.reconstruction_weight
+        if is_warm_up:
+            contrastive = args.warm_up_contrastive_weight
+            reconstruction = args.warm_up_reconstruction_weight
+        return {
+            "contrastive": contrastive,
+            "reconstruction": reconstruction,
+            "no_think": args.no_think_weight,
+        }
+
+    def _freeze_lora(self, is_frozen: bool) -> None:
+        """Let the embedding adapter's LoRA learn or not; rows of reason and read-out always do."""
+        for name, parameter in adapter_parameters(
+            self.dual_model.peft_model, EMBEDDING_ADAPTER
+        ).items():
+            if "lora_" in name:
+                # Without a gradient the optimizer passes over it: no decay, no momentum.
+                parameter.requires_grad_(not is_frozen)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Give the optimizer LoRA too; what is frozen when it is made would never be trained."""
+        self._freeze_lora(False)
+        return super().create_optimizer(*args, **kwargs)
+
+    def _contrastive_losses(
+        self, outputs: dict[str, Tensor], inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        pairs = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
+        targets = pairs.gather_targets(outputs["target"][inputs["target_rows"]])
+        parts = {}
+        for part, name in (("contrastive", "query"), ("no_think", "no_think")):
+            if name in outputs:
+                queries = gather_with_grad(outputs[name])
+                parts[part] = pairs.loss(queries, targets, temperature=self.args.temperature)
+                self._note(f"in_batch_hit@1_{part}", float(pairs.accuracy(queries, targets)))
+        return parts
+
+    def _reconstruction_loss(self, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+        """Return the mean over queries of words' NLL, or of the regression where there are none.
+
+        All processes hold as many queries, so DDP's mean over them is the mean over all.
+        """
+        rows = inputs["target_rows"][: len(outputs["query"])]
+        regression = vector_losses(outputs["vector"], outputs["target"][rows])
+        has_text = inputs["text"]["mask"].any(1)
+        weight = self.args.regression_weight
+        return torch.where(has_text, outputs["nll"], weight * regression).mean()
+
+    @torch.no_grad()
+    def check_reconstruction(
+        self, records: Sequence[Record], *, batch_size: int = 64
+    ) -> dict[str, float]:
+        """Return how well the head says held-out targets from their own and from other states.
+
+        Where both are alike, the reason states carry nothing of the target. Other states are those
+        of the next query of the batch with another target.
+
+        Returns:
+            `reconstruction_own`, `reconstruction_shuffled` (nats a word, with text),
+            `word_accuracy_own`, `_shuffled`, `regression_own`, `_shuffled` (1 - cosine, without).
+        """
+        found: dict[str, list[Tensor]] = {}
+        with evaluating(self.learner):
+            for start in range(0, len(records), batch_size):
+                chunk = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+                batch: Any = self._prepare_inputs(self.data_collator(chunk))  # pyright: ignore[reportArgumentType]
+                self._check_batch(batch, found)
+        return {name: float(torch.cat(v).mean()) for name, v in found.items() if sum(map(len, v))}
+
+    def _check_batch(self, batch: dict[str, Any], found: dict[str, list[Tensor]]) -> None:
+        dual, count = self.dual_model, len(batch["query_keys"])
+        kind = "latent" if dual.config.latent_documents else "embed"
+        states = dual(latent={"query": batch["query"]})["reason_states"]["query"]
+        targets = dual(**{kind: {"target": batch["target"]}})["embeds"]["target"]
+        targets = targets[batch["target_rows"][:count]]
+        keys = batch["target_keys"][:count]
+        others = rows_of_others(keys.cpu()).to(keys.device)
+        is_fair = keys[others] != keys
+        has_text = batch["text"]["mask"].any(1)
+        for name, rows in (("own", torch.arange(count)), ("shuffled", others)):
+            said = self.learner.decode(states[rows], batch["text"])
+            regression = vector_losses(said["vector"], targets)
+            for key, values, kept in (
+                ("reconstruction", said["nll"], has_text),
+                ("word_accuracy", said["is_right"], has_text),
+                ("regression", regression, ~has_text),
+            ):
+                found.setdefault(f"{key}_{name}", []).append(values[kept & is_fair].cpu())
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        """Save the model; its head only in checkpoints to resume from, serving needs none."""
+        directory = Path(output_dir or self.args.output_dir or ".")
+        decoder = self.learner.decoder
+        own = None
+        if state_dict is not None:
+            own = {key.removeprefix("dual."): value for key, value in state_dict.items()}
+        super()._save(str(directory), own)
+        if decoder is not None and directory.name.startswith(PREFIX_CHECKPOINT_DIR):
+            weights = decoder.state_dict() if own is None else _decoder_part(own)
+            weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+            save_file(weights, directory / DECODER_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = Path(resume_from_checkpoint) / DECODER_FILE
+        if self.learner.decoder is None:
+            return
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; expected the decoder head to resume with; resume from a "
+                "checkpoint-N folder of this recipe, not from a model saved for serving"
+            )
+        self.learner.decoder.load_state_dict(load_file(path))
+
+
+def _decoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "decoder."
+    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
