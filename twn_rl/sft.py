@@ -132,6 +132,7 @@ class SftCollator:
         `target_rows` (N * (1 + k),) points into the distinct targets: the N positives, then the
         negatives; the same number on every process, so that vectors can be gathered. `target_keys`
         (as `target_rows`) and `query_keys` (N,) are int64 content keys, equal for equal content.
+        `has_cot` (N,) is True where the record's query has a CoT; the others learn directly.
         """
         cots = [self._completion(record.query_cot) for record in records]
         eos = self.model.backbone.eos_token_id
@@ -162,6 +163,7 @@ class SftCollator:
             "target_rows": torch.tensor(rows),
             "target_keys": keys[rows],
             "query_keys": key_ids([content_key(record.query) for record in records]),
+            "has_cot": torch.tensor([record.query_cot is not None for record in records]),
         }
 
     def _completion(self, cot: str | None) -> list[int]:
@@ -227,7 +229,11 @@ class SftTrainer(AdapterCheckpoints, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the weighted sum of the losses, the same however many processes hold the batch."""
+        """Return the weighted sum of the losses, the same however many processes hold the batch.
+
+        A record without a CoT trains the direct path only (MMEmb-R1, 2604.06156: pairs for which no
+        candidate was worth it): no token loss, and no row in the think terms, whoever writes.
+        """
         done = self.state.global_step / max(1, self.state.max_steps)
         taught = {**inputs["query"], **inputs["taught"]} if self.args.token_weight else None
         if done < self.args.contrastive_from:
@@ -282,22 +288,40 @@ class SftTrainer(AdapterCheckpoints, Trainer):
             vectors = embeds[name][rows]
             return torch.cat([gather_with_grad(vectors[:count]), gather_with_grad(vectors[count:])])
 
-        def loss(query: Tensor, target: Tensor) -> Tensor:
+        every = torch.ones_like(index, dtype=torch.bool)
+        thinks = gather_with_grad(inputs["has_cot"].long()).bool()
+
+        def loss(query: Tensor, target: Tensor, chosen: Tensor) -> Tensor:
+            if not chosen.any():  # on every process alike, and still part of the graph
+                return 0 * query.sum()
             return info_nce(
-                query, target, temperature=self.args.temperature, positive_index=index, mask=mask
+                query[chosen],
+                target,
+                temperature=self.args.temperature,
+                positive_index=index[chosen],
+                mask=mask[chosen],
             )
 
         think, no_think = gather_with_grad(embeds["think"]), gather_with_grad(embeds["no_think"])
         target = targets("target")
         think_target = targets("target_think") if "target_think" in embeds else target
-        parts = {"think": loss(think, think_target), "no_think": loss(no_think, target)}
+        parts = {
+            "think": loss(think, think_target, thinks),
+            "no_think": loss(no_think, target, every),
+        }
         if "target_think" in embeds:
-            parts["cross"] = (loss(think, target) + loss(no_think, think_target)) / 2
-        for name, query in (("think", think), ("no_think", no_think)):
-            accuracy = contrastive_accuracy(
-                query.detach(), target.detach(), positive_index=index, mask=mask
-            )
-            self._sums[f"in_batch_hit@1_{name}"].append(float(accuracy))
+            cross = loss(think, target, thinks) + loss(no_think, think_target, every)
+            parts["cross"] = cross / 2
+        self._sums["direct_only_ratio"].append(1 - float(thinks.float().mean()))
+        for name, query, chosen in (("think", think, thinks), ("no_think", no_think, every)):
+            if chosen.any():
+                accuracy = contrastive_accuracy(
+                    query[chosen].detach(),
+                    target.detach(),
+                    positive_index=index[chosen],
+                    mask=mask[chosen],
+                )
+                self._sums[f"in_batch_hit@1_{name}"].append(float(accuracy))
         return parts
 
     def _is_self_written(self, done: float) -> bool:
