@@ -21,9 +21,6 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,7 +28,7 @@ from pathlib import Path
 from grpo_embed import GrpoScriptArguments
 
 from twn_rl.evaluation.ablation import plot_summary, summarize_runs, tables
-from twn_rl.evaluation.results import write_text
+from twn_rl.evaluation.launching import FINISHED_FILE, drop_if_outdated, launch
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 
@@ -39,7 +36,6 @@ logger = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).parent
 WARM_START = "warm_start"
-FINISHED_FILE = "finished.json"
 GATE_FOLDER = "gate"
 EVALUATION_FOLDER = "evaluation"
 GATE_MODES = ("auto", "random", "oracle")
@@ -107,8 +103,8 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
     seeded = [*shared, f"--seed={seed}"]
     warm = root / WARM_START
     launch(
-        script,
-        "sft_embed.py",
+        script.launcher,
+        RECIPES / "sft_embed.py",
         [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded],
         warm,
     )
@@ -124,7 +120,9 @@ def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
             flags += [f"--warm_start={warm}"]
             reward = arm.partition(":")[2]
             flags += ["--rewards", reward, "--reward_weights", "1.0"] if reward else []
-        launch(script, recipe, [*flags, f"--output_dir={target}", *seeded], target)
+        launch(
+            script.launcher, RECIPES / recipe, [*flags, f"--output_dir={target}", *seeded], target
+        )
         measure(script, target, shared, seed)
 
 
@@ -143,62 +141,17 @@ def rl_budget(grpo_config: str) -> list[str]:
     return [*flags, f"--lr_scheduler_type={grpo.lr_scheduler_type.value}"]
 
 
-def launch(script: AblateArguments, recipe: str, flags: list[str], target: Path) -> bool:
-    """Run one recipe to its end with its own log file; return False if it had been run before."""
-    done = target / FINISHED_FILE
-    if done.exists():
-        if finished_flags(done, recipe) != flags:
-            logger.warning("Kept %s, which was run with other flags: see %s", target, done)
-        else:
-            logger.info("Kept %s", target)
-        return False
-    target.mkdir(parents=True, exist_ok=True)
-    for outdated in target.glob(f"*/{FINISHED_FILE}"):  # fitted to or measured on what was there
-        outdated.unlink()
-    command = [sys.executable, "-m", "accelerate.commands.launch", *script.launcher]
-    command += [str(RECIPES / recipe), *flags]
-    logger.info("Running %s, log in %s", target, target / "log.txt")
-    started = time.perf_counter()
-    with (target / "log.txt").open("w", encoding="utf-8") as log:
-        status = subprocess.run(
-            command, stdout=log, stderr=subprocess.STDOUT, check=False
-        ).returncode
-    if status != 0:
-        tail = (target / "log.txt").read_text(encoding="utf-8", errors="replace")[-2000:]
-        raise RuntimeError(
-            f"{recipe} for {target} ended with status {status}; expected 0; "
-            f"see {target / 'log.txt'}:\n{tail}"
-        )
-    seconds = time.perf_counter() - started
-    write_text(done, json.dumps({"command": command, "seconds": seconds}))
-    return True
-
-
-def finished_flags(done: Path, recipe: str) -> list[str]:
-    """Return the flags that a finished run gave its recipe."""
-    command = json.loads(done.read_text(encoding="utf-8"))["command"]
-    names = [Path(word).name for word in command]
-    return command[names.index(recipe) + 1 :]
-
-
 def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) -> None:
     """Fit the gate of one model if asked for, and evaluate it; do again what is out of date."""
     measured = model / EVALUATION_FOLDER / FINISHED_FILE
     if script.gate:
         flags = gate_flags(model, shared, seed)
         drop_if_outdated(model / GATE_FOLDER / FINISHED_FILE, "gate_embed.py", flags)
-        if launch(script, "gate_embed.py", flags, model / GATE_FOLDER):
+        if launch(script.launcher, RECIPES / "gate_embed.py", flags, model / GATE_FOLDER):
             measured.unlink(missing_ok=True)
     flags = evaluation_flags(script, model, shared)
     drop_if_outdated(measured, "eval_embed.py", flags)
-    launch(script, "eval_embed.py", flags, measured.parent)
-
-
-def drop_if_outdated(done: Path, recipe: str, flags: list[str]) -> None:
-    """Forget a finished run of other flags; only for runs that are cheap next to training."""
-    if done.exists() and finished_flags(done, recipe) != flags:
-        logger.info("%s was run with other flags: running it again", done.parent)
-        done.unlink()
+    launch(script.launcher, RECIPES / "eval_embed.py", flags, measured.parent)
 
 
 def gate_flags(model: Path, shared: list[str], seed: int) -> list[str]:

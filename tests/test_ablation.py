@@ -23,6 +23,7 @@ NEVER = "test/all/never/hit@1"
 
 
 ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "sft_embed.py"
 
 
 def _write_runs(folder, arms):
@@ -171,7 +172,7 @@ def launched(ablate, tmp_path, monkeypatch):
     starter = tmp_path / "python"
     starter.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n', encoding="utf-8")
     starter.chmod(0o755)
-    monkeypatch.setattr(ablate.sys, "executable", str(starter))
+    monkeypatch.setattr(sys, "executable", str(starter))
 
     def read():
         lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
@@ -228,15 +229,15 @@ def test_training_anew_forgets_what_was_measured_and_other_flags_are_reported(
     ablate, launched, tmp_path, caplog
 ):
     model, script = tmp_path / "model", ablate.AblateArguments(gate=True, launcher=["--quiet"])
-    assert ablate.launch(script, "sft_embed.py", ["--seed=0"], model)
+    assert ablate.launch(script.launcher, RECIPE, ["--seed=0"], model)
     ablate.measure(script, model, [], 0)
     with caplog.at_level(logging.WARNING):
-        assert not ablate.launch(script, "sft_embed.py", ["--seed=0"], model)
+        assert not ablate.launch(script.launcher, RECIPE, ["--seed=0"], model)
         assert not caplog.records
-        assert not ablate.launch(script, "sft_embed.py", ["--seed=1"], model)
+        assert not ablate.launch(script.launcher, RECIPE, ["--seed=1"], model)
     assert "other flags" in caplog.text
     assert len(launched()) == 3
     (model / ablate.FINISHED_FILE).unlink()
-    assert ablate.launch(script, "sft_embed.py", ["--seed=1"], model)
+    assert ablate.launch(script.launcher, RECIPE, ["--seed=1"], model)
     ablate.measure(script, model, [], 0)
     assert [words[0] for words in launched()] == ["sft_embed.py", "gate_embed.py", "eval_embed.py"]
