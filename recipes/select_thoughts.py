@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -195,6 +196,9 @@ def main(script: SelectScriptArguments, data: DataArguments) -> Path:
     rows = unjudged(sources)
     if script.selection_rule().is_judged:
         assert model is not None
+        if script.rebuild and processes.is_main_process:
+            shutil.rmtree(output / "bank", ignore_errors=True)
+        processes.wait_for_everyone()
         evaluator = build_evaluator(script, model, records, output)
         scores = judge(
             rows,
