@@ -109,6 +109,10 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
         import gate_embed
 
         values = parse((gate_embed.GateScriptArguments, DataArguments), path)
+    elif "selection" in path.name:
+        import compare_selection
+
+        values = parse((compare_selection.CompareArguments, DataArguments), path)
     else:
         pytest.fail(f"{path.name} belongs to no recipe this test knows; add it here")
     held = {name for value in values for name in vars(value)}

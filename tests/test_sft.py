@@ -3,7 +3,7 @@
 import os
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,10 @@ def with_target_cots(records: RecordSet) -> list[Record]:
         Record(**{**vars(r), "positive_cot": "it is one" if i % 2 else None})
         for i, r in enumerate(records)
     ]
+
+
+def without_cots(records: Sequence[Record]) -> list[Record]:
+    return [Record(**{**vars(record), "query_cot": None}) for record in records]
 
 
 # The batch
@@ -174,6 +178,69 @@ def test_the_loss_is_the_sum_of_its_parts_computed_by_hand(
     assert loss.item() == pytest.approx(total, rel=1e-4)
 
 
+def test_a_record_without_a_cot_trains_the_direct_path_only(
+    records: RecordSet, tmp_path: Path
+) -> None:
+    model, direct_only = small_model(), [1, 4]
+    chosen = list(records)
+    for row in direct_only:
+        chosen[row] = without_cots([chosen[row]])[0]
+    _, parts = losses(model, chosen, tmp_path)
+    batch = SftCollator(model, num_hard_negatives=NUM_NEGATIVES)(chosen)
+    index = torch.tensor([row for row in range(len(chosen)) if row not in direct_only])
+    positives = torch.arange(len(chosen))
+    mask = false_negative_mask(batch["query_keys"], batch["target_keys"], positives)
+    with torch.no_grad():
+        think = model.embed({**batch["query"], **batch["think"]})
+        plain = model.embed(batch["query"])
+        target = model.embed(batch["target"])[batch["target_rows"]]
+        nll, tokens = model.token_nll({**batch["query"], **batch["taught"]})
+    thinking = info_nce(
+        think[index], target, temperature=0.1, positive_index=index, mask=mask[index]
+    )
+    direct = info_nce(plain, target, temperature=0.1, positive_index=positives, mask=mask)
+    assert parts["loss_think"] == pytest.approx(float(thinking), rel=1e-4)
+    assert parts["loss_no_think"] == pytest.approx(float(direct), rel=1e-4)
+    expected = float(nll[index].sum() / tokens[index].sum())
+    assert parts["loss_token"] == pytest.approx(expected, rel=1e-4)
+    assert parts["direct_only_ratio"] == pytest.approx(2 / 6)
+
+
+def test_a_thought_the_model_wrote_itself_does_not_train_a_record_without_a_cot(
+    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, chosen = small_model(), list(records)
+    chosen[2] = without_cots([chosen[2]])[0]
+    thoughts = {"of the third": "pizza", "of others": "camel left"}
+
+    def reason(batch: dict[str, Tensor], **options: Any) -> list[list[int]]:
+        words = ["of others"] * len(batch["input_ids"])
+        words[2] = "of the third"
+        return [
+            model.completion_ids(f"<think> {thoughts[w]} </think>", add_eos=True) for w in words
+        ]
+
+    monkeypatch.setattr(model, "reason", reason)
+    always = {"self_written_from": 0.0, "self_written_share": 1.0}
+    _, first = losses(model, chosen, tmp_path, **always)
+    thoughts["of the third"] = "zebra tree"
+    _, second = losses(model, chosen, tmp_path, **always)
+    assert second["loss_think"] == first["loss_think"]
+    thoughts["of others"] = "zebra tree"
+    _, third = losses(model, chosen, tmp_path, **always)
+    assert third["loss_think"] != first["loss_think"]
+
+
+def test_a_batch_without_any_cot_has_no_think_loss_and_finite_gradients(
+    records: RecordSet, tmp_path: Path
+) -> None:
+    loss, parts = losses(small_model(), without_cots(records), tmp_path)
+    assert parts["loss_think"] == parts["loss_token"] == 0.0
+    assert "in_batch_hit@1_think" not in parts
+    assert loss.item() == pytest.approx(parts["loss_no_think"])
+    loss.backward()
+
+
 def test_contrastive_terms_join_after_their_share_of_the_steps(
     records: RecordSet, tmp_path: Path
 ) -> None:
@@ -258,7 +325,7 @@ def test_real_self_writing_runs_and_trains_on_what_was_written(
 # Several processes
 
 
-def _rank(rank: int, port: int, folder: str, has_target_cots: bool) -> None:
+def _rank(rank: int, port: int, folder: str, kind: str) -> None:
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
@@ -268,7 +335,7 @@ def _rank(rank: int, port: int, folder: str, has_target_cots: bool) -> None:
         "MASTER_PORT": str(port),
         "ACCELERATE_USE_CPU": "true",
     }
-    records, model = _half_and_model(Path(folder), has_target_cots)
+    records, model = _half_and_model(Path(folder), kind)
     # Rank 0 holds the records with long CoTs and, if any, all target CoTs.
     half = records[rank * 2 : rank * 2 + 2]
     trainer = SftTrainer(model, small_config(Path(folder)), half)
@@ -281,26 +348,26 @@ def _rank(rank: int, port: int, folder: str, has_target_cots: bool) -> None:
     dist.destroy_process_group()
 
 
-def _half_and_model(folder: Path, has_target_cots: bool) -> tuple[list[Record], DualLoraModel]:
+def _half_and_model(folder: Path, kind: str) -> tuple[list[Record], DualLoraModel]:
     loaded = load_records(folder / "records.jsonl")
     # Records 1 and 3 have the longer CoTs, so that token counts differ between the halves.
     records = [loaded[i] for i in (1, 3, 0, 2)]
-    if has_target_cots:
+    if kind == "target_cots":
         records[0] = Record(**{**vars(records[0]), "positive_cot": "it is one"})
+    if kind == "direct_only":  # one of rank 0's records, all of rank 1's
+        records[1:] = without_cots(records[1:])
     return records, small_model()
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("has_target_cots", [False, True])
-def test_two_processes_have_the_loss_and_gradient_of_one(
-    tmp_path: Path, has_target_cots: bool
-) -> None:
+@pytest.mark.parametrize("kind", ["plain", "target_cots", "direct_only"])
+def test_two_processes_have_the_loss_and_gradient_of_one(tmp_path: Path, kind: str) -> None:
     picture_records(tmp_path)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_rank, args=(port, str(tmp_path), has_target_cots), nprocs=2)  # pyright: ignore
-    records, model = _half_and_model(tmp_path, has_target_cots)
+    mp.spawn(_rank, args=(port, str(tmp_path), kind), nprocs=2)  # pyright: ignore
+    records, model = _half_and_model(tmp_path, kind)
     trainer = SftTrainer(model, small_config(tmp_path), records)
     loss = trainer.compute_loss(model, trainer.data_collator(records))
     loss.backward()

@@ -191,6 +191,18 @@ def _activate(peft_model: PeftModel, name: str, flags: list[tuple[nn.Parameter, 
             parameter.requires_grad_(flag)
 
 
+@contextmanager
+def without_adapters(peft_model: PeftModel) -> Iterator[None]:
+    """Run the body with the bare backbone; afterwards everything is as `use_adapter` leaves it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    previous = active_adapter(peft_model)
+    try:
+        with peft_model.disable_adapter():
+            yield
+    finally:
+        _activate(peft_model, previous, flags)
+
+
 def checkpoint_contexts(
     peft_model: PeftModel,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

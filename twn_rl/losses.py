@@ -7,7 +7,7 @@ True where a target is ignored.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -204,13 +204,19 @@ class GatheredPairs:
         queries = gather_with_grad(query_keys)
         return cls(count, index, false_negative_mask(queries, keys, positive_index=index))
 
+    def only(self, rows: Tensor) -> GatheredPairs:
+        """Return the pairs of some queries, (N,) bool; `gather_targets` stays with the whole."""
+        return replace(self, positive_index=self.positive_index[rows], mask=self.mask[rows])
+
     def gather_targets(self, vectors: Tensor) -> Tensor:
         """Return (M, D) targets of all processes of (n * (1 + k), D) local ones; gradient flows."""
         parts = vectors[: self.count], vectors[self.count :]
         return torch.cat([gather_with_grad(part) for part in parts])
 
     def loss(self, queries: Tensor, targets: Tensor, *, temperature: float) -> Tensor:
-        """Return `info_nce` of gathered queries (N, D) and targets (M, D)."""
+        """Return `info_nce` of gathered queries (N, D) and targets (M, D); 0 for no queries."""
+        if not len(queries):
+            return 0 * queries.sum()  # still part of the graph
         return info_nce(
             queries,
             targets,

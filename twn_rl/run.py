@@ -183,16 +183,19 @@ class DataArguments:
         path = getattr(self, f"{split}_file")
         return self.train_file if path is None and split == "rl" else path
 
-    def _write_demo(self) -> dict[str, Path]:
+    def demo_settings(self) -> DemoSettings:
+        """Return what the emoji scenes are written by."""
         sizes = {
             name: max(8, round(size * self.demo_scale))
             for name, size in asdict(DemoSettings()).items()
             if name.startswith("num_")
         }
         noise = TeacherNoise(self.teacher_random_rate, self.teacher_swap_rate)
-        settings = DemoSettings(seed=self.demo_seed, noise=noise, **sizes)
+        return DemoSettings(seed=self.demo_seed, noise=noise, **sizes)
+
+    def _write_demo(self) -> dict[str, Path]:
         with PartialState().local_main_process_first():
-            return write_demo(Path(self.demo_dir), settings)
+            return write_demo(Path(self.demo_dir), self.demo_settings())
 
 
 def parse_arguments(

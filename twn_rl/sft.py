@@ -124,6 +124,7 @@ class SftCollator:
         `target_rows` (N * (1 + k),) points into the distinct targets: the N positives, then the
         negatives; the same number on every process, so that vectors can be gathered. `target_keys`
         (as `target_rows`) and `query_keys` (N,) are int64 content keys, equal for equal content.
+        `has_cot` (N,) is True where the record's query has a CoT; the others learn directly.
         """
         cots = [self._completion(record.query_cot) for record in records]
         eos = self.model.backbone.eos_token_id
@@ -154,6 +155,7 @@ class SftCollator:
             "target_rows": torch.tensor(rows),
             "target_keys": keys[rows],
             "query_keys": key_ids([content_key(record.query) for record in records]),
+            "has_cot": torch.tensor([record.query_cot is not None for record in records]),
         }
 
     def _completion(self, cot: str | None) -> list[int]:
@@ -205,7 +207,11 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return the weighted sum of the losses, the same however many processes hold the batch."""
+        """Return the weighted sum of the losses, the same however many processes hold the batch.
+
+        A record without a CoT trains the direct path only (MMEmb-R1, 2604.06156: pairs for which no
+        candidate was worth it): no token loss, and no row in the think terms, whoever writes.
+        """
         done = self.state.global_step / max(1, self.state.max_steps)
         taught = {**inputs["query"], **inputs["taught"]} if self.args.token_weight else None
         if done < self.args.contrastive_from:
@@ -248,22 +254,27 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]
     ) -> dict[str, Tensor]:
         rows, temperature = inputs["target_rows"], self.args.temperature
-        pairs = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
-        think, no_think = gather_with_grad(embeds["think"]), gather_with_grad(embeds["no_think"])
-        target = pairs.gather_targets(embeds["target"][rows])
+        every = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
+        has_cot = gather_with_grad(inputs["has_cot"].long()).bool()
+        thinking = every.only(has_cot)
+        think = gather_with_grad(embeds["think"])[has_cot]
+        no_think = gather_with_grad(embeds["no_think"])
+        target = every.gather_targets(embeds["target"][rows])
         think_target = target
         if "target_think" in embeds:
-            think_target = pairs.gather_targets(embeds["target_think"][rows])
+            think_target = every.gather_targets(embeds["target_think"][rows])
         parts = {
-            "think": pairs.loss(think, think_target, temperature=temperature),
-            "no_think": pairs.loss(no_think, target, temperature=temperature),
+            "think": thinking.loss(think, think_target, temperature=temperature),
+            "no_think": every.loss(no_think, target, temperature=temperature),
         }
         if "target_think" in embeds:
-            cross = pairs.loss(think, target, temperature=temperature)
-            back = pairs.loss(no_think, think_target, temperature=temperature)
+            cross = thinking.loss(think, target, temperature=temperature)
+            back = every.loss(no_think, think_target, temperature=temperature)
             parts["cross"] = (cross + back) / 2
-        for name, query in (("think", think), ("no_think", no_think)):
-            self._note(f"in_batch_hit@1_{name}", float(pairs.accuracy(query, target)))
+        self._note("direct_only_ratio", 1 - float(has_cot.float().mean()))
+        self._note("in_batch_hit@1_no_think", float(every.accuracy(no_think, target)))
+        if has_cot.any():
+            self._note("in_batch_hit@1_think", float(thinking.accuracy(think, target)))
         return parts
 
     def _is_self_written(self, done: float) -> bool:

@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -102,22 +103,51 @@ def _write_pictures(directory: Path) -> None:
             draw_tile(name, style).save(folder / f"{name}.png")
 
 
-def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[Record]:
+def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, list[str]]:
+    """Return record id -> `count` CoTs of independent teachers, each erring by `settings.noise`.
+
+    Teachers agree where `questions.teach` makes no mistakes: outside questions with hops, and on
+    scenes that are asked for.
+    """
+    cots: dict[str, list[str]] = {}
+    for i, kind, scene, draw in _draws(split, settings):
+        if kind == SCENE_RETRIEVAL:
+            texts = [_row_cot(scene, draw.randrange(GRID))] * count
+        else:
+            question = ask(kind, scene, draw, held_out=split == "ood")
+            dice = [random.Random(f"{settings.seed}/{split}/{i}/teacher{n}") for n in range(count)]
+            texts = [questions.teach(scene, question, settings.noise, die)[0] for die in dice]
+        cots[_identity(split, i)] = texts
+    return cots
+
+
+def _draws(split: str, settings: DemoSettings) -> Iterator[tuple[int, str, Scene, random.Random]]:
+    """Yield number, kind of question, scene and dice of every record of a split."""
     style = STYLES[1] if split == "ood" else STYLES[0]
     rng = random.Random(f"{settings.seed}/{split}")
-    folder = directory / "images" / "scenes" / split
-    folder.mkdir(parents=True, exist_ok=True)
     mix = RL_MIX if split == "rl" else DEFAULT_MIX
     kinds = rng.choices(list(mix), weights=list(mix.values()), k=settings.size(split))
-    records: list[Record] = []
-    scene, picture = Scene.sample(rng, style), ""
-    for i, kind in enumerate(tqdm(kinds, desc=f"writing {split}")):
+    scene = Scene.sample(rng, style)
+    for i, kind in enumerate(kinds):
         if i % QUESTIONS_PER_SCENE == 0:
             scene = Scene.sample(rng, style)
+        yield i, kind, scene, random.Random(rng.getrandbits(64))
+
+
+def _identity(split: str, number: int) -> str:
+    return f"{split}-{number:05d}"
+
+
+def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[Record]:
+    folder = directory / "images" / "scenes" / split
+    folder.mkdir(parents=True, exist_ok=True)
+    records: list[Record] = []
+    picture, draws, size = "", _draws(split, settings), settings.size(split)
+    for i, kind, scene, draw in tqdm(draws, desc=f"writing {split}", total=size):
+        if i % QUESTIONS_PER_SCENE == 0:
             picture = f"images/scenes/{split}/{i // QUESTIONS_PER_SCENE:05d}.png"
             scene.draw().save(directory / picture, compress_level=1)
-        draw = random.Random(rng.getrandbits(64))
-        identity = f"{split}-{i:05d}"
+        identity = _identity(split, i)
         if kind == SCENE_RETRIEVAL:
             others = [record for record in records[-400:] if record.query.images]
             records.append(_scene_record(identity, scene, picture, others, draw))
@@ -192,7 +222,7 @@ def _scene_record(
     row = rng.randrange(GRID)
     names = scene.row(row)
     word = ROW_WORDS[row]
-    gold = " ; ".join(f"{name} {PLACES[row * GRID + i]}" for i, name in enumerate(names))
+    gold = _row_cot(scene, row)
     pictures = [p for p in dict.fromkeys(r.query.images[0] for r in earlier) if p != picture]
     return Record(
         id=identity,
@@ -211,3 +241,8 @@ def _scene_record(
             "teacher_mistake": None,
         },
     )
+
+
+def _row_cot(scene: Scene, row: int) -> str:
+    cells = range(row * GRID, (row + 1) * GRID)
+    return " ; ".join(f"{scene.objects[cell]} {PLACES[cell]}" for cell in cells)
