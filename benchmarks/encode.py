@@ -1,10 +1,12 @@
 """Side by side: `ThinkingEmbedder` against what one would write by hand, and its modes.
 
     python benchmarks/encode.py --model outputs/demo/grpo --queries 256 --repeats 3
+    python benchmarks/encode.py --model outputs/demo/grpo --latent_model outputs/demo/latent
 
 Queries of the test split are embedded by all arms in turn, in one process; printed are medians,
 ratios, and how far the vectors of arms that must agree are apart. Who thinks in the arms named
-"some" is decided by the model's gate if it has one, else by the hops of the demo's questions.
+"some" is decided by the model's gate if it has one, else by the hops of the demo's questions. A
+model with reason tokens adds what its latent thoughts cost beside no and written ones.
 """
 
 from __future__ import annotations
@@ -37,6 +39,11 @@ COMPARISONS = (
     ("some think", "some, prompts read again", True),
     ("all think", "all, prompts read again", True),
 )
+LATENT_COMPARISONS = (
+    ("latent thoughts", "latent model, nobody thinks", False),
+    ("latent thoughts", "nobody thinks", False),
+    ("latent thoughts", "all think", False),
+)
 
 
 @dataclass
@@ -44,6 +51,10 @@ class BenchmarkArguments:
     """What to measure."""
 
     model: str = field(default="outputs/demo/grpo", metadata={"help": "Checkpoint folder."})
+    latent_model: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint with reason tokens; default: `model` if it has some."},
+    )
     queries: int = field(default=256, metadata={"help": "Queries of the test split."})
     repeats: int = field(default=3, metadata={"help": "Rounds after one that warms up."})
     batch_size: int = field(default=32, metadata={"help": "Queries a forward."})
@@ -68,6 +79,11 @@ def main() -> None:
     arms = make_arms(embedder, items, some, few.tolist(), script)
     if has_gate:
         arms["some think"] = lambda: embedder.encode_query(items, think="auto", **limits(script))
+    latent = ThinkingEmbedder.from_pretrained(script.latent_model or script.model)
+    comparisons = COMPARISONS
+    if script.latent_model or latent.model.reason_ids:
+        arms |= latent_arms(latent, items, script)
+        comparisons += LATENT_COMPARISONS
     seconds, vectors = measure(arms, script)
     print(f"{len(items)} queries; some: {sum(some)} think ({'gate' if has_gate else 'hops'});")
     print(
@@ -79,10 +95,12 @@ def main() -> None:
         spread = f"{min(values):.2f} to {max(values):.2f}"
         print(f"{name:28s} {statistics.median(values):7.2f} s ({spread})  {rate:6.1f} queries/s")
     print()
-    for name, other, must_agree in COMPARISONS:
+    for name, other, must_agree in comparisons:
         ratios = [a / b for a, b in zip(seconds[name], seconds[other], strict=True)]
-        apart = np.abs(vectors[name] - vectors[other]).max()
-        note = f"   vectors differ by at most {apart:.0e}" if must_agree else ""
+        note = ""
+        if must_agree:
+            apart = np.abs(vectors[name] - vectors[other]).max()
+            note = f"   vectors differ by at most {apart:.0e}"
         print(f"{name} / {other}: {statistics.median(ratios):.2f}{note}")
 
 
@@ -121,6 +139,19 @@ def make_arms(
         "few, written per batch": lambda: per_batch(model, batches, few, script),
         "some, prompts read again": lambda: reencoded(model, batches, some, script),
         "all, prompts read again": lambda: reencoded(model, batches, everyone, script),
+    }
+
+
+def latent_arms(
+    embedder: ThinkingEmbedder, items: list[Item], script: BenchmarkArguments
+) -> dict[str, Callable[[], Any]]:
+    """Return the arms of a model with reason tokens."""
+    options = limits(script)
+    return {
+        "latent thoughts": lambda: embedder.encode_query(items, think="latent", **options),
+        "latent model, nobody thinks": lambda: embedder.encode_query(
+            items, think="never", **options
+        ),
     }
 
 
