@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twn_rl.evaluation.modes import hop_of, task_of
@@ -141,6 +141,27 @@ def _draw(
     best = max(candidates[n]["worth"] for n in usable)
     weights = [math.exp((candidates[n]["worth"] - best) / rule.temperature) for n in usable]
     return random.Random(f"{rule.seed}/{record_id}/{copy}").choices(usable, weights)[0]
+
+
+def taught_records(
+    record: Record, candidates: Sequence[Mapping[str, Any]], choice: Choice
+) -> Iterator[Record]:
+    """Yield each copy of a record with its chosen CoT, or with none.
+
+    `metadata["selection"]` says which: `is_direct_only`, and the `source` and `worth` of the CoT.
+    Copies are told apart by "#" and their number.
+    """
+    for copy, number in enumerate(choice.chosen):
+        taken = None if number is None else candidates[number]
+        mark: dict[str, Any] = {"is_direct_only": taken is None}
+        if taken is not None:
+            mark |= {name: taken[name] for name in ("source", "worth") if name in taken}
+        yield replace(
+            record,
+            id=record.id if len(choice.chosen) == 1 else f"{record.id}#{copy}",
+            query_cot=None if taken is None else taken["cot"],
+            metadata={**record.metadata, "selection": mark},
+        )
 
 
 def selection_report(
