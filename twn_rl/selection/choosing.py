@@ -40,8 +40,10 @@ class SelectionRule:
             among those above the threshold; "random" and "all" (copy c takes candidate c) ask for
             no worth.
         threshold: Smallest worth, exclusive. A little below 0 keeps thoughts that change nothing.
-        min_match: Smallest match with the thought, exclusive; None is off. At 0 and with the margin
-            evaluator, a thought must bring its query nearer to the positive than to the negatives.
+        min_match: Smallest match with the thought, exclusive; None, as in the paper, is off. A hard
+            query can match so badly without a thought that even a wrong one is worth something; at
+            0, with the margin evaluator, a thought must bring its query nearer to the positive than
+            to the negatives.
         temperature: Of "sample".
         copies: How often each record is written, each time with a choice of its own.
         seed: Of "sample" and "random"; a record's draw depends on its id, not on its neighbours.
