@@ -24,7 +24,7 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,16 @@ from twn_rl.demo.dataset import noisy_teachers
 from twn_rl.evaluation.results import write_text
 from twn_rl.mixtures import Mixture
 from twn_rl.model import DualLoraModel
-from twn_rl.records import Record, RecordSet, write_records
+from twn_rl.records import RecordSet, write_records
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
-from twn_rl.selection.candidates import ListedCots, Writer, read_candidate_file
+from twn_rl.selection.candidates import ListedCots, Writer, read_candidate_file, unique_ids
 from twn_rl.selection.choosing import (
     Choice,
     SelectionRule,
     choose,
     report_text,
     selection_report,
+    taught_records,
 )
 from twn_rl.selection.endpoint import FAILURES, PROMPT, EndpointSettings, EndpointWriter
 from twn_rl.selection.evaluators import EVALUATORS, Evaluator, MarginEvaluator, YesNoEvaluator
@@ -313,18 +314,6 @@ def build_evaluator(
     )
 
 
-def unique_ids(records: Sequence[Record]) -> list[str]:
-    """Return the ids of all records, which candidates are matched by."""
-    ids = [record.id for record in records]
-    twice = [key for key, count in Counter(ids).items() if count > 1]
-    if twice:
-        raise SelectionError(
-            f"{len(twice)} record ids occur more than once, such as {twice[:3]}; expected unique "
-            "ids, candidates are matched by them; rename these records"
-        )
-    return ids
-
-
 def save(
     output: Path,
     records: RecordSet,
@@ -354,23 +343,6 @@ def save(
     write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
     write_text(output / "report.md", report_text(report))
     logger.info("Selected:\n%s", report_text(report))
-
-
-def taught_records(
-    record: Record, candidates: Sequence[dict[str, Any]], choice: Choice
-) -> Iterator[Record]:
-    """Yield each copy of a record with its CoT, or with none and marked so."""
-    for copy, number in enumerate(choice.chosen):
-        taken = None if number is None else candidates[number]
-        mark: dict[str, Any] = {"is_direct_only": taken is None}
-        if taken is not None:
-            mark |= {name: taken[name] for name in ("source", "worth") if name in taken}
-        yield replace(
-            record,
-            id=record.id if len(choice.chosen) == 1 else f"{record.id}#{copy}",
-            query_cot=None if taken is None else taken["cot"],
-            metadata={**record.metadata, "selection": mark},
-        )
 
 
 if __name__ == "__main__":

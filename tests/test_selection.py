@@ -347,7 +347,7 @@ def test_records_without_negatives_are_controlled_by_other_positives_of_their_po
 
 
 def test_a_tokenizer_without_yes_is_refused(make_model, records: RecordSet) -> None:
-    with pytest.raises(SelectionError, match="'yes'.*--evaluator margin"):
+    with pytest.raises(SelectionError, match=r"'yes'.*--evaluator margin"):
         YesNoEvaluator(make_model(), records)
 
 

@@ -1,4 +1,4 @@
-"""The endpoint writer against a real local server: slow, broken, busy, refusing and good answers."""
+"""The endpoint writer against a real local server: slow, broken, busy, refusing and good."""
 
 import base64
 import io

@@ -159,6 +159,22 @@ def read_candidate_file(
     return {key: list(pairs) for key, pairs in cots.items()}, skipped
 
 
+def unique_ids(records: Sequence[Record]) -> list[str]:
+    """Return the ids of all records, which candidates are matched by.
+
+    Raises:
+        SelectionError: If an id occurs more than once.
+    """
+    ids = [record.id for record in records]
+    twice = [key for key, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise SelectionError(
+            f"{len(twice)} record ids occur more than once, such as {twice[:3]}; expected unique "
+            "ids, candidates are matched by them; rename these records"
+        )
+    return ids
+
+
 def _checked_row(row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__}, expected an object")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from twn_rl.evaluation.modes import hop_of, task_of
@@ -40,8 +40,10 @@ class SelectionRule:
             among those above the threshold; "random" and "all" (copy c takes candidate c) ask for
             no worth.
         threshold: Smallest worth, exclusive. A little below 0 keeps thoughts that change nothing.
-        min_match: Smallest match with the thought, exclusive; None is off. At 0 and with the margin
-            evaluator, a thought must bring its query nearer to the positive than to the negatives.
+        min_match: Smallest match with the thought, exclusive; None, as in the paper, is off. A hard
+            query can match so badly without a thought that even a wrong one is worth something; at
+            0, with the margin evaluator, a thought must bring its query nearer to the positive than
+            to the negatives.
         temperature: Of "sample".
         copies: How often each record is written, each time with a choice of its own.
         seed: Of "sample" and "random"; a record's draw depends on its id, not on its neighbours.
@@ -141,6 +143,27 @@ def _draw(
     best = max(candidates[n]["worth"] for n in usable)
     weights = [math.exp((candidates[n]["worth"] - best) / rule.temperature) for n in usable]
     return random.Random(f"{rule.seed}/{record_id}/{copy}").choices(usable, weights)[0]
+
+
+def taught_records(
+    record: Record, candidates: Sequence[Mapping[str, Any]], choice: Choice
+) -> Iterator[Record]:
+    """Yield each copy of a record with its chosen CoT, or with none.
+
+    `metadata["selection"]` says which: `is_direct_only`, and the `source` and `worth` of the CoT.
+    Copies are told apart by "#" and their number.
+    """
+    for copy, number in enumerate(choice.chosen):
+        taken = None if number is None else candidates[number]
+        mark: dict[str, Any] = {"is_direct_only": taken is None}
+        if taken is not None:
+            mark |= {name: taken[name] for name in ("source", "worth") if name in taken}
+        yield replace(
+            record,
+            id=record.id if len(choice.chosen) == 1 else f"{record.id}#{copy}",
+            query_cot=None if taken is None else taken["cot"],
+            metadata={**record.metadata, "selection": mark},
+        )
 
 
 def selection_report(
