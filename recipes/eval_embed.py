@@ -4,7 +4,8 @@
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
 
 A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
-chance deciding at the same rate; routing.json then says what the gate is worth.
+chance deciding at the same rate; routing.json then says what the gate is worth. One whose policy
+decides (recipes/adaptive_embed.py) is also measured with its own decisions, mode policy.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
 per_query.jsonl, targets.json and a self-contained report.html. Ties count against the model and
@@ -46,6 +47,7 @@ PLAIN_MODES = (
     *ABLATIONS,
 )
 GATE_MODES = ("auto", "random")
+POLICY_MODE = "policy"
 ROUTING_FILE = "routing.json"
 
 
@@ -67,12 +69,16 @@ class EvalScriptArguments:
         default=None,
         metadata={
             "help": "Modes of thinking and ablations of the CoT; default: all, auto and random if "
-            "the model has a gate."
+            "the model has a gate, policy if its policy decides."
         },
     )
     gate_threshold: float | None = field(
         default=None,
         metadata={"help": "Probability above which mode auto thinks; default: the model's."},
+    )
+    policy_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Probability above which mode policy thinks; default: the model's."},
     )
     batch_size: int = field(default=64, metadata={"help": "Queries or targets a forward."})
     num_thoughts: int = field(default=4, metadata={"help": "Sampled CoTs per query, mode sampled."})
@@ -81,11 +87,14 @@ class EvalScriptArguments:
 
     def __post_init__(self) -> None:
         """Refuse a threshold that nothing would look at."""
-        is_used = self.modes is None or set(self.modes) & set(GATE_MODES)
-        if self.gate_threshold is not None and not is_used:
+        users = {"gate_threshold": GATE_MODES, "policy_threshold": (POLICY_MODE,)}
+        for name, modes in users.items():
+            threshold = getattr(self, name)
+            if threshold is None or self.modes is None or set(self.modes) & set(modes):
+                continue
             raise ValueError(
-                f"gate_threshold = {self.gate_threshold} with modes = {self.modes}; expected one "
-                f"of {GATE_MODES} among the modes; add it or drop the threshold"
+                f"{name} = {threshold} with modes = {self.modes}; expected one of {modes} among "
+                "the modes; add it or drop the threshold"
             )
 
 
@@ -134,6 +143,7 @@ def measure(
                 batch_size=script.batch_size,
                 num_thoughts=script.num_thoughts,
                 gate_threshold=script.gate_threshold,
+                policy_threshold=script.policy_threshold,
                 seed=script.seed,
             ),
         )
@@ -144,7 +154,12 @@ def measure(
 def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, ...]:
     """Return every mode the model has; a threshold asks for a gate, so that a missing one shows."""
     has_gate = config.gate_threshold is not None or script.gate_threshold is not None
-    return (*PLAIN_MODES, *GATE_MODES) if has_gate else PLAIN_MODES
+    has_policy = config.thinking_decision == "policy" or script.policy_threshold is not None
+    return (
+        *PLAIN_MODES,
+        *(GATE_MODES if has_gate else ()),
+        *((POLICY_MODE,) if has_policy else ()),
+    )
 
 
 def write_routing(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
@@ -171,7 +186,7 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
     """Log hit@1 by group and mode of serving, before and after."""
     for key in sorted(after.metrics):
         parts = key.split("/")
-        if parts[-1] == "hit@1" and parts[2] in ("never", "always", "auto"):
+        if parts[-1] == "hit@1" and parts[2] in ("never", "always", "auto", POLICY_MODE):
             old = before.metrics.get(key) if before else None
             was = "" if old is None else f" (before {100 * old:.1f})"
             logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)
