@@ -18,18 +18,17 @@ from trl import GRPOTrainer
 
 import twn_rl.model
 from rewards import REWARDS
-from twn_rl.adaptive import (
-    ADAPTIVE_COLUMNS,
+from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from twn_rl.config import TwnConfig
+from twn_rl.decisions import (
     DIRECT,
     KEEP,
-    THINK,
-    AdaptiveGRPOConfig,
-    AdaptiveGRPOTrainer,
     pinned_modes,
+    primer_loss,
+    tapered,
     utility_gaps,
     with_group_mean,
 )
-from twn_rl.config import TwnConfig
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.gate import Gate
@@ -78,6 +77,14 @@ def rollout(trainer: AdaptiveGRPOTrainer) -> tuple[dict[str, Any], list[list[int
     output = trainer._generate_and_score_completions(inputs)
     rows = zip(output["completion_ids"], output["completion_mask"], strict=True)
     return output, [ids[mask.bool()].tolist() for ids, mask in rows]
+
+
+@torch.no_grad()
+def direct_probability(model: DualLoraModel, records: RecordSet) -> float:
+    prompts = model.prepare(model.collate([record.query for record in records]))
+    logits = model.start_reasoning(prompts).logits
+    assert logits is not None
+    return float(logits.softmax(-1)[:, model.backbone.eos_token_id].mean())
 
 
 @pytest.fixture
@@ -145,6 +152,39 @@ def test_trl_still_has_the_hooks_that_mixing_needs():
     assert names[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
     assert list(inspect.signature(GRPOTrainer._generate).parameters) == ["self", "prompts"]
     assert "self._generate_single_turn(" in inspect.getsource(GRPOTrainer._generate)
+    loss = inspect.getsource(GRPOTrainer._compute_loss)
+    assert "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(" in loss
+    assert 'inputs["advantages"]' in loss
+
+
+def test_a_lost_pinned_decision_is_pushed_by_its_own_probability():
+    logps = torch.tensor([[0.1, 0.5], [0.1, 0.5]]).log().requires_grad_()
+    same = tapered(logps, torch.tensor([True, False]))
+    torch.testing.assert_close(same, logps)
+    same.sum().backward()
+    torch.testing.assert_close(logps.grad, torch.tensor([[0.1, 1.0], [1.0, 1.0]]))
+
+
+@given(share=st.floats(0.01, 0.99), num_direct=st.integers(1, 5), num_thinking=st.integers(1, 5))
+def test_the_primer_is_least_at_even_odds_however_many_rollouts_a_mode_has(
+    share, num_direct, num_thinking
+):
+    odds = torch.tensor([share] * num_direct + [1 - share] * num_thinking)
+    direct = torch.tensor([True] * num_direct + [False] * num_thinking)
+    assert primer_loss(odds.log(), direct) >= math.log(2) - 1e-6
+
+
+def test_the_primer_makes_a_policy_that_always_thinks_undecided(
+    records: RecordSet, tmp_path: Path
+) -> None:
+    model = small_model()
+    trainer = make_trainer(model, records, tmp_path, max_steps=8, primer_steps=100, warmup_steps=0)
+    before = direct_probability(model, records)
+    trainer.train()
+    assert direct_probability(model, records) > 5 * before
+    losses = [e["primer_loss"] for e in trainer.state.log_history if "primer_loss" in e]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0]
 
 
 def test_groups_that_only_think_get_a_direct_answer_of_one_token(
@@ -157,6 +197,7 @@ def test_groups_that_only_think_get_a_direct_answer_of_one_token(
     direct = [ids == [eos] for ids in completions]
     assert direct == [False, False, False, True] * 2  # a random policy never ends at once here
     assert output["completion_mask"].sum(1).tolist() == [len(ids) for ids in completions]
+    assert output["is_pinned"].tolist() == direct
     mean = trainer._metrics["train"]
     assert mean["rollouts/think_rate"] == [1.0]
     assert mean["rollouts/pinned_direct"] == [1 / GROUP]
@@ -244,7 +285,9 @@ def test_two_steps_train_and_leave_a_model_whose_policy_decides(
     [
         ({"pinned_generations": 4}, "pinned_generations = 4"),
         ({"utility_negatives": -1}, "utility_negatives = -1"),
+        ({"primer_steps": -1}, "primer_steps = -1"),
         ({"use_vllm": True}, "use_vllm = True"),
+        ({"use_liger_kernel": True}, "use_liger_kernel = True"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(tmp_path: Path, settings, message) -> None:
@@ -386,7 +429,3 @@ def test_the_settings_of_deciding_are_checked_and_kept(tmp_path: Path) -> None:
     TwnConfig(thinking_decision="policy", policy_threshold=0.3).save(tmp_path)
     loaded = TwnConfig.load(tmp_path)
     assert (loaded.thinking_decision, loaded.policy_threshold) == ("policy", 0.3)
-
-
-def test_pins_name_three_different_things():
-    assert len({KEEP, DIRECT, THINK}) == 3

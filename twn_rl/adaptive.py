@@ -9,13 +9,23 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from twn_rl.decisions import (
+    DIRECT,
+    KEEP,
+    THINK,
+    pinned_modes,
+    primer_loss,
+    tapered,
+    utility_gaps,
+    with_group_mean,
+)
 from twn_rl.grpo import EmbedGRPOConfig, EmbedGRPOTrainer
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
@@ -26,8 +36,6 @@ from twn_rl.thoughts import is_direct, think_open_ids
 logger = logging.getLogger(__name__)
 
 ADAPTIVE_COLUMNS = (*SCORING_COLUMNS, "utility_gap")
-# What `pinned_modes` asks of a rollout.
-KEEP, DIRECT, THINK = 0, 1, 2
 
 
 @dataclass
@@ -39,6 +47,13 @@ class AdaptiveGRPOConfig(EmbedGRPOConfig):
         metadata={
             "help": "Rollouts of a group in one mode (all think, or none) that are put into the "
             "other one. 0: off; such groups then teach nothing about the decision."
+        },
+    )
+    primer_steps: int = field(
+        default=20,
+        metadata={
+            "help": "Optimiser steps in which the policy is also drawn to both decisions alike, "
+            "less and less: after SFT on thoughts it never ends its turn at once. 0: off."
         },
     )
     utility_negatives: int = field(
@@ -58,8 +73,14 @@ class AdaptiveGRPOConfig(EmbedGRPOConfig):
                 f"pinned_generations = {self.pinned_generations}, expected from 0 to below "
                 f"num_generations = {self.num_generations}"
             )
-        if self.utility_negatives < 0:
-            problems.append(f"utility_negatives = {self.utility_negatives}, expected >= 0")
+        for name in ("utility_negatives", "primer_steps"):
+            if getattr(self, name) < 0:
+                problems.append(f"{name} = {getattr(self, name)}, expected >= 0")
+        if self.use_liger_kernel:
+            problems.append(
+                "use_liger_kernel = True, expected False: its loss hides the decision's "
+                "log-probability"
+            )
         if self.use_vllm:
             problems.append(
                 "use_vllm = True, expected False: vLLM has no sampling log-probabilities of pinned "
@@ -72,78 +93,6 @@ class AdaptiveGRPOConfig(EmbedGRPOConfig):
                 "loss_type = 'grpo' divides by each completion's length, so that a direct answer's "
                 "one token weighs as much as a whole thought; 'dapo' weighs decisions alike"
             )
-
-
-def pinned_modes(is_direct: Tensor, num_generations: int, count: int) -> Tensor:
-    """Return which rollouts must change their mode so that every group holds both.
-
-    Rollouts of a group are exchangeable, so it is the last ones that change.
-
-    Args:
-        is_direct: (B * G,) bool, of all processes.
-        num_generations: G.
-        count: Rollouts to change in a group of one mode.
-
-    Returns:
-        (B * G,) of `KEEP`, `DIRECT` or `THINK`.
-
-    >>> pinned_modes(torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 0]).bool(), 3, 1).tolist()
-    [0, 0, 1, 0, 0, 2, 0, 0, 0]
-    """
-    groups = is_direct.view(-1, num_generations)
-    changed = torch.full_like(groups, KEEP, dtype=torch.long)
-    changed[~groups.any(1), num_generations - count :] = DIRECT
-    changed[groups.all(1), num_generations - count :] = THINK
-    return changed.view(-1)
-
-
-def utility_gaps(columns: Mapping[str, Sequence[Any]], num_negatives: int) -> list[float]:
-    """Return margin with the rollout's own vector minus the no-think margin; 0 if it is direct.
-
-    delta = s^r - s^d of MMEmb-R1 on margins (positive minus the mean of the K hardest negatives),
-    because a CoT can raise the positive and a hard negative together (SURE, arXiv 2609.29560).
-
-    Args:
-        columns: Those of `RolloutScorer.columns`.
-        num_negatives: K; 0 takes the positive similarity alone.
-
-    Returns:
-        One value per rollout in [-4, 4]; NaN where there are no negatives but K > 0.
-
-    >>> utility_gaps({"positive_similarity": [0.75], "negative_similarities": [[0.25, 0.0]],
-    ...               "no_think_positive_similarity": [0.5],
-    ...               "no_think_negative_similarities": [[0.5, 0.0]]}, 1)
-    [0.5]
-    """
-
-    def margins(prefix: str) -> list[float]:
-        positives = columns[f"{prefix}positive_similarity"]
-        if not num_negatives:
-            return list(positives)
-        hardest = [
-            sorted(row, reverse=True)[:num_negatives]
-            for row in columns[f"{prefix}negative_similarities"]
-        ]
-        return [
-            positive - sum(row) / len(row) if row else math.nan
-            for positive, row in zip(positives, hardest, strict=True)
-        ]
-
-    return [a - b for a, b in zip(margins(""), margins("no_think_"), strict=True)]
-
-
-def with_group_mean(gaps: Tensor, is_direct: Tensor, num_generations: int) -> Tensor:
-    """Return the gaps (B * G,), those of direct rollouts replaced by their group's thinking mean.
-
-    NaN where no rollout of the group thinks. Malformed thoughts count with their gap of 0.
-
-    >>> with_group_mean(torch.tensor([0.2, 0.4, 0.0]), torch.tensor([0, 0, 1]).bool(), 3).tolist()
-    [0.20000000298023224, 0.4000000059604645, 0.30000001192092896]
-    """
-    gaps, direct = gaps.view(-1, num_generations), is_direct.view(-1, num_generations)
-    thinking = (~direct).sum(1, keepdim=True)
-    mean = gaps.masked_fill(direct, 0.0).sum(1, keepdim=True) / thinking
-    return torch.where(direct, mean.expand_as(gaps), gaps).view(-1)
 
 
 class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
@@ -171,6 +120,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
             **kwargs: For `GRPOTrainer`, such as callbacks.
         """
         super().__init__(model, reward_funcs, args, records, scorer, **kwargs)
+        self._is_tapered: Tensor | None = None
         model.config.thinking_decision = "policy"
 
     def _generate(self, prompts: list[Any]) -> Any:
@@ -196,6 +146,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         backbone, policy = self.dual_model.backbone, self.model
         direct = [is_direct(backbone, ids) for ids in completions]
         self._log_means({"rollouts/think_rate": [float(not ended) for ended in direct]})
+        self._is_pinned = torch.zeros(len(completions), dtype=torch.bool)
         if not policy.training:  # pyright: ignore[reportOptionalMemberAccess]
             return completions, logprobs
         flags = self._everywhere(torch.tensor(direct))
@@ -207,12 +158,38 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
             }
         )
         own = self._local(pins, len(completions))
+        self._is_pinned = own != KEEP
         for row, mode in enumerate(own.tolist()):
             if mode == DIRECT:
                 completions[row] = [backbone.eos_token_id]
         if bool((pins == THINK).any()):  # of any process: ZeRO-3 needs the same forwards on all
             self._force_thoughts(completions, (own == THINK).nonzero()[:, 0].tolist())
         return completions, logprobs
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Let TRL generate and score, and mark the pinned rollouts."""
+        output: Any = super()._generate_and_score_completions(inputs)
+        return {**output, "is_pinned": self._is_pinned.to(output["completion_ids"].device)}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Taper lost pinned decisions in TRL's loss, and add the primer while it lasts."""
+        self._is_tapered = inputs["is_pinned"] & (inputs["advantages"] < 0)
+        loss: Any = super()._compute_loss(model, inputs)
+        weight = 1.0 - self.state.global_step / max(1, self.args.primer_steps)
+        if weight > 0 and self.args.primer_steps and model.training:
+            direct = inputs["completion_ids"][:, 0] == self.dual_model.backbone.eos_token_id
+            primer = primer_loss(self._first_logps, direct)
+            self._log_means({"primer_loss": [primer.item()]})
+            loss = loss + weight * primer / self.current_gradient_accumulation_steps
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what TRL computes, tapered; remember the decisions' log-probabilities."""
+        logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if torch.is_grad_enabled() and self._is_tapered is not None:
+            self._first_logps = logps[:, 0]
+            logps = tapered(logps, self._is_tapered)
+        return (logps, *rest)
 
     def _force_thoughts(self, completions: list[list[int]], rows: list[int]) -> None:
         """Open a thought in some rollouts and let the policy write on, in place."""
