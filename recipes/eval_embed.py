@@ -4,7 +4,8 @@
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
 
 A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
-chance deciding at the same rate; routing.json then says what the gate is worth.
+chance deciding at the same rate; routing.json then says what the gate is worth. One whose policy
+decides (recipes/adaptive_embed.py) is also measured with its own decisions, mode policy.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
 per_query.jsonl, targets.json and a self-contained report.html. Ties count against the model and
@@ -47,6 +48,7 @@ PLAIN_MODES = (
 )
 GATE_MODES = ("auto", "random")
 LATENT_MODES = ("never", "latent")  # a latent model need not have learned to write
+POLICY_MODE = "policy"
 ROUTING_FILE = "routing.json"
 
 
@@ -68,12 +70,16 @@ class EvalScriptArguments:
         default=None,
         metadata={
             "help": "Modes of thinking and ablations of the CoT; default: all, auto and random if "
-            "the model has a gate."
+            "the model has a gate, policy if its policy decides."
         },
     )
     gate_threshold: float | None = field(
         default=None,
         metadata={"help": "Probability above which mode auto thinks; default: the model's."},
+    )
+    policy_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Probability above which mode policy thinks; default: the model's."},
     )
     batch_size: int = field(default=64, metadata={"help": "Queries or targets a forward."})
     num_thoughts: int = field(default=4, metadata={"help": "Sampled CoTs per query, mode sampled."})
@@ -82,11 +88,14 @@ class EvalScriptArguments:
 
     def __post_init__(self) -> None:
         """Refuse a threshold that nothing would look at."""
-        is_used = self.modes is None or set(self.modes) & set(GATE_MODES)
-        if self.gate_threshold is not None and not is_used:
+        users = {"gate_threshold": GATE_MODES, "policy_threshold": (POLICY_MODE,)}
+        for name, modes in users.items():
+            threshold = getattr(self, name)
+            if threshold is None or self.modes is None or set(self.modes) & set(modes):
+                continue
             raise ValueError(
-                f"gate_threshold = {self.gate_threshold} with modes = {self.modes}; expected one "
-                f"of {GATE_MODES} among the modes; add it or drop the threshold"
+                f"{name} = {threshold} with modes = {self.modes}; expected one of {modes} among "
+                "the modes; add it or drop the threshold"
             )
 
 
@@ -135,6 +144,7 @@ def measure(
                 batch_size=script.batch_size,
                 num_thoughts=script.num_thoughts,
                 gate_threshold=script.gate_threshold,
+                policy_threshold=script.policy_threshold,
                 seed=script.seed,
             ),
         )
@@ -148,10 +158,15 @@ def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, 
     A model with reason tokens and without gate has learned latent thoughts only.
     """
     has_gate = config.gate_threshold is not None or script.gate_threshold is not None
-    if config.num_reason_tokens and not has_gate:
+    has_policy = config.thinking_decision == "policy" or script.policy_threshold is not None
+    if config.num_reason_tokens and not (has_gate or has_policy):
         return LATENT_MODES
-    latent = ("latent",) if config.num_reason_tokens else ()
-    return (*PLAIN_MODES, *latent, *GATE_MODES) if has_gate else PLAIN_MODES
+    return (
+        *PLAIN_MODES,
+        *(("latent",) if config.num_reason_tokens else ()),
+        *(GATE_MODES if has_gate else ()),
+        *((POLICY_MODE,) if has_policy else ()),
+    )
 
 
 def write_routing(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
@@ -178,7 +193,8 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
     """Log hit@1 by group and mode of serving, before and after."""
     for key in sorted(after.metrics):
         parts = key.split("/")
-        if parts[-1] == "hit@1" and parts[2] in ("never", "latent", "always", "auto"):
+        served = ("never", "latent", "always", "auto", POLICY_MODE)
+        if parts[-1] == "hit@1" and parts[2] in served:
             old = before.metrics.get(key) if before else None
             was = "" if old is None else f" (before {100 * old:.1f})"
             logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)

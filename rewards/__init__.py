@@ -12,7 +12,9 @@ no model and can be tried on six numbers by hand:
   without any CoT;
 - `target_rank`: rank of the positive among the pool, 1 is best, ties count against it;
 - `think_tokens`: tokens of the CoT; `is_think_complete`: whether it is one well-formed, closed
-  think;
+  think, or no think at all where the policy decides (`is_direct`: it ended its turn at once);
+- `utility_gap`, of `AdaptiveGRPOTrainer` only: margin with the CoT minus margin without; for a
+  direct rollout the mean over the thinking rollouts of its group;
 - `prompts`, `completions`, `completion_ids` and every other column of the dataset.
 
 **Incomplete thinks.** A truncated or malformed CoT is never embedded. Its similarity columns hold
@@ -30,6 +32,7 @@ set from YAML; those without one are columns. Never catch an exception inside a 
 
 from collections.abc import Callable
 
+from rewards.adaptive import adaptive
 from rewards.completion import format, length
 from rewards.contrastive import info_nce, softmax_margin
 from rewards.margins import margin, think_gain
@@ -43,10 +46,12 @@ REWARDS: dict[str, Callable[..., list[float | None]]] = {
     "think_gain": think_gain,
     "format": format,
     "length": length,
+    "adaptive": adaptive,
 }
 
 __all__ = [
     "REWARDS",
+    "adaptive",
     "format",
     "info_nce",
     "length",

@@ -66,6 +66,7 @@ class TinyEmbedder:
             problems=[[] for _ in items],
             think_tokens=[0] * count,
             gate_probabilities=[None] * count,
+            policy_probabilities=[None] * count,
             truncated=[],
             errors={},
         )
@@ -467,6 +468,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             for name in ("thoughts", "problems"):
                 setattr(result, name, [[]] * len(items))
             result.think_tokens, result.gate_probabilities = [0] * len(items), [None] * len(items)
+            result.policy_probabilities = [None] * len(items)
             return result
 
     embedder, peaks = Zeros(), []

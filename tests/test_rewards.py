@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards import REWARDS, info_nce, length, margin, rank_gap, softmax_margin, think_gain
+from rewards import (
+    REWARDS,
+    adaptive,
+    info_nce,
+    length,
+    margin,
+    rank_gap,
+    softmax_margin,
+    think_gain,
+)
 
 SIMILARITY_REWARDS = ["margin", "info_nce", "rank_gap", "softmax_margin", "think_gain"]
 PARAMETERS = {
@@ -18,6 +27,7 @@ PARAMETERS = {
     "softmax_margin": "temperature",
     "rank_gap": "top_k",
     "length": "max_think_tokens",
+    "adaptive": "max_think_tokens",
 }
 
 
@@ -41,6 +51,8 @@ def make_columns(num_rollouts: int, *, num_negatives: int = 5, seed: int = 0) ->
         "no_think_negative_similarities": negatives(),
         "target_rank": [generator.randint(1, 12) for _ in range(num_rollouts)],
         "think_tokens": [generator.randint(1, 300) for _ in range(num_rollouts)],
+        "utility_gap": [similarity() for _ in range(num_rollouts)],
+        "is_direct": [generator.random() < 0.5 for _ in range(num_rollouts)],
         "is_think_complete": [generator.random() < 0.7 for _ in range(num_rollouts)],
     }
 
@@ -190,3 +202,28 @@ def test_length_follows_equation_13_of_dapo(tokens, expected):
 def test_no_soft_window_is_a_cliff_at_the_budget():
     row = length(["c"] * 2, think_tokens=[100, 101], max_think_tokens=100, soft_window_tokens=0)
     assert row == [0.0, -1.0]
+
+
+@pytest.mark.parametrize(
+    ("gap", "direct", "verdict"),
+    [(0.3, False, 1), (0.3, True, -1), (0.1, False, -1), (0.1, True, 1)],
+)
+def test_thinking_is_right_exactly_where_it_gains_more_than_the_dead_band(gap, direct, verdict):
+    row = {"utility_gap": [gap], "is_direct": [direct], "think_tokens": [0]}
+    assert adaptive(["c"], **row, min_gap=0.2) == [verdict]
+
+
+def test_a_gap_on_the_edge_of_the_dead_band_is_not_worth_a_thought():
+    rows = {"utility_gap": [0.25, 0.25], "is_direct": [False, True], "think_tokens": [0, 0]}
+    assert adaptive(["c", "c"], **rows, min_gap=0.25) == [-1.0, 1.0]
+
+
+def test_a_right_thought_of_the_whole_budget_pays_the_whole_cost_and_a_direct_answer_none():
+    rows = {"utility_gap": [1.0, -1.0], "is_direct": [False, True], "think_tokens": [32, 0]}
+    paid = adaptive(["c", "c"], **rows, length_cost=0.25, max_think_tokens=32)
+    assert paid == [0.75, 1.0]
+
+
+def test_without_a_gap_the_decision_is_not_judged():
+    rows = {"utility_gap": [None], "is_direct": [True], "think_tokens": [0]}
+    assert adaptive(["c"], **rows) == [None]

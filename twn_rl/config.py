@@ -4,12 +4,13 @@ import json
 import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from twn_rl.templates import Renderer
 
 CONFIG_FILE = "twn_config.json"
 INTERFACES = ("reencode", "kv_detach")
+ThinkingDecision = Literal["gate", "policy"]
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -76,6 +77,10 @@ class TwnConfig:
         max_think_tokens: Default budget of one CoT, in tokens.
         gate_threshold: Gate probability above which a query thinks; None while no gate was fitted.
         document_gate_threshold: The same for documents.
+        thinking_decision: Who is asked whether a query is worth a thought: the "gate", or the
+            "policy" itself, which was trained (`twn_rl.adaptive`) to open a thought or to end its
+            turn at once.
+        policy_threshold: Probability of opening a thought above which such a query thinks.
         versions: Library versions that wrote the checkpoint.
     """
 
@@ -92,6 +97,8 @@ class TwnConfig:
     max_think_tokens: int = 256
     gate_threshold: float | None = None
     document_gate_threshold: float | None = None
+    thinking_decision: ThinkingDecision = "gate"
+    policy_threshold: float = 0.5
     versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,6 +119,13 @@ class TwnConfig:
             threshold = getattr(self, name)
             if threshold is not None and not 0.0 <= threshold <= 1.0:
                 problems.append(f"{name} = {threshold}, expected None or in [0, 1]")
+        if self.thinking_decision not in get_args(ThinkingDecision):
+            problems.append(
+                f"thinking_decision = {self.thinking_decision!r}, expected one of "
+                f"{get_args(ThinkingDecision)}"
+            )
+        if not 0.0 <= self.policy_threshold <= 1.0:
+            problems.append(f"policy_threshold = {self.policy_threshold}, expected in [0, 1]")
         if problems:
             raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
 

@@ -79,6 +79,7 @@ def decode(
     *,
     max_new_tokens: int,
     suppress_tokens: Sequence[int],
+    opening: Sequence[int] = (),
     uniforms: Tensor | None = None,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -93,6 +94,7 @@ def decode(
         prefix: N prompts, read with logits under the adapter that writes.
         max_new_tokens: Budget T of a row, end of turn included.
         suppress_tokens: Ids never written.
+        opening: Ids every row starts with, whatever the model would have written.
         uniforms: (N, T) dice of `dice`; None is greedy.
         temperature: Of sampling.
         top_p: Of nucleus sampling.
@@ -107,6 +109,8 @@ def decode(
         logits = logits.float().index_fill(-1, forbidden, float("-inf"))
         die = None if uniforms is None else uniforms[writing, step]
         tokens = pick_tokens(logits, die, temperature=temperature, top_p=top_p)
+        if step < len(opening):
+            tokens = torch.full_like(tokens, opening[step])
         for row, token in zip(writing, tokens.tolist(), strict=True):
             rows[row].append(token)
         is_going_on = tokens != backbone.eos_token_id

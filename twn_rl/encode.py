@@ -82,7 +82,7 @@ class ThinkingEmbedder:
         return cls(model.to(device), cot_cache_dir=cot_cache_dir)
 
     def encode_query(self, inputs: Any, *, think: Think = "auto", **options: Any) -> Any:
-        """Return vectors of what searches; the gate decides who thinks. See `encode`."""
+        """Return vectors of what searches; gate or policy decides who thinks. See `encode`."""
         return self.encode(inputs, side="query", think=think, **options)
 
     def encode_document(self, inputs: Any, *, think: Think = "never", **options: Any) -> Any:
@@ -105,12 +105,12 @@ class ThinkingEmbedder:
                 "images", "video" (its frames) and "instruction", chat messages (one user message,
                 before it perhaps a system message, which is the instruction), or an `Item`.
                 Remote URLs are refused.
-            side: "query" or "document": whose gate is asked.
+            side: "query" or "document": whose gate is asked; the policy decides about queries.
             think: "auto", "always", "never", "latent" (the model's reason tokens instead of a
                 written thought; one pass, no tokens), or one bool per input. "auto" asks the side's
-                gate; a model with reason tokens and without that gate reads inputs as in training.
-                Documents of a model with `latent_documents` have a latent thought wherever they
-                have no written one.
+                gate, or the policy; a model with reason tokens and neither of the two reads inputs
+                as in training. Documents of a model with `latent_documents` have a latent thought
+                wherever they have no written one.
             options: Fields of `EncodeOptions`.
 
         Returns:
@@ -252,6 +252,12 @@ class ThinkingEmbedder:
             is_latent = True
         if mask is not None:
             return Chooser(mask=mask, is_latent=is_latent)
+        if self._is_policy_asked(side, options):
+            threshold = options.think_threshold
+            return Chooser(
+                threshold=self.model.config.policy_threshold if threshold is None else threshold,
+                is_latent=is_latent,
+            )
         if side not in self.model.gates and self.model.reason_ids and options.is_ungated:
             return Chooser(mask=[False] * count, is_latent=is_latent or side == "query")
         if side not in self.model.gates:
@@ -277,6 +283,20 @@ class ThinkingEmbedder:
                 "think = 'latent' but the model has num_reason_tokens = 0; expected at least one; "
                 "train one with recipes/latent_embed.py, or pass think='always', 'never' or 'auto'"
             )
+
+    def _is_policy_asked(self, side: str, options: EncodeOptions) -> bool:
+        """Tell whether the policy decides; it learned to about queries only."""
+        if side == "document" and options.think_decision is None:
+            return False
+        is_asked = (options.think_decision or self.model.config.thinking_decision) == "policy"
+        if is_asked and (side == "document" or not self.model.is_policy_deciding):
+            raise ValueError(
+                f"think_decision = 'policy' for the {side} side of a model with thinking_decision "
+                f"= {self.model.config.thinking_decision!r}; expected queries and a policy that "
+                "learned to decide; train one with recipes/adaptive_embed.py, or pass "
+                "think_decision='gate', think='always' or 'never'"
+            )
+        return is_asked
 
     def _check_width(self, options: EncodeOptions) -> None:
         width = self.model.hidden_size

@@ -56,6 +56,8 @@ def reasoner_fingerprint(model: Any) -> str:
         "renderer": config.renderer.to_dict(),
         "dtype": str(model.backbone.model.dtype),
     }
+    if config.thinking_decision == "policy":
+        described["opening"] = "written for the policy"
     return _fingerprint(model, described, [REASONING_ADAPTER])
 
 

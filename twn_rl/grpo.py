@@ -147,13 +147,19 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
     ) -> Tensor:
         """Add the similarity columns to the examples, then let TRL call the rewards."""
         indices = [example["record_index"] for example in inputs]
-        columns = self.scorer.columns(indices, completion_ids_list)
+        columns = self._rollout_columns(indices, completion_ids_list)
         self._log_rollouts(columns)
         scored = [
             {**example, **{name: values[row] for name, values in columns.items()}}
             for row, example in enumerate(inputs)
         ]
         return super()._calculate_rewards(scored, prompts, completions, completion_ids_list)
+
+    def _rollout_columns(
+        self, indices: list[int], completion_ids: list[list[int]]
+    ) -> dict[str, list[Any]]:
+        """Return what the rewards read of this process's rollouts; other methods add to it."""
+        return self.scorer.columns(indices, completion_ids)
 
     def _log_rollouts(self, columns: dict[str, list[Any]]) -> None:
         """Log the rollouts' quality: sampled hit@1, complete thinks, spread of vectors."""
@@ -165,6 +171,10 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
             "rollouts/incomplete_ratio": [float(not ok) for ok in columns["is_think_complete"]],
             "embedding_variance": columns["embedding_variance"],
         }
+        self._log_means(metrics)
+
+    def _log_means(self, metrics: dict[str, list[float]]) -> None:
+        """Log the mean of each list over all processes; every process must call this."""
         policy: Any = self.model
         mode = "train" if policy.training else "eval"
         for name, values in metrics.items():

@@ -295,13 +295,23 @@ class DualLoraModel(nn.Module):
         with torch.no_grad():
             return prepare_prompts(self.backbone, self._on_device(batch))
 
-    def read(self, prompts: Prompts, rows: Sequence[int] | None = None) -> Prefix:
+    def read(
+        self,
+        prompts: Prompts,
+        rows: Sequence[int] | None = None,
+        *,
+        started: Prefix | None = None,
+    ) -> Prefix:
         """Return what the embedding side has read of N prompts, for any number of `read_out`.
 
         Args:
             prompts: Prompts from `prepare`.
             rows: Which of them; all if None.
+            started: What `start_reasoning` read of the same rows; serves both sides where one
+                adapter reads for both, in "kv_detach".
         """
+        if started is not None and self._is_detached and self.prefill_adapter == REASONING_ADAPTER:
+            return started
         adapter = self.prefill_adapter if self._is_detached else EMBEDDING_ADAPTER
         with self._inference():
             return read_rows(self.backbone, self.peft_model, prompts, rows, adapter=adapter)
@@ -338,9 +348,34 @@ class DualLoraModel(nn.Module):
             prefill_adapter=self.prefill_adapter if self._is_detached else None,
         )
 
+    def start_reasoning(self, prompts: Prompts, rows: Sequence[int] | None = None) -> Prefix:
+        """Return what the reasoning adapter has read of prompts: to decide, and to `reason` from.
+
+        Args:
+            prompts: Prompts from `prepare`.
+            rows: Which of them; all if None.
+        """
+        parts = self.backbone, self.peft_model
+        with self._inference():
+            return read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
+
+    @property
+    def is_policy_deciding(self) -> bool:
+        """Whether the policy was trained to decide by its first token if it thinks."""
+        return self.config.thinking_decision == "policy"
+
+    def think_probability(self, prefix: Prefix) -> Tensor:
+        """Return (N,) how likely the policy opens a thought, from `start_reasoning`."""
+        assert prefix.logits is not None
+        return thoughts.think_probability(self.backbone, self.renderer, prefix.logits)
+
+    def is_direct(self, ids: Sequence[int]) -> bool:
+        """Return whether a completion is the policy's decision to answer without a thought."""
+        return self.is_policy_deciding and thoughts.is_direct(self.backbone, ids)
+
     def reason(
         self,
-        batch: Batch | Prompts,
+        batch: Batch | Prompts | Prefix,
         rows: Sequence[int] | None = None,
         *,
         max_think_tokens: int | None = None,
@@ -354,9 +389,10 @@ class DualLoraModel(nn.Module):
 
         Thoughts of a prompt stand next to each other; a row ends with the end of turn if it was
         written, and holds no padding. Sampling settings stored with the backbone are not used.
+        Where the policy decides who thinks, that has been decided: the thought is opened for it.
 
         Args:
-            batch: Prompts from `prepare`, or a batch from `collate`.
+            batch: Prompts from `prepare`, a batch from `collate`, or what `start_reasoning` read.
             rows: Which prompts; all if None.
             max_think_tokens: Budget; the config's if None.
             do_sample: Sample instead of taking the likeliest token.
@@ -371,11 +407,14 @@ class DualLoraModel(nn.Module):
                 f"num_thoughts = {num_thoughts} with do_sample = False; expected sampling, greedy "
                 "thoughts are all equal; set do_sample=True"
             )
-        prompts = batch if isinstance(batch, Prompts) else self.prepare(batch)
+        if isinstance(batch, Prefix):
+            prefix = batch if rows is None else batch.select(rows)
+        else:
+            prompts = batch if isinstance(batch, Prompts) else self.prepare(batch)
+            prefix = self.start_reasoning(prompts, rows)
         budget = max_think_tokens or self.config.max_think_tokens
+        opening = thoughts.think_open_ids(self.backbone, self.renderer)
         with self._inference():
-            parts = self.backbone, self.peft_model
-            prefix = read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
             uniforms = dice(len(prefix), seeds, num_thoughts, budget) if do_sample else None
             with use_adapter(self.peft_model, REASONING_ADAPTER):
                 return decode(
@@ -383,6 +422,7 @@ class DualLoraModel(nn.Module):
                     prefix.select([row for row in range(len(prefix)) for _ in range(num_thoughts)]),
                     max_new_tokens=budget,
                     suppress_tokens=self.suppressed_token_ids,
+                    opening=opening if self.is_policy_deciding else (),
                     uniforms=uniforms,
                     temperature=temperature,
                     top_p=top_p,

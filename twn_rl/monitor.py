@@ -33,6 +33,7 @@ class CollapseThresholds:
         min_mean_length_tokens: Mean length of the completions.
         max_clipped_ratio: Share of completions cut off at the budget.
         max_incomplete_ratio: Share of thinks that fall back to no-think, truncated or malformed.
+        min_think_rate: Share of rollouts that think where the policy decides, before mixing.
         max_kl: Mean KL divergence from the reference policy.
         min_embedding_variance: 1 - squared length of the mean unit vector; 0 if all are equal.
         patience: Logs in a row over a limit before it counts as a collapse.
@@ -70,6 +71,13 @@ class CollapseThresholds:
         False,
         "Share of truncated or malformed thinks: the policy hides in the no-think fall-back. Add "
         "the format reward or train the warm start longer. None: off.",
+    )
+    min_think_rate: float | None = _limit(
+        0.01,
+        "rollouts/think_rate",
+        True,
+        "Share of rollouts whose policy chose to think: near 0 it never does. Lower min_gap or "
+        "length_cost of the adaptive reward. Only logged where the policy decides. None: off.",
     )
     max_kl: float | None = _limit(
         10.0,

@@ -63,7 +63,7 @@ def prefix_bytes(prefix: Prefix) -> int:
 
 
 def merge(prefixes: Sequence[Prefix]) -> Prefix:
-    """Return one prefix of all sequences, left-padded to the longest; logits are dropped."""
+    """Return one prefix of all sequences, left-padded to the longest; logits if all have them."""
     if len(prefixes) == 1:
         return prefixes[0]
     length = max(prefix.attention_mask.shape[1] for prefix in prefixes)
@@ -74,7 +74,9 @@ def merge(prefixes: Sequence[Prefix]) -> Prefix:
         layer.values = torch.cat([pad_left(part.values, length, 2) for part in layers])
     masks = [pad_left(prefix.attention_mask, length, 1) for prefix in prefixes]
     positions = torch.cat([prefix.next_position for prefix in prefixes])
-    return Prefix(cache, torch.cat(masks), positions)
+    logits = [prefix.logits for prefix in prefixes if prefix.logits is not None]
+    joined = torch.cat(logits) if len(logits) == len(prefixes) else None
+    return Prefix(cache, torch.cat(masks), positions, joined)
 
 
 def fork(cache: Any) -> Any:

@@ -81,7 +81,8 @@ class RolloutScorer:
     ) -> dict[str, list[Any]]:
         """Return the reward columns of N rollouts, one value per rollout.
 
-        Truncated or malformed thinks get the columns of their no-think vector. Rollouts of one
+        Truncated or malformed thinks get the columns of their no-think vector, and so do direct
+        answers of a policy that decides (`is_direct`), which count as complete. Rollouts of one
         query that wrote the same CoT are embedded once.
 
         Args:
@@ -92,7 +93,8 @@ class RolloutScorer:
         rows = torch.tensor([self.queries.row_of[self._query_ids[i]] for i in indices])
         no_think = self.queries.rows(rows.numpy(), torch.device("cpu"))
         vectors = no_think.clone()
-        is_complete = [bool(ids) for ids in usable]
+        is_direct = [self.model.is_direct(ids) for ids in completion_ids]
+        is_complete = [bool(ids) or direct for ids, direct in zip(usable, is_direct, strict=True)]
         distinct = self._distinct(indices, usable)
         embedded = self._embed(list(distinct))
         for position, (index, ids) in enumerate(zip(indices, usable, strict=True)):
@@ -107,6 +109,7 @@ class RolloutScorer:
             "no_think_negative_similarities": baseline["negative_similarities"],
             "no_think_target_rank": baseline["target_rank"],
             "think_tokens": [sum(token != eos for token in ids) for ids in completion_ids],
+            "is_direct": is_direct,
             "is_think_complete": is_complete,
             "embedding_variance": [self._variance(vectors)] * len(indices),
         }

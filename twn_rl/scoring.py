@@ -32,6 +32,7 @@ SCORING_COLUMNS = (
     "no_think_negative_similarities",
     "target_rank",
     "think_tokens",
+    "is_direct",
     "is_think_complete",
 )
 

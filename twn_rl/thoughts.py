@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 from twn_rl.backbone import Backbone
+from twn_rl.batching import completion_ids
 from twn_rl.templates import Renderer, Think, parse_think
 
 
@@ -31,6 +32,38 @@ def completion_for_embedding(
     if not parse_completion(backbone, renderer, ids).is_complete:
         return []
     return _before_eos(backbone, ids)
+
+
+def think_open_ids(backbone: Backbone, renderer: Renderer) -> list[int]:
+    """Return the ids a thought opens with; the first of them is the decision to think."""
+    return completion_ids(backbone, renderer.think_open)
+
+
+def think_probability(backbone: Backbone, renderer: Renderer, logits: Tensor) -> Tensor:
+    """Return how likely the policy opens a thought rather than ending its turn at once.
+
+    P(open) / (P(open) + P(end of turn)) of the first token of a completion: the decision of
+    MMEmb-R1 (arXiv 2604.06156) without a token of its own, so that backbone and tokenizer stay as
+    they are. Tokens that are neither do not count.
+
+    Args:
+        backbone: Whose end of turn it is.
+        renderer: Whose marker opens a thought.
+        logits: (N, V) of the first token.
+
+    Returns:
+        (N,) float32 in [0, 1].
+    """
+    opening = think_open_ids(backbone, renderer)[0]
+    return (logits[:, opening].float() - logits[:, backbone.eos_token_id].float()).sigmoid()
+
+
+def is_direct(backbone: Backbone, ids: Sequence[int]) -> bool:
+    """Return whether a completion ends its turn at once: the decision to answer without a thought.
+
+    Only a policy that was taught to decide means it so; see `DualLoraModel.is_direct`.
+    """
+    return len(ids) > 0 and int(ids[0]) == backbone.eos_token_id
 
 
 def _before_eos(backbone: Backbone, ids: Sequence[int]) -> list[int]:

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from twn_rl.config import ThinkingDecision
+
 ThinkMode = Literal["auto", "always", "never", "latent"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 Think = ThinkMode | Sequence[bool]
@@ -18,12 +20,14 @@ class EncodeOptions:
     """Settings of one call; the names are those of sentence-transformers where it has them.
 
     Attributes:
-        think: "auto" asks the gate, "always", "never", "latent" thinks in the model's reason tokens
-            and writes nothing, or one bool per input.
+        think: "auto" asks the gate or the policy, "always", "never", "latent" thinks in the model's
+            reason tokens and writes nothing, or one bool per input.
+        think_decision: With "auto", whom to ask, "gate" or "policy"; None asks whom the model
+            names (`TwnConfig.thinking_decision`). About documents the gate alone is asked.
         think_rate: With "auto", think about this share of the call's inputs, those with the
-            highest gate probability (rounded down); None uses the threshold. Which inputs think
+            highest probability (rounded down); None uses the threshold. Which inputs think
             then depends on the other inputs of the call.
-        think_threshold: With "auto", think above this gate probability; None takes the model's.
+        think_threshold: With "auto", think above this probability; None takes the model's.
         max_think_tokens: Longest thought in tokens; None takes the model's. Longer thoughts count
             as truncated and leave the no-think vector.
         do_sample: Sample thoughts instead of taking the likeliest tokens.
@@ -47,6 +51,7 @@ class EncodeOptions:
     """
 
     think: Think = "never"
+    think_decision: ThinkingDecision | None = None
     think_rate: float | None = None
     think_threshold: float | None = None
     max_think_tokens: int | None = None
@@ -103,8 +108,12 @@ class EncodeOptions:
             "think_rate and think_threshold are both given, expected one": (
                 self.think_rate is None or self.think_threshold is None
             ),
-            "think_rate or think_threshold without a gate, expected them with think='auto'": (
-                is_gated or (self.think_rate is None and self.think_threshold is None)
+            "think_rate, think_threshold or think_decision where nothing is decided, expected them "
+            "with think='auto'": is_gated
+            or (self.think_rate, self.think_threshold, self.think_decision) == (None, None, None),
+            f"think_decision = {self.think_decision!r}, expected one of "
+            f"{get_args(ThinkingDecision)} or None": (
+                self.think_decision in (None, *get_args(ThinkingDecision))
             ),
             f"think_rate = {self.think_rate}, expected in [0, 1]": _is_share(self.think_rate),
             f"think_threshold = {self.think_threshold}, expected in [0, 1]": _is_share(
@@ -142,7 +151,7 @@ class EncodeOptions:
 
 
 def think_mask(think: Think, count: int) -> list[bool] | None:
-    """Return one bool per input, or None if the gate decides.
+    """Return one bool per input, or None if the gate or the policy decides.
 
     Raises:
         ValueError: If a list has another length, or holds something else than bools.

@@ -31,6 +31,8 @@ class EncodeDetails:
         problems: Beside each thought None, or why it was left out ("truncated", "no_open", ...).
         think_tokens: Tokens of all thoughts of each input, end of turn not counted.
         gate_probabilities: What the gate said of each input; None where it was not asked.
+        policy_probabilities: How likely the policy was to open a thought about each input; None
+            where it was not asked.
         fallbacks: Positions that were to think but have their no-think vector, for want of a
             usable thought.
         truncated: Positions whose text was cut to fit `max_seq_length`.
@@ -45,6 +47,7 @@ class EncodeDetails:
     problems: list[list[str | None]]
     think_tokens: list[int]
     gate_probabilities: list[float | None]
+    policy_probabilities: list[float | None]
     fallbacks: list[int] = field(default_factory=list)
     truncated: list[int] = field(default_factory=list)
     errors: dict[int, str] = field(default_factory=dict)
@@ -61,6 +64,7 @@ class EncodeDetails:
             problems=[[] for _ in range(count)],
             think_tokens=[0] * count,
             gate_probabilities=[None] * count,
+            policy_probabilities=[None] * count,
         )
 
     @property

@@ -21,6 +21,7 @@ from twn_rl.encoding.options import EncodeOptions
 from twn_rl.encoding.shortlist import Shortlist
 from twn_rl.encoding.thought_pool import Chunk, ThoughtCache, ThoughtPool
 from twn_rl.model import DualLoraModel
+from twn_rl.prefix import Prefix
 from twn_rl.records import Item
 from twn_rl.thoughts import evaluating
 
@@ -34,8 +35,8 @@ class Chooser:
     """Which inputs think.
 
     Attributes:
-        mask: One bool per input; None asks the gate.
-        gate: No-think states (N, D) -> probabilities (N,).
+        mask: One bool per input; None asks the gate or the policy.
+        gate: No-think states (N, D) -> probabilities (N,); None with no mask asks the policy.
         threshold: Probability above which to think; unused with a rate.
         is_latent: Vectors without a written thought have a latent one.
     """
@@ -44,6 +45,11 @@ class Chooser:
     gate: Callable[[Tensor], Tensor] | None = None
     threshold: float | None = None
     is_latent: bool = False
+
+    @property
+    def is_policy(self) -> bool:
+        """Whether the policy's first token decides."""
+        return self.mask is None and self.gate is None
 
 
 class EncodeRun:
@@ -73,6 +79,10 @@ class EncodeRun:
         """
         self.model, self.items, self.options = model, items, options
         self.chooser, self.ledger, self.max_length = chooser, ledger, max_length
+        details = ledger.details
+        self.probabilities = (
+            details.policy_probabilities if chooser.is_policy else details.gate_probabilities
+        )
         self.pool = ThoughtPool(model, options, ledger, cache)
         self.count = sum(item is not None for item in items)
         self.shortlist: Shortlist[Chunk | None] | None = None
@@ -108,7 +118,7 @@ class EncodeRun:
         chunk, states = self._read(rows, batch)
         self.ledger.accept(chunk.positions, states)
         if mask is None:
-            self._ask_gate(chunk.positions, states)
+            self._ask(chunk, states)
         candidates = [
             index
             for index, position in enumerate(chunk.positions)
@@ -152,28 +162,38 @@ class EncodeRun:
     def _read(self, rows: Sequence[Row], batch: dict[str, Tensor]) -> tuple[Chunk, Tensor]:
         """Return what was read of a batch, and its no-think states (N, D)."""
         with self.ledger.timed("read"):
-            prompts = self.model.prepare(batch)
-            prefix = self.model.read(prompts)
+            start = prompts = self.model.prepare(batch)
+            if self.chooser.is_policy:
+                # What the decision was read from is what a thought goes on from.
+                start = started = self.model.start_reasoning(prompts)
+                prefix = self.model.read(prompts, started=started)
+            else:
+                prefix = self.model.read(prompts)
             states = self.model.read_out(prefix, is_latent=self.chooser.is_latent)
-        return Chunk([row.position for row in rows], [""] * len(rows), prompts, prefix), states
+        return Chunk([row.position for row in rows], [""] * len(rows), start, prefix), states
 
-    def _ask_gate(self, positions: Sequence[int], states: Tensor) -> None:
-        assert self.chooser.gate is not None
-        with self.ledger.timed("gate"):
-            probabilities = self.chooser.gate(states).float().tolist()
-        for position, probability in zip(positions, probabilities, strict=True):
-            self.ledger.details.gate_probabilities[position] = probability
+    def _ask(self, chunk: Chunk, states: Tensor) -> None:
+        """Note how likely the gate or the policy finds it that each input should think."""
+        who = "policy" if self.chooser.is_policy else "gate"
+        with self.ledger.timed(who):
+            if self.chooser.gate is not None:
+                probabilities = self.chooser.gate(states).float().tolist()
+            else:
+                assert isinstance(chunk.start, Prefix)
+                probabilities = self.model.think_probability(chunk.start).tolist()
+        for position, probability in zip(chunk.positions, probabilities, strict=True):
+            self.probabilities[position] = probability
             if not 0.0 <= probability <= 1.0 and position not in self.ledger.details.errors:
                 problem = (
-                    f"gate probability = {probability}; expected in [0, 1]; refit the gate with "
-                    "recipes/gate_embed.py"
+                    f"{who} probability = {probability}; expected in [0, 1]; train the {who} again "
+                    f"with recipes/{'adaptive' if who == 'policy' else who}_embed.py"
                 )
                 self.ledger.refuse(InputError(position, problem))
 
     def _thinks(self, position: int) -> bool:
         if self.chooser.mask is not None:
             return self.chooser.mask[position]
-        probability = self.ledger.details.gate_probabilities[position]
+        probability = self.probabilities[position]
         assert probability is not None
         assert self.chooser.threshold is not None
         return probability > self.chooser.threshold
@@ -195,7 +215,7 @@ class EncodeRun:
             return kept, kept.num_bytes()
 
         position = chunk.positions[index]
-        probability = self.ledger.details.gate_probabilities[position]
+        probability = self.probabilities[position]
         assert probability is not None
         shortlist.offer(probability, position, keep)
 

@@ -37,13 +37,13 @@ class Chunk:
     Attributes:
         positions: Places among the inputs.
         keys: Content keys; "" where nobody needs them.
-        prompts: Where writing starts.
+        start: Where writing starts: prompts, or what the reasoning adapter has read of them.
         prefix: Where reading out starts, after the thoughts.
     """
 
     positions: list[int]
     keys: list[str]
-    prompts: Prompts
+    start: Prompts | Prefix
     prefix: Prefix
 
     def __len__(self) -> int:
@@ -52,20 +52,22 @@ class Chunk:
     @property
     def is_mergeable(self) -> bool:
         """Whether single rows can be taken out and wait for those of other batches."""
-        return self.prompts.is_mergeable and self.prefix.is_mergeable
+        return self.start.is_mergeable and self.prefix.is_mergeable
 
     def select(self, rows: Sequence[int]) -> Chunk:
         """Return some rows of a mergeable chunk; the memory of the others can be freed."""
         return Chunk(
             [self.positions[row] for row in rows],
             [self.keys[row] for row in rows],
-            self.prompts.select(rows),
+            self.start.select(rows),
             self.prefix.select(rows),
         )
 
     def num_bytes(self) -> int:
         """Return the memory of a mergeable chunk."""
-        return self.prompts.num_bytes() + prefix_bytes(self.prefix)
+        start = self.start
+        written = prefix_bytes(start) if isinstance(start, Prefix) else start.num_bytes()
+        return written + prefix_bytes(self.prefix)
 
 
 def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
@@ -73,8 +75,18 @@ def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
     return Chunk(
         [position for chunk in chunks for position in chunk.positions],
         [key for chunk in chunks for key in chunk.keys],
-        merge_prompts([chunk.prompts for chunk in chunks]),
+        _merge_starts([chunk.start for chunk in chunks]),
         merge([chunk.prefix for chunk in chunks]),
+    )
+
+
+def _merge_starts(starts: Sequence[Prompts | Prefix]) -> Prompts | Prefix:
+    """Return one start of all rows; those of a call are all of one kind."""
+    prefixes = [start for start in starts if isinstance(start, Prefix)]
+    return (
+        merge(prefixes)
+        if prefixes
+        else merge_prompts([s for s in starts if isinstance(s, Prompts)])
     )
 
 
@@ -149,7 +161,7 @@ class ThoughtPool:
         keys = [chunk.keys[row] for row in rows]
         with self.ledger.timed("write"):
             ids = self.model.reason(
-                chunk.prompts,
+                chunk.start,
                 rows,
                 max_think_tokens=self.budget,
                 do_sample=options.do_sample,

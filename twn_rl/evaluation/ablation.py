@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 Summary = dict[str, dict[str, dict[str, float | list[float]]]]
 # What the table and the plot show: group -> mode of thinking.
 HEADLINE_GROUPS = ("hop0", "hop1", "hop2", "all")
-HEADLINE_MODES = ("never", "always", "auto", "sampled", "gold")
+HEADLINE_MODES = ("never", "always", "auto", "policy", "sampled", "gold")
 # What thinking costs: metric -> modes in which the numbers are not the same for every arm.
 COST_MODES = {
-    "think_tokens": ("always", "auto", "sampled"),
-    "think_rate": ("auto",),
+    "think_tokens": ("always", "auto", "policy", "sampled"),
+    "think_rate": ("auto", "policy"),
 }
-PLOT_MODES = {"always": "always think", "auto": "the gate decides"}
+PLOT_MODES = {"always": "always think", "auto": "the gate decides", "policy": "the policy decides"}
 
 
 def summarize_runs(runs: Mapping[str, Sequence[Path]]) -> Summary:
@@ -107,7 +107,7 @@ def _headline_keys(summary: Summary, metric: str, modes: Sequence[str]) -> list[
 def plot_summary(summary: Summary, path: Path, *, metric: str = "hit@1") -> None:
     """Draw the quality of every arm by hops with std error bars, one column of panels a split.
 
-    The first row always thinks; a second one, where a gate was measured, lets it decide.
+    The first row always thinks; further ones, where measured, let a gate or the policy decide.
     """
     import matplotlib
 

@@ -3,9 +3,10 @@
 A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
 of serving, `latent` a third for models with reason tokens; `oracle` takes the better of the first
 two per query and is the ceiling of any gate; `auto` is what a gate chooses and `random` what chance
-would at the same rate; `sampled` averages over sampled thoughts, `averaged` embeds a query as the
-mean vector of its first 1, 2, ... sampled thoughts.
-Targets never think, but for `never_to_thinking` and `always_to_thinking`, in which they always do.
+would at the same rate, `policy` what a policy that learned to decide chooses by its first token;
+`sampled` averages over sampled thoughts, `averaged` embeds a query as the mean vector of its first
+1, 2, ... sampled thoughts. Targets never think, but for `never_to_thinking` and
+`always_to_thinking`, in which they always do.
 The ablations swap the thought and keep everything else, which tells whether its content matters or
 only its presence.
 """
@@ -26,6 +27,7 @@ MODES = (
     "oracle",
     "auto",
     "random",
+    "policy",
     "sampled",
     "averaged",
     *THINKING_TARGETS,
@@ -33,7 +35,7 @@ MODES = (
 # Modes in which nothing is written: no thoughts, no think tokens.
 WORDLESS_MODES = ("never", "latent")
 # Modes that choose between the two ways of serving, query by query.
-CHOOSING_MODES = ("oracle", "auto", "random")
+CHOOSING_MODES = ("oracle", "auto", "random", "policy")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty", "truncated")
 # Mode -> how a reader would call it.
 MODE_NAMES = {
@@ -42,6 +44,7 @@ MODE_NAMES = {
     "always": "own thoughts",
     "auto": "gate decides",
     "random": "chance decides",
+    "policy": "policy decides",
     "oracle": "oracle",
     "sampled": "sampled thoughts",
     "never_to_thinking": "no thinking, but targets think",
@@ -135,6 +138,7 @@ def choose(
     *,
     probability: float | None = None,
     gate_seconds: float = 0.0,
+    decision_seconds: float = 0.0,
 ) -> dict[str, Any] | None:
     """Return the result row of a query that thinks, does not, or thinks with a chance.
 
@@ -145,17 +149,19 @@ def choose(
         never: Row without thinking.
         always: Row with thinking.
         think: Whether to think, or the chance of it.
-        probability: What the gate said, kept in the row.
+        probability: What the gate or the policy said, kept in the row.
         gate_seconds: What choosing adds to a query that thinks: the vector the gate looks at.
+        decision_seconds: What it adds to one that does not: the prompt as the policy reads it.
     """
     if never is None or always is None:
         return None
     chance = float(think)
     row = {**(always if chance >= 0.5 else never), "mode": mode, "think_rate": chance}
     thinking_seconds = always["seconds"] + gate_seconds
-    row["seconds"] = (1.0 - chance) * never["seconds"] + chance * thinking_seconds
+    direct_seconds = never["seconds"] + decision_seconds
+    row["seconds"] = (1.0 - chance) * direct_seconds + chance * thinking_seconds
     if probability is not None:
-        row["gate_probability"] = probability
+        row["policy_probability" if mode == "policy" else "gate_probability"] = probability
     if 0.0 < chance < 1.0:
         for key in ("ranks", "think_tokens", "problems"):
             row[key] = [never[key][0], always[key][0]]

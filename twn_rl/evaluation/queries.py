@@ -40,6 +40,7 @@ class EvaluationSettings:
         num_thoughts: Sampled thoughts a query, in modes "sampled" and "averaged".
         temperature: Of sampling.
         gate_threshold: Probability above which mode "auto" thinks; None takes the model's.
+        policy_threshold: The same of mode "policy".
         confidence: Of the bootstrap intervals.
         seed: Decides sampled and borrowed thoughts and the bootstrap.
         show_progress_bar: Whether to draw progress bars.
@@ -53,6 +54,7 @@ class EvaluationSettings:
     num_thoughts: int = 4
     temperature: float = 1.0
     gate_threshold: float | None = None
+    policy_threshold: float | None = None
     confidence: float = 0.95
     seed: int = 0
     show_progress_bar: bool = True
@@ -69,6 +71,9 @@ class EvaluationSettings:
             f"num_thoughts = {self.num_thoughts}, expected at least 1": self.num_thoughts >= 1,
             f"gate_threshold = {self.gate_threshold}, expected None or in [0, 1]": (
                 self.gate_threshold is None or 0.0 <= self.gate_threshold <= 1.0
+            ),
+            f"policy_threshold = {self.policy_threshold}, expected None or in [0, 1]": (
+                self.policy_threshold is None or 0.0 <= self.policy_threshold <= 1.0
             ),
             f"split = {self.split!r}, expected a name without '/'": bool(self.split)
             and "/" not in self.split,
@@ -91,6 +96,9 @@ class Queries:
         seconds: Mode -> seconds of each record.
         gate_seconds: Seconds of each record after its prompt was read until the gate has spoken.
         probabilities: What the gate said of each record, once "never" was embedded.
+        policy_seconds: Seconds of each record in which the policy reads its prompt to decide, and
+            goes on writing from there: part of those of "always".
+        policy_probabilities: What the policy said of each record, if it decides.
         collapse: Metric key -> how far the vectors have collapsed.
     """
 
@@ -109,6 +117,8 @@ class Queries:
         self.seconds: dict[str, NDArray[Any]] = {}
         self.gate_seconds = np.zeros(len(records))
         self.probabilities: list[float] | None = None
+        self.policy_seconds = np.zeros(len(records))
+        self.policy_probabilities = np.zeros(len(records))
         self.collapse: dict[str, float] = {}
 
     def embed(self, asked: set[str]) -> None:
@@ -160,14 +170,20 @@ class Queries:
             items = [self.records[row].query.load(self.data_root) for row in rows]
             prompts = self.model.prepare(self.model.collate(items))
             prefix = self.model.read(prompts)
-            reading = clock.lap()
+            reading, deciding, start = clock.lap(), 0.0, prompts
+            if self.model.is_policy_deciding and {"always", "sampled"} & set(chosen):
+                start = self._ask_policy(rows, prompts)
+                deciding = clock.lap()
+                self.policy_seconds[rows] = deciding
             for mode in chosen:
                 clock.lap()
                 if mode in (*WORDLESS_MODES, "always", "sampled"):
-                    self._think(mode, rows, prompts)
+                    self._think(mode, rows, start)
                 states = self._read_out(mode, rows, prefix)
                 own = clock.lap()
                 self.seconds[mode][rows] = reading + own
+                if mode in ("always", "sampled"):
+                    self.seconds[mode][rows] += deciding
                 if mode == "never" and self.gate is not None:
                     for row, value in zip(rows, self.gate(states).tolist(), strict=True):
                         probabilities[row] = value
@@ -180,7 +196,13 @@ class Queries:
                 name = f"{self.settings.split}/collapse/query_{mode}"
                 self.collapse |= check_embeds(name, np.concatenate(parts))
 
-    def _think(self, mode: str, rows: list[int], prompts: Prompts) -> None:
+    def _ask_policy(self, rows: list[int], prompts: Prompts) -> Prefix:
+        """Note what the policy's first token says, and return from where it writes."""
+        started = self.model.start_reasoning(prompts)
+        self.policy_probabilities[rows] = self.model.think_probability(started).cpu().numpy()
+        return started
+
+    def _think(self, mode: str, rows: list[int], start: Prompts | Prefix) -> None:
         if mode in WORDLESS_MODES:
             for row in rows:
                 self.thoughts[mode][row] = [NO_THOUGHT]
@@ -188,7 +210,7 @@ class Queries:
         is_sampled, settings = mode == "sampled", self.settings
         count = settings.num_thoughts if is_sampled else 1
         written = self.model.reason(
-            prompts,
+            start,
             max_think_tokens=settings.max_think_tokens,
             do_sample=is_sampled,
             temperature=settings.temperature,

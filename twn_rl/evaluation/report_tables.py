@@ -6,8 +6,8 @@ from typing import Any
 from twn_rl.evaluation.modes import MODE_NAMES, THINKING_TARGETS, mode_name
 from twn_rl.evaluation.results import Evaluation
 
-TABLE_MODES = ("never", "latent", "always", "auto", "oracle", "sampled")
-ROUTING_MODES = ("never", "always", "auto", "random", "oracle")
+TABLE_MODES = ("never", "latent", "always", "auto", "policy", "oracle", "sampled")
+ROUTING_MODES = ("never", "always", "auto", "policy", "random", "oracle")
 
 
 @dataclass(frozen=True)

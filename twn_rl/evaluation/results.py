@@ -24,7 +24,8 @@ class Evaluation:
     Attributes:
         metrics: Flat, `<split>/<group>/<mode>/<metric>`; groups are `all`, tasks and hops.
         queries: Rows with `split, id, task, hop, mode, ranks, cot, think_tokens, problems,
-            nearest, positive, query, think_rate, seconds`, and by mode `gate_probability, weights`.
+            nearest, positive, query, think_rate, seconds`, and by mode `gate_probability,
+            policy_probability, weights`.
         targets: Target key -> `instruction, text, images`.
     """
 

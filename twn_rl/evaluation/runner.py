@@ -61,7 +61,8 @@ def evaluate(
 
     Raises:
         ValueError: For no records, non-finite vectors, mode "auto" without gate or threshold, or
-            mode "latent" without reason tokens.
+            mode "latent" without reason tokens, or mode "policy" of a model whose policy does not
+            decide.
     """
     settings = settings or EvaluationSettings()
     if not len(records):
@@ -80,6 +81,12 @@ def evaluate(
         raise ValueError(
             f"modes = {settings.modes} with num_reason_tokens = 0; expected a model with reason "
             "tokens; train one with recipes/latent_embed.py or drop the mode latent"
+        )
+    if "policy" in settings.modes and not model.is_policy_deciding:
+        raise ValueError(
+            f"modes = {settings.modes} with thinking_decision = "
+            f"{model.config.thinking_decision!r}; expected a policy that learned to decide; train "
+            "one with recipes/adaptive_embed.py or drop the mode policy"
         )
     was_training = model.training
     model.eval()
@@ -104,6 +111,8 @@ class _Run:
     ) -> None:
         self.model, self.records, self.settings = model, records, settings
         self.data_root, self.threshold = data_root, threshold
+        own = settings.policy_threshold
+        self.policy_threshold = model.config.policy_threshold if own is None else own
         self.candidates: Candidates = collect_candidates(
             records, scope=settings.candidates, data_root=data_root
         )
@@ -140,6 +149,8 @@ class _Run:
             metrics |= self._cosine_metrics(measured - {"always", "sampled"})
         if "auto" in asked and self.threshold is not None:
             metrics[f"{settings.split}/all/auto/gate_threshold"] = self.threshold
+        if "policy" in asked:
+            metrics[f"{settings.split}/all/policy/policy_threshold"] = self.policy_threshold
         return Evaluation(metrics, rows, self.candidates.describe())
 
     def _cosine_metrics(self, measured: set[str]) -> dict[str, float]:
@@ -241,6 +252,19 @@ class _Run:
             ]
             rate = sum(thinks) / len(thinks)
             self.rows["random"] = [modes.choose("random", *pair, rate) for pair in pairs]
+        if "policy" in chosen:
+            said = self.queries.policy_probabilities.tolist()
+            waits = self.queries.policy_seconds.tolist()
+            self.rows["policy"] = [
+                modes.choose(
+                    "policy",
+                    *pair,
+                    chance > self.policy_threshold,
+                    probability=chance,
+                    decision_seconds=wait,
+                )
+                for pair, chance, wait in zip(pairs, said, waits, strict=True)
+            ]
 
     def _embed_targets(self, *, is_thinking: bool = False) -> tuple[NDArray[Any], dict[str, float]]:
         """Return unit vectors (M, D) of all candidates, and how far they have collapsed."""

@@ -61,8 +61,9 @@ def encode_file(
     """Write the vectors of all rows of `source` to `output`, going on where an earlier run stopped.
 
     Beside the vectors stand the details of each row (`id`, `row`, `thought`, `gate_probability`,
-    `think_tokens`, `problem`, `error`) and what has been done; see `vector_files`. A bad row has a
-    zero vector and an error. Never more than a shard of rows is in memory.
+    `policy_probability`, `think_tokens`, `problem`, `error`) and what has been done; see
+    `vector_files`. A bad row has a zero vector and an error. Never more than a shard of rows is in
+    memory.
 
     Args:
         embedder: A `ThinkingEmbedder`.
@@ -128,6 +129,8 @@ def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | No
         if think == "auto":
             name = "gate_threshold" if side == "query" else "document_gate_threshold"
             about.append(getattr(model.config, name, None))
+            if side == "query" and model.config.thinking_decision == "policy":
+                about += ["policy", model.config.policy_threshold]
             gates = dict(getattr(model, "gates", {}).items())
             if side in gates:
                 weights |= {f"gate.{key}": w for key, w in gates[side].state_dict().items()}
@@ -231,6 +234,7 @@ def _detail(row: ItemRow, number: int) -> dict[str, Any]:
         "row": number,
         "thought": None,
         "gate_probability": None,
+        "policy_probability": None,
         "think_tokens": None,
         "problem": None,
         "error": None if row.error is None else str(row.error),
@@ -239,13 +243,15 @@ def _detail(row: ItemRow, number: int) -> dict[str, Any]:
 
 def _happened(result: Any, position: int) -> dict[str, Any]:
     """Return what the embedder says of one item, JSON-ready."""
-    gate, tokens = result.gate_probabilities[position], result.think_tokens[position]
+    gate, policy = result.gate_probabilities[position], result.policy_probabilities[position]
+    tokens = result.think_tokens[position]
     problems = [problem for problem in result.problems[position] if problem is not None]
     if position in result.truncated:
         problems.append("input_cut")
     return {
         "thought": next(iter(result.thoughts[position]), None),
         "gate_probability": None if gate is None else float(gate),
+        "policy_probability": None if policy is None else float(policy),
         "think_tokens": int(tokens),
         "problem": ", ".join(problems) or None,
         "error": result.errors.get(position),
