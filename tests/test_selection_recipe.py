@@ -10,7 +10,8 @@ from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.model import DualLoraModel
 from twn_rl.records import load_records
-from twn_rl.run import DataArguments, parse_arguments
+from twn_rl.run import DataArguments, ModelArguments, parse_arguments
+from twn_rl.sft import SftConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -128,6 +129,7 @@ def test_every_arm_trains_equally_and_the_first_one_judges(tmp_path: Path, launc
     import compare_selection
     import eval_embed
     import select_thoughts
+    import sft_embed
 
     script = compare_selection.CompareArguments(output_dir=str(tmp_path / "out"), max_steps=7)
     data = DataArguments(teacher_swap_rate=0.55)
@@ -154,6 +156,9 @@ def test_every_arm_trains_equally_and_the_first_one_judges(tmp_path: Path, launc
     assert "--max_steps=7" in differing[0]
     for words, arm in zip(trainings, compare_selection.ARMS, strict=True):
         assert f"--train_file={root / f'{arm}_thoughts' / 'selected.jsonl'}" in words
+        types = (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig)
+        _, _, own, training = parse_arguments(types, arguments=words[1:])
+        assert (own.data_root, training.max_steps, training.seed) == (str(root / "data"), 7, 3)
     for words in evaluations:
         parse_arguments((eval_embed.EvalScriptArguments, DataArguments), arguments=words[1:])
     compare_selection.run_seed(script, data, 3)

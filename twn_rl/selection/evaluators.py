@@ -22,7 +22,7 @@ from twn_rl.model import DualLoraModel
 from twn_rl.readout import position_ids
 from twn_rl.records import Item, Record
 from twn_rl.rollouts import RolloutScorer, pool_of
-from twn_rl.selection.shards import SelectionError
+from twn_rl.selection.shards import SelectionError, digest
 from twn_rl.target_bank import Processes
 
 EVALUATORS = ("margin", "yes_no")
@@ -87,8 +87,8 @@ class MarginEvaluator:
         self.plan: dict[str, Any] = {
             "evaluator": "margin",
             "scorer": self.scorer.targets.fingerprint,
-            "targets": self.scorer.targets.directory.name,
-            "num_targets": len(self.scorer.targets),
+            "targets": digest(self.scorer.targets.ids),
+            "queries": digest(self.scorer.queries.ids),
             "num_negatives": num_negatives,
         }
 
@@ -144,6 +144,7 @@ class YesNoEvaluator:
             "backbone_revision": model.config.backbone_revision,
             "weights": gate_fingerprints(model)["embedding"],
             "question": self.QUESTION,
+            "pairs": digest([repr((r.query, r.positive, r.negatives)) for r in records]),
             "num_negatives": num_negatives,
             "seed": seed,
         }
