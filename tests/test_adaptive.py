@@ -189,7 +189,7 @@ def test_the_primer_makes_a_policy_that_always_thinks_undecided(
     trainer = make_trainer(model, records, tmp_path, max_steps=8, primer_steps=100, warmup_steps=0)
     before = direct_probability(model, records)
     trainer.train()
-    assert direct_probability(model, records) > 5 * before
+    assert direct_probability(model, records) > 2 * before
     losses = [e["primer_loss"] for e in trainer.state.log_history if "primer_loss" in e]
     assert len(losses) == 8
     assert losses[-1] < losses[0]
@@ -205,7 +205,9 @@ def test_groups_that_only_think_get_a_direct_answer_of_one_token(
     direct = [ids == [eos] for ids in completions]
     assert direct == [False, False, False, True] * 2  # a random policy never ends at once here
     assert output["completion_mask"].sum(1).tolist() == [len(ids) for ids in completions]
-    assert output["is_pinned"].tolist() == direct
+    assert output["is_pinned"][torch.tensor(direct)].all()
+    opening = think_open_ids(model.backbone, model.renderer)[0]
+    assert {ids[0] for ids in completions} == {eos, opening}
     mean = trainer._metrics["train"]
     assert mean["rollouts/think_rate"] == [1.0]
     assert mean["rollouts/pinned_direct"] == [1 / GROUP]
