@@ -140,6 +140,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
 
         A first token that is neither decision counts as thinking, and its thought is opened anew,
         as it is in serving.
+
         Everything TRL computes afterwards, masks and log-probabilities, is of what stands here.
         """
         completions, logprobs = super()._generate_single_turn(
@@ -153,7 +154,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
             return completions, logprobs
         opening = think_open_ids(backbone, self.dual_model.renderer)[0]
         is_open = [ids[0] == opening for ids in completions]
-        flags = self._everywhere(torch.tensor([direct, is_open]).T)
+        flags = self._everywhere(torch.tensor([direct, is_open]).T.contiguous())
         pins = pinned_modes(flags[:, 0], num_generations, self.args.pinned_generations)
         is_undecided = ~flags.any(1)
         means = {
