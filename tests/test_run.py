@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from twn_rl.adaptive import AdaptiveGRPOConfig
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.records import Item, Record, write_records
 from twn_rl.run import (
@@ -104,6 +105,11 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
         import grpo_embed
 
         types = (grpo_embed.GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
+        values = parse(types, path)
+    elif "adaptive" in path.name:
+        import adaptive_embed
+
+        types = (adaptive_embed.AdaptiveScriptArguments, DataArguments, AdaptiveGRPOConfig)
         values = parse(types, path)
     elif "gate" in path.name:
         import gate_embed

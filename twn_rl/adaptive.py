@@ -138,6 +138,9 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
     ) -> tuple[list[list[int]], Any]:
         """Let TRL sample, then put rollouts of one-mode groups into the other mode.
 
+        A first token that is neither decision counts as thinking, and its thought is opened anew,
+        as it is in serving.
+
         Everything TRL computes afterwards, masks and log-probabilities, is of what stands here.
         """
         completions, logprobs = super()._generate_single_turn(
@@ -149,14 +152,18 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         self._is_pinned = torch.zeros(len(completions), dtype=torch.bool)
         if not policy.training:  # pyright: ignore[reportOptionalMemberAccess]
             return completions, logprobs
-        flags = self._everywhere(torch.tensor(direct))
-        pins = pinned_modes(flags, num_generations, self.args.pinned_generations)
-        self._log_means(
-            {
-                f"rollouts/pinned_{name}": (pins == mode).float().tolist()
-                for name, mode in (("direct", DIRECT), ("think", THINK))
-            }
-        )
+        opening = think_open_ids(backbone, self.dual_model.renderer)[0]
+        is_open = [ids[0] == opening for ids in completions]
+        flags = self._everywhere(torch.tensor([direct, is_open]).T.contiguous())
+        pins = pinned_modes(flags[:, 0], num_generations, self.args.pinned_generations)
+        is_undecided = ~flags.any(1)
+        means = {
+            "pinned_direct": pins == DIRECT,
+            "pinned_think": pins == THINK,
+            "undecided": is_undecided,
+        }
+        self._log_means({f"rollouts/{key}": means[key].float().tolist() for key in means})
+        pins = pins.masked_fill(is_undecided & (pins == KEEP), THINK)
         own = self._local(pins, len(completions))
         self._is_pinned = own != KEEP
         for row, mode in enumerate(own.tolist()):

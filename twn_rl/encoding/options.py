@@ -108,9 +108,11 @@ class EncodeOptions:
             "think_rate and think_threshold are both given, expected one": (
                 self.think_rate is None or self.think_threshold is None
             ),
-            "think_rate, think_threshold or think_decision where nothing is decided, expected them "
-            "with think='auto'": is_gated
-            or (self.think_rate, self.think_threshold, self.think_decision) == (None, None, None),
+            "think_rate or think_threshold without a gate, expected them with think='auto'": (
+                is_gated or (self.think_rate is None and self.think_threshold is None)
+            ),
+            f"think_decision = {self.think_decision!r} where nothing is decided, expected it with "
+            "think='auto'": is_gated or self.think_decision is None,
             f"think_decision = {self.think_decision!r}, expected one of "
             f"{get_args(ThinkingDecision)} or None": (
                 self.think_decision in (None, *get_args(ThinkingDecision))

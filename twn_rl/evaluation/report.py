@@ -84,6 +84,10 @@ def _tables(after: Evaluation, before: Evaluation | None) -> list[dict[str, Any]
     splits = splits_of(after)
     further = [further_table(split, after) for split in splits]
     tables = [quality_table(split, after, before) for split in splits]
+    # With a gate they stand where it is judged.
+    if not routed_queries(after.queries):
+        decided = [s for s in splits if f"{s}/all/policy/hit@1" in after.metrics]
+        tables += [routing_table(split, after) for split in decided]
     return tables + [table for table in further if table is not None]
 
 

@@ -1,0 +1,59 @@
+"""The recipe of adaptive control under a real launcher: two steps in two processes."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_distributed_recipes import GLOBAL_BATCH, ROOT, TORCHRUN, launch
+
+from twn_rl.model import DualLoraModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+SFT = {
+    "output_dir": "sft",
+    "reasoning_rank": 4,
+    "embedding_rank": 4,
+    "max_think_tokens": 12,
+    "max_steps": 1,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "no",
+    "report_to": "none",
+    "dataloader_drop_last": "true",
+    "dataloader_pin_memory": "false",
+    "ddp_find_unused_parameters": "true",
+}
+
+
+def test_two_processes_mix_groups_that_span_both_and_leave_a_policy_that_decides(
+    tmp_path: Path,
+) -> None:
+    lines = [f"{name}: {value}" for name, value in SFT.items()]
+    (tmp_path / "sft.yaml").write_text("\n".join(lines), encoding="utf-8")
+    flags = {
+        "config": ROOT / "recipes" / "configs" / "demo_adaptive.yaml",
+        "warm_start": tmp_path / "sft",
+        "warm_start_config": tmp_path / "sft.yaml",
+        "output_dir": tmp_path / "adaptive",
+        "demo_dir": tmp_path / "data",
+        "demo_scale": 0.02,
+        "max_steps": 2,
+        "per_device_train_batch_size": GLOBAL_BATCH // 2,
+        "num_generations": GLOBAL_BATCH,  # one group, half of it on each process
+        "max_completion_length": 8,
+        "evaluate": "false",
+    }
+    done = launch(
+        "adaptive_embed.py",
+        [f"--{name}={value}" for name, value in flags.items()],
+        config=TORCHRUN,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    text = (tmp_path / "adaptive" / "metrics.jsonl").read_text(encoding="utf-8")
+    first = json.loads(text.splitlines()[0])
+    # After SFT on thoughts nobody ends at once, so one rollout of the group is pinned.
+    assert first["rollouts/think_rate"] == 1.0
+    assert first["rollouts/pinned_direct"] == pytest.approx(1 / GLOBAL_BATCH)
+    model = DualLoraModel.from_pretrained(tmp_path / "adaptive")
+    assert model.is_policy_deciding
