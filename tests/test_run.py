@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from twn_rl.grpo import EmbedGRPOConfig
-from twn_rl.latent_trainer import LatentConfig
+from twn_rl.latent_config import LatentConfig
 from twn_rl.records import Item, Record, write_records
 from twn_rl.run import (
     DataArguments,
