@@ -26,7 +26,8 @@ from transformers import set_seed
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.evaluation.results import write_text
-from twn_rl.latent_trainer import LatentConfig, LatentTrainer
+from twn_rl.latent_config import LatentConfig
+from twn_rl.latent_trainer import LatentTrainer
 from twn_rl.monitor import MetricsWriter
 from twn_rl.run import (
     DataArguments,

@@ -16,7 +16,8 @@ from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.latent import LatentDecoder, LatentLearner, target_text, vector_losses, word_losses
-from twn_rl.latent_trainer import DECODER_FILE, LatentCollator, LatentConfig, LatentTrainer
+from twn_rl.latent_config import LatentConfig
+from twn_rl.latent_trainer import DECODER_FILE, LatentCollator, LatentTrainer
 from twn_rl.losses import false_negative_mask, info_nce
 from twn_rl.model import DualLoraModel
 from twn_rl.prefix import continue_prefix

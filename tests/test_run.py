@@ -11,6 +11,7 @@ import yaml
 
 from twn_rl.adaptive import AdaptiveGRPOConfig
 from twn_rl.grpo import EmbedGRPOConfig
+from twn_rl.latent_config import LatentConfig
 from twn_rl.records import Item, Record, write_records
 from twn_rl.run import (
     DataArguments,
@@ -119,6 +120,12 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
         import compare_selection
 
         values = parse((compare_selection.CompareArguments, DataArguments), path)
+    elif "latent" in path.name:
+        import latent_embed
+
+        types = (latent_embed.LatentScriptArguments, ModelArguments, DataArguments, LatentConfig)
+        values = parse(types, path)
+        values[1].config()
     else:
         pytest.fail(f"{path.name} belongs to no recipe this test knows; add it here")
     held = {name for value in values for name in vars(value)}
