@@ -9,6 +9,7 @@ The embedding adapter is frozen in every arm.
     python recipes/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     python recipes/ablate.py --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
     python recipes/ablate.py --gate true
+    python recipes/ablate.py --config recipes/configs/wordnet_smollm2.yaml
 
 Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
 model gets its own routing gate first and is measured with the gate deciding, too. Finished runs are
@@ -67,6 +68,10 @@ class AblateArguments:
     )
     gate: bool = field(
         default=False, metadata={"help": "Fit a routing gate on every model and measure with it."}
+    )
+    gate_config: str | None = field(
+        default=None,
+        metadata={"help": "YAML of the gate; default: that of recipes/gate_embed.py."},
     )
     parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
     launcher: list[str] = field(
@@ -185,7 +190,7 @@ def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) 
     """Fit the gate of one model if asked for, and evaluate it; do again what is out of date."""
     measured = model / EVALUATION_FOLDER / FINISHED_FILE
     if script.gate:
-        flags = gate_flags(model, shared, seed)
+        flags = gate_flags(script, model, shared, seed)
         drop_if_outdated(model / GATE_FOLDER / FINISHED_FILE, "gate_embed.py", flags)
         if launch(script, "gate_embed.py", flags, model / GATE_FOLDER):
             measured.unlink(missing_ok=True)
@@ -201,9 +206,10 @@ def drop_if_outdated(done: Path, recipe: str, flags: list[str]) -> None:
         done.unlink()
 
 
-def gate_flags(model: Path, shared: list[str], seed: int) -> list[str]:
+def gate_flags(script: AblateArguments, model: Path, shared: list[str], seed: int) -> list[str]:
     """Return the flags that fit a gate on one model with its own data and seed."""
-    return [f"--model={model}", *shared, f"--seed={seed}"]
+    config = [] if script.gate_config is None else [f"--config={script.gate_config}"]
+    return [*config, f"--model={model}", *shared, f"--seed={seed}"]
 
 
 def evaluation_flags(script: AblateArguments, model: Path, shared: list[str]) -> list[str]:
