@@ -137,7 +137,7 @@ def read_nouns(directory: str | Path) -> Nouns:
 def parse_synset(line: str) -> Synset:
     """Return the synset of one line of `data.noun`.
 
-    >>> line = "02121808 05 n 02 house_cat 0 moggy 0 001 @ 02121620 n 0000 | any tame cat; \\"she\\""
+    >>> line = "02121808 05 n 02 house_cat 0 moggy 0 001 @ 02121620 n 0000 | any tame cat"
     >>> synset = parse_synset(line)
     >>> synset.lemmas, synset.topic, synset.hypernyms, synset.definition
     (('house cat', 'moggy'), 'animal', ('02121620',), 'any tame cat')
