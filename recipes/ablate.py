@@ -73,6 +73,10 @@ class AblateArguments:
         default=None,
         metadata={"help": "YAML of the gate; default: that of recipes/gate_embed.py."},
     )
+    modes: list[str] = field(
+        default_factory=lambda: list(EVALUATION_MODES),
+        metadata={"help": "Modes to measure, see recipes/eval_embed.py; a gate adds its own."},
+    )
     parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
     launcher: list[str] = field(
         default_factory=lambda: ["--num_processes", "1"],
@@ -214,7 +218,7 @@ def gate_flags(script: AblateArguments, model: Path, shared: list[str], seed: in
 
 def evaluation_flags(script: AblateArguments, model: Path, shared: list[str]) -> list[str]:
     """Return the flags that evaluate one model into its folder."""
-    modes = (*EVALUATION_MODES, *GATE_MODES) if script.gate else EVALUATION_MODES
+    modes = (*script.modes, *GATE_MODES) if script.gate else script.modes
     flags = [f"--model={model}", f"--output_dir={model / EVALUATION_FOLDER}", *shared]
     return [*flags, "--report=false", "--modes", *modes, "--num_thoughts=2"]
 

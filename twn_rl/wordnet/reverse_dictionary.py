@@ -47,10 +47,10 @@ class ReverseDictionarySettings:
 
     seed: int = 0
     num_train: int = 5000
-    num_rl: int = 1500
-    num_validation: int = 200
-    num_test: int = 300
-    num_ood: int = 200
+    num_rl: int = 300
+    num_validation: int = 100
+    num_test: int = 200
+    num_ood: int = 100
     num_negatives: int = 5
     num_features: int = 2
     num_kinds: int = 2
