@@ -8,7 +8,8 @@ dependencies nor a download at run time:
     python recipes/prepare_smollm2.py --gguf_file my_model.gguf --output_dir outputs/my_model
 
 About half a minute and 538 MB; afterwards the folder loads in a second and the packages are no
-longer needed. With a GPU, or a CPU that computes in bfloat16, take --dtype bfloat16. GGUF files of other architectures that transformers can read convert the same way.
+longer needed. With a GPU, or a CPU that computes in bfloat16, take --dtype bfloat16. GGUF files of
+other architectures that transformers can read convert the same way.
 """
 
 from __future__ import annotations

@@ -47,11 +47,11 @@ class ReverseDictionarySettings:
 
     seed: int = 0
     num_train: int = 5000
-    num_rl: int = 300
+    num_rl: int = 200
     num_validation: int = 100
     num_test: int = 200
     num_ood: int = 100
-    num_negatives: int = 5
+    num_negatives: int = 8
     num_features: int = 2
     num_kinds: int = 2
     max_definition_words: int = 24
