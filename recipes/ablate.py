@@ -9,6 +9,7 @@ The embedding adapter is frozen in every arm.
     python recipes/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     python recipes/ablate.py --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
     python recipes/ablate.py --gate true
+    python recipes/ablate.py --config recipes/configs/wordnet_smollm2.yaml
 
 Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
 model gets its own routing gate first and is measured with the gate deciding, too. Finished runs are
@@ -63,6 +64,14 @@ class AblateArguments:
     )
     gate: bool = field(
         default=False, metadata={"help": "Fit a routing gate on every model and measure with it."}
+    )
+    gate_config: str | None = field(
+        default=None,
+        metadata={"help": "YAML of the gate; default: that of recipes/gate_embed.py."},
+    )
+    modes: list[str] = field(
+        default_factory=lambda: list(EVALUATION_MODES),
+        metadata={"help": "Modes to measure, see recipes/eval_embed.py; a gate adds its own."},
     )
     parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
     launcher: list[str] = field(
@@ -139,21 +148,22 @@ def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) 
     """Fit the gate of one model if asked for, and evaluate it; do again what is out of date."""
     stages, evaluation = Stages(RECIPES, script.launcher), model / EVALUATION_FOLDER
     if script.gate:
-        flags = gate_flags(model, shared, seed)
+        flags = gate_flags(script, model, shared, seed)
         if stages.run("gate_embed.py", flags, model / GATE_FOLDER, is_cheap=True):
             (evaluation / FINISHED_FILE).unlink(missing_ok=True)
     flags = evaluation_flags(script, model, shared)
     stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
 
 
-def gate_flags(model: Path, shared: list[str], seed: int) -> list[str]:
+def gate_flags(script: AblateArguments, model: Path, shared: list[str], seed: int) -> list[str]:
     """Return the flags that fit a gate on one model with its own data and seed."""
-    return [f"--model={model}", *shared, f"--seed={seed}"]
+    config = [] if script.gate_config is None else [f"--config={script.gate_config}"]
+    return [*config, f"--model={model}", *shared, f"--seed={seed}"]
 
 
 def evaluation_flags(script: AblateArguments, model: Path, shared: list[str]) -> list[str]:
     """Return the flags that evaluate one model into its folder."""
-    modes = (*EVALUATION_MODES, *GATE_MODES) if script.gate else EVALUATION_MODES
+    modes = (*script.modes, *GATE_MODES) if script.gate else script.modes
     flags = [f"--model={model}", f"--output_dir={model / EVALUATION_FOLDER}", *shared]
     return [*flags, "--report=false", "--modes", *modes, "--num_thoughts=2"]
 

@@ -183,8 +183,13 @@ def launched(ablate, tmp_path, monkeypatch):
 
 
 def test_the_flags_of_the_gate_recipe_name_the_model_its_data_and_its_seed(ablate, tmp_path):
-    flags = ablate.gate_flags(tmp_path / "grpo", ["--demo_seed=3"], 3)
-    assert flags == [f"--model={tmp_path / 'grpo'}", "--demo_seed=3", "--seed=3"]
+    plain, own = ablate.AblateArguments(), ablate.AblateArguments(gate_config="gate.yaml")
+    flags = [f"--model={tmp_path / 'grpo'}", "--demo_seed=3", "--seed=3"]
+    assert ablate.gate_flags(plain, tmp_path / "grpo", ["--demo_seed=3"], 3) == flags
+    assert ablate.gate_flags(own, tmp_path / "grpo", ["--demo_seed=3"], 3) == [
+        "--config=gate.yaml",
+        *flags,
+    ]
 
 
 def test_the_flags_of_an_evaluation_are_understood_and_ask_for_the_gate_only_if_there_is_one(

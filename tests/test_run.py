@@ -126,6 +126,12 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
         types = (latent_embed.LatentScriptArguments, ModelArguments, DataArguments, LatentConfig)
         values = parse(types, path)
         values[1].config()
+    elif path.name == "wordnet_smollm2.yaml":
+        import ablate
+
+        values = parse((ablate.AblateArguments, DataArguments), path)
+        for name in ("sft_config", "grpo_config", "gate_config"):
+            assert (ROOT / getattr(values[0], name)).is_file()
     else:
         pytest.fail(f"{path.name} belongs to no recipe this test knows; add it here")
     held = {name for value in values for name in vars(value)}
@@ -137,6 +143,8 @@ def test_model_arguments_become_a_model_config() -> None:
     assert config.backbone == "some/vlm"
     assert (config.reasoning_lora.r, config.reasoning_lora.alpha) == (3, 6)
     assert (config.embedding_lora.r, config.embedding_lora.alpha) == (5, 10)
+    assert config.renderer.system_prompt is None
+    assert ModelArguments(system_prompt="Be brief.").config().renderer.system_prompt == "Be brief."
     with pytest.raises(ValueError, match="interface = 'other'"):
         ModelArguments(interface="other").config()
 

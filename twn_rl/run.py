@@ -27,6 +27,7 @@ from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.mixtures import Mixture, is_mixture, load_mixture
 from twn_rl.model import DualLoraModel
 from twn_rl.records import RecordSet, load_records
+from twn_rl.templates import Renderer
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,10 @@ class ModelArguments:
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 is off."})
     max_think_tokens: int = field(default=256, metadata={"help": "Longest CoT in tokens."})
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message of every prompt; default: what the chat template adds."},
+    )
 
     def config(self) -> TwnConfig:
         """Return the model config; alpha is twice the rank, as in Embed-RL (2602.13823)."""
@@ -89,6 +94,7 @@ class ModelArguments:
             latent_documents=self.latent_documents,
             reasoning_lora=LoraSettings(reasoning, 2 * reasoning, self.lora_dropout),
             embedding_lora=LoraSettings(embedding, 2 * embedding, self.lora_dropout),
+            renderer=Renderer(system_prompt=self.system_prompt),
             max_think_tokens=self.max_think_tokens,
         )
 

@@ -1,0 +1,1 @@
+"""Real text: the nouns of WordNet as a reverse dictionary; knows no model."""
