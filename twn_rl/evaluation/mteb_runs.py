@@ -114,8 +114,6 @@ def find_tasks(
         ValueError: For an unknown name, with those like it.
         FileNotFoundError: For missing data of MRMR.
     """
-    known = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
-    known |= {alias: b for b in known.values() for alias in b.aliases}
     asked = settings.benchmark
     if asked.lower() == mrmr.NAME:
         _check_names(settings.tasks, [mrmr.task_name(name) for name in mrmr.INSTRUCTIONS])
@@ -127,16 +125,23 @@ def find_tasks(
                 "embedded default's data, that is without record files"
             )
         tasks: Iterable[Any] = [records_task(EMOJI_SCENES, splits)]
-    elif asked in known:
-        tasks = known[asked].tasks
     else:
-        raise ValueError(
-            f"benchmark = {asked!r}; expected 'mmeb_v2', {mrmr.NAME!r}, {EMOJI_SCENES!r} or one of "
-            f"mteb's{_like(asked, [*known, mrmr.NAME, EMOJI_SCENES])}; correct the name"
-        )
+        tasks = _mteb_benchmark(asked).tasks
     tasks = list(tasks)
     _check_names(settings.tasks, [task.metadata.name for task in tasks])
     return [t for t in tasks if settings.tasks is None or t.metadata.name in settings.tasks]
+
+
+def _mteb_benchmark(name: str) -> Any:
+    known: dict[str, Any] = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    known |= {alias: each for each in list(known.values()) for alias in each.aliases or ()}
+    if name not in known:
+        own = ["mmeb_v2", mrmr.NAME, EMOJI_SCENES]
+        raise ValueError(
+            f"benchmark = {name!r}; expected one of {own} or of mteb's names"
+            f"{_like(name, [*known, *own])}; correct the name"
+        )
+    return known[name]
 
 
 class _Run:

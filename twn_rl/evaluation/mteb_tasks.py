@@ -93,6 +93,10 @@ class OwnRetrieval(AbsTaskRetrieval):
         self.dataset = {"default": {split: _mteb_form(part) for split, part in data.items()}}
         self.data_loaded = True
 
+    def unload_data(self) -> None:
+        """Forget the splits; mteb's way would take the metadata too, which belong to this one."""
+        self.dataset, self.groups, self.data_loaded = {}, {}, False
+
     def task_specific_scores(
         self,
         scores: dict[str, dict[str, float]],
