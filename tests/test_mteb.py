@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import awaken, picture, picture_records
+from test_distributed_recipes import TORCHRUN, launch
 
 REASON = 'needs mteb: pip install -e ".[mteb]"'
 mteb = pytest.importorskip("mteb", reason=REASON)
@@ -29,6 +30,7 @@ from twn_rl.evaluation.mteb_tasks import (  # noqa: E402
     tie_averse_scores,
 )
 from twn_rl.evaluation.usage import Account, Usage, UsageBook  # noqa: E402
+from twn_rl.run import DataArguments, ModelArguments  # noqa: E402
 
 # mteb and what it calls warn of their own data.
 pytestmark = pytest.mark.filterwarnings("ignore:::(mteb|sklearn|scipy|datasets|dill|numpy).*")
@@ -231,8 +233,8 @@ def test_costs_of_an_unfinished_subset_are_dropped_and_those_of_finished_ones_ke
 def test_unknown_names_are_refused_with_those_like_them(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"'ViDoRe\(v9\)'.*such as ViDoRe\(v"):
         runs.find_tasks(settings(tmp_path, benchmark="ViDoRe(v9)"))
-    with pytest.raises(ValueError, match="such as .*Vidore2ESGReportsRetrieval"):
-        wrong = ["Vidore2ESGReportRetrieval"]
+    wrong = ["Vidore2ESGReportRetrieval"]
+    with pytest.raises(ValueError, match=r"such as .*Vidore2ESGReportsRetrieval"):
         runs.find_tasks(settings(tmp_path, benchmark="ViDoRe(v2)", tasks=wrong))
     with pytest.raises(ValueError, match="without records"):
         runs.find_tasks(settings(tmp_path))
@@ -279,3 +281,32 @@ def test_a_data_set_that_is_not_there_fails_its_task_alone(
         runs.run_benchmark(ThinkingEmbedder(make_model("llama")), asked, name="text")
     summary = json.loads((tmp_path / runs.SUMMARY_FILE).read_text(encoding="utf-8"))
     assert list(summary["failed"]) == ["NFCorpus"]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_processes_share_a_benchmark_and_score_as_one(tmp_path) -> None:
+    path = tmp_path / "model"
+    arguments = ModelArguments(reasoning_rank=2, embedding_rank=2, max_think_tokens=3)
+    arguments.build(0).save_pretrained(path)
+    flags = [f"--model={path}", "--demo_scale=0.02", "--demo_dir=data", "--output_dir=out"]
+    flags += ["--benchmark=EmojiScenes", "--think=always", "--batch_size=2"]
+    done = launch("eval_embed.py", flags, config=TORCHRUN, cwd=tmp_path)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    written = (tmp_path / "out" / EMOJI_SCENES / runs.SUMMARY_FILE).read_text(encoding="utf-8")
+    two = json.loads(written)
+    data = DataArguments(demo_scale=0.02, demo_dir=str(tmp_path / "data"))
+    one = runs.run_benchmark(
+        ThinkingEmbedder.from_pretrained(path),
+        settings(tmp_path / "one", think="always", batch_size=2),
+        name="model",
+        splits={name: data.load(name) for name in ("test", "ood")},
+    )
+    timed = {"seconds": 0.0}
+    for summary in (one, two):
+        for row in summary["tasks"]:
+            row["queries"] |= timed
+            row["documents"] |= timed
+    assert two == one
+    names = ["results/**/EmojiScenes.json", "costs/**/EmojiScenes.json"]
+    assert [len(list((tmp_path / "out").glob(f"**/{name}"))) for name in names] == [1, 1]

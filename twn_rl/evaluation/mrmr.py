@@ -14,13 +14,15 @@ import io
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
@@ -175,7 +177,8 @@ def _text_rows(path: Path) -> list[dict[str, Any]]:
     texts = [name for name in ("id", "text", "category") if name in names]
     pictures = [name for name in names if name == "image" or _NUMBERED.fullmatch(name)]
     # Of a picture's two parts the path is read: small, and null where the picture is.
-    table = file.read(columns=[*texts, *(f"{name}.path" for name in pictures)])
+    with _naming(path):
+        table = file.read(columns=[*texts, *(f"{name}.path" for name in pictures)])
     is_there = {name: table.column(name).is_valid().to_pylist() for name in pictures}
     rows = table.select(texts).to_pylist()
     for index, row in enumerate(rows):
@@ -187,7 +190,8 @@ def _relevance(folder: Path, queries: set[str], corpus: set[str]) -> dict[str, d
     """Return query -> document -> score above 0; sets spell the columns with - or _."""
     relevant: dict[str, dict[str, int]] = {}
     for path in _shards(folder, "qrels"):
-        table = _open(path).read()
+        with _naming(path):
+            table = _open(path).read()
         names = [name.replace("_", "-") for name in table.column_names]
         if not {"query-id", "corpus-id", "score"} <= set(names):
             raise ValueError(
@@ -240,21 +244,38 @@ def _cell(path: Path, column: str, row: int) -> dict[str, Any] | None:
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         if row < size:
-            return _column(path, column, group)[row].as_py()
+            return _column(path, _stamp(path), column, group)[row].as_py()
         row -= size
     raise IndexError(f"{path} has no row {row}")
 
 
 @lru_cache(maxsize=16)  # of one row group each, for the few columns that neighbours have
-def _column(path: Path, column: str, group: int) -> Any:
-    return _open(path).read_row_group(group, columns=[column]).column(column)
+def _column(path: Path, stamp: tuple[int, int], column: str, group: int) -> Any:
+    with _naming(path):
+        return _open(path).read_row_group(group, columns=[column]).column(column)
+
+
+def _open(path: Path) -> pq.ParquetFile:
+    return _opened(path, _stamp(path))
 
 
 @lru_cache(maxsize=64)
-def _open(path: Path) -> pq.ParquetFile:
-    try:
+def _opened(path: Path, stamp: tuple[int, int]) -> pq.ParquetFile:
+    with _naming(path):
         return pq.ParquetFile(path)
-    except (OSError, ValueError) as error:
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Return what changes when a file is replaced, so that nothing of the old one is used."""
+    facts = path.stat()
+    return facts.st_mtime_ns, facts.st_size
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
         raise ValueError(
             f"{path} cannot be read ({error}); expected a whole parquet file; download it again"
         ) from error

@@ -151,6 +151,7 @@ def own_metadata(name: str, *, revision: str, main_score: str, **settings: Any) 
         "eval_splits": ["test"],
         "eval_langs": ["eng-Latn"],
         "reference": None,
+        "description": name,
         "prompt": None,
         **settings,
     }
