@@ -240,15 +240,16 @@ class _Run:
 
     def _row(self, task: Any, result: Any, parts: list[str]) -> dict[str, Any]:
         filtered = result.validate_and_filter_scores(task)
+        # As mteb keeps them on disk, so that a resumed run says the same.
         subsets = {
-            split: {row["hf_subset"]: row["main_score"] for row in rows}
+            split: {row["hf_subset"]: round(row["main_score"], 6) for row in rows}
             for split, rows in filtered.scores.items()
         }
         costs = self.encoder.usage
         return {
             "task": task.metadata.name,
             "metric": task.metadata.main_score,
-            "score": float(filtered.get_score()),
+            "score": float(np.mean([s for split in subsets.values() for s in split.values()])),
             "scores": subsets,
             "dataset_revision": result.dataset_revision,
             "queries": costs.total(parts, "query").rates(),
