@@ -178,7 +178,8 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
             f"benchmark = {script.benchmark!r} without mteb; expected it to be installed; run "
             'pip install "twn-rl[mteb]"'
         )
-    from twn_rl.evaluation.mteb_runs import BenchmarkSettings, format_table, run_benchmark
+    from twn_rl.evaluation.mteb_runs import BenchmarkSettings, run_benchmark
+    from twn_rl.evaluation.mteb_summary import format_table
     from twn_rl.evaluation.mteb_tasks import EMOJI_SCENES
 
     output = Path(script.output_dir) / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")

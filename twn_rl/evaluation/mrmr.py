@@ -201,10 +201,10 @@ def _relevance(folder: Path, queries: set[str], corpus: set[str]) -> dict[str, d
         for row, cells in enumerate(table.rename_columns(names).to_pylist()):
             query, document = str(cells["query-id"]), str(cells["corpus-id"])
             if query not in queries or document not in corpus:
-                unknown = f"query-id = {query!r}" if query not in queries else ""
-                unknown = unknown or f"corpus-id = {document!r}"
+                is_query = query not in queries
+                name = f"query-id = {query!r}" if is_query else f"corpus-id = {document!r}"
                 raise ValueError(
-                    f"{path} row {row}: {unknown} is in no row of {folder}; expected a known id; "
+                    f"{path} row {row}: {name} is in no row of {folder}; expected a known id; "
                     "download all files of one revision"
                 )
             if int(cells["score"]) > 0:

@@ -18,14 +18,21 @@ from mteb.models.modality_collators import FramesCollator
 from mteb.models.model_meta import ModelMeta, ScoringFunction
 from mteb.types import PromptType
 from numpy.typing import NDArray
-from torch import distributed
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from twn_rl.encode import Side, ThinkingEmbedder
 from twn_rl.encoding.inputs import InputError
 from twn_rl.encoding.options import ThinkMode
 from twn_rl.evaluation.mteb_inputs import Reader, task_instruction
+from twn_rl.evaluation.mteb_shares import (
+    BATCHES_PER_CALL,
+    assemble,
+    chunk_rows,
+    on_all_processes,
+    own_share,
+    processes,
+)
 from twn_rl.evaluation.queries import COLLAPSE_SAMPLE
 from twn_rl.evaluation.usage import Account, Usage, UsageBook
 from twn_rl.fingerprints import reasoner_fingerprint, scorer_fingerprint
@@ -34,8 +41,6 @@ from twn_rl.metrics import collapse_report
 
 logger = logging.getLogger(__name__)
 
-# Batches handed over in one call: inputs of like length meet, and thoughts are written together.
-BATCHES_PER_CALL = 4
 FRAMES_PER_VIDEO = 8
 # Unit vectors of distinct inputs this alike say nothing about them.
 COLLAPSED_COSINE = 0.99
@@ -115,11 +120,9 @@ class MtebEncoder(AbsEncoder):
         side: Side = "document" if prompt_type == PromptType.document else "query"
         where = f"{task_metadata.name} {hf_split}/{hf_subset}: {side}"
         usage = Usage()
-        backbone = self.embedder.model.backbone
-        readouts = backbone.tokenizer.convert_ids_to_tokens(self.embedder.model.readout_ids)
         reader = Reader(
             task_instruction(task_metadata, prompt_type),
-            backbone.placeholder_tokens() | set(readouts),
+            self._reserved_tokens(),
             self.open_picture,
             usage,
         )
@@ -130,7 +133,7 @@ class MtebEncoder(AbsEncoder):
         def share() -> tuple[NDArray[np.float32], Usage]:
             return self._embed(inputs, reader, side=side, where=where, is_quiet=is_quiet), usage
 
-        vectors = _assemble(_on_all_processes(share), _chunk_rows(inputs), usage)
+        vectors = assemble(on_all_processes(share), chunk_rows(inputs), usage)
         check_vectors(where, vectors, usage)
         self.usage.note(task_metadata.name, Account(hf_split, hf_subset, side), usage)
         return vectors
@@ -142,8 +145,8 @@ class MtebEncoder(AbsEncoder):
         batch_size = inputs.batch_size or 1
         options = {**self.options, **self._think_options(side), "batch_size": batch_size}
         parts = [np.zeros((0, self.embedder.get_embedding_dimension()), np.float32)]
-        rows, first = _chunk_rows(inputs)[_processes()[0]], 0
-        for items in _calls(_own_share(inputs), reader, description=where, is_quiet=is_quiet):
+        rows, first = chunk_rows(inputs)[processes()[0]], 0
+        for items in _calls(own_share(inputs), reader, description=where, is_quiet=is_quiet):
             try:
                 details = self.embedder.encode(
                     items, side=side, return_details=True, show_progress_bar=False, **options
@@ -155,6 +158,11 @@ class MtebEncoder(AbsEncoder):
             parts.append(details.embeddings)
             first += len(items)
         return np.concatenate(parts)
+
+    def _reserved_tokens(self) -> set[str]:
+        model = self.embedder.model
+        readouts = model.backbone.tokenizer.convert_ids_to_tokens(model.readout_ids)
+        return set(model.backbone.placeholder_tokens()) | set(readouts)
 
     def _think_options(self, side: Side) -> dict[str, Any]:
         think = self.think[side]
@@ -241,71 +249,3 @@ def _calls(
             pending = []
     if pending:
         yield pending
-
-
-def _processes() -> tuple[int, int]:
-    """Return this process's rank and how many there are."""
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1
-
-
-def _chunk_rows(inputs: DataLoader[Any]) -> list[list[int]]:
-    """Return the rows of each process: chunks of one call, dealt in turn."""
-    count, (_, world) = len(inputs.dataset), _processes()  # type: ignore[arg-type]
-    size = BATCHES_PER_CALL * (inputs.batch_size or 1)
-    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    return [[row for chunk in chunks[rank::world] for row in chunk] for rank in range(world)]
-
-
-def _own_share(inputs: DataLoader[Any]) -> DataLoader[Any]:
-    """Return a loader of this process's rows, which decodes no others."""
-    rank, world = _processes()
-    if world == 1:
-        return inputs
-    return DataLoader(
-        Subset(inputs.dataset, _chunk_rows(inputs)[rank]),
-        batch_size=inputs.batch_size,
-        collate_fn=inputs.collate_fn,
-        num_workers=inputs.num_workers,
-    )
-
-
-def _on_all_processes(
-    work: Callable[[], tuple[NDArray[np.float32], Usage]],
-) -> list[tuple[NDArray[np.float32], Usage]]:
-    """Return what `work` returned on each process; a failure on one is raised on all.
-
-    Raises:
-        RuntimeError: If another process failed; on that one, its own exception.
-    """
-    rank, world = _processes()
-    if world == 1:
-        return [work()]
-    mine: tuple[NDArray[np.float32], Usage] | str
-    problem: Exception | None = None
-    try:
-        mine = work()
-    except Exception as error:  # the others wait for this process: all must hear of it
-        problem, mine = error, f"process {rank}: {error}"
-    everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, mine)
-    if problem is not None:
-        raise problem
-    failures = [part for part in everyone if isinstance(part, str)]
-    if failures:
-        raise RuntimeError("; ".join(failures))
-    return everyone
-
-
-def _assemble(
-    parts: list[tuple[NDArray[np.float32], Usage]], rows: list[list[int]], usage: Usage
-) -> NDArray[np.float32]:
-    """Return all vectors in the order of the inputs and add up what they cost into `usage`."""
-    total = Usage()
-    vectors = np.zeros((sum(map(len, rows)), parts[0][0].shape[1]), np.float32)
-    for (part, cost), places in zip(parts, rows, strict=True):
-        vectors[np.array(places, dtype=int)] = part
-        total.add(cost)
-    usage.__dict__.update(total.__dict__)
-    return vectors

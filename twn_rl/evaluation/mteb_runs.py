@@ -25,6 +25,7 @@ from twn_rl.encode import ThinkingEmbedder
 from twn_rl.encoding.options import ThinkMode
 from twn_rl.evaluation import mrmr
 from twn_rl.evaluation.mteb_encoder import MtebEncoder
+from twn_rl.evaluation.mteb_summary import format_row, format_table
 from twn_rl.evaluation.mteb_tasks import EMOJI_SCENES, records_task
 from twn_rl.evaluation.results import write_text
 from twn_rl.evaluation.usage import UsageBook
@@ -271,43 +272,6 @@ class _ReadOnlyCache(ResultCache):
 
     def save_to_cache(self, *args: Any, **kwargs: Any) -> None:
         """Write nothing."""
-
-
-def format_row(row: Mapping[str, Any]) -> str:
-    """Return one line about a task."""
-    cost = row["queries"]
-    spent = (
-        ""
-        if not cost
-        else (
-            f", think rate {cost['think_rate']:.2f}, {cost['think_tokens']:.1f} think tokens and "
-            f"{cost['seconds']:.4f} s a query"
-        )
-    )
-    return f"{row['task']}: {row['metric']} {row['score']:.4f}{spent}"
-
-
-def format_table(summary: Mapping[str, Any]) -> str:
-    """Return the summary as a Markdown table."""
-    head = "| task | metric | score | think rate | think tokens | seconds a query | remark |"
-    lines = [head, "|---|---|---:|---:|---:|---:|---|"]
-    for row in summary["tasks"]:
-        cost = row["queries"]
-        columns = [row["task"], row["metric"], f"{row['score']:.4f}"]
-        columns += (
-            [f"{cost['think_rate']:.3f}", f"{cost['think_tokens']:.1f}"] if cost else ["", ""]
-        )
-        columns += [f"{cost['seconds']:.4f}" if cost else "", ""]
-        lines.append(f"| {' | '.join(columns)} |")
-    for kind in ("skipped", "failed"):
-        for task, reason in summary[kind].items():
-            remark = f"{kind}: {reason}".replace("|", "/").replace("\n", " ")
-            lines.append(f"| {task} | | | | | | {remark} |")
-    count = len(summary["tasks"])
-    if count:
-        which = f"mean of {count} of {summary['num_tasks']} tasks"
-        lines.append(f"| {which} | | {summary['mean_of_measured']:.4f} | | | | |")
-    return "\n".join(lines) + "\n"
 
 
 def _check_names(asked: Sequence[str] | None, known: Sequence[str]) -> None:
