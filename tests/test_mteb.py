@@ -46,6 +46,7 @@ def settings(folder: Path, **changes: Any) -> runs.BenchmarkSettings:
     return runs.BenchmarkSettings(**{**values, **changes})
 
 
+@pytest.mark.slow
 def test_mock_run_passes_with_texts_pictures_and_both(embedder) -> None:
     encoder = MtebEncoder(embedder, name="tiny", think="always", max_think_tokens=2)
     assert encoder.meta.modalities == ["text", "image", "video"]
