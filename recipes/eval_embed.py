@@ -2,10 +2,17 @@
 
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --before outputs/demo/sft
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
+    accelerate launch recipes/eval_embed.py --model MODEL --benchmark "ViDoRe(v2)" --think auto
+    accelerate launch recipes/eval_embed.py --model MODEL --benchmark mrmr --data_root DIR
 
 A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
 chance deciding at the same rate; routing.json then says what the gate is worth. One whose policy
 decides (recipes/adaptive_embed.py) is also measured with its own decisions, mode policy.
+
+With a benchmark (any of mteb's by name, mrmr, or EmojiScenes, the embedded default as a task of
+mteb; extra "mteb"), nothing else is measured: benchmark.json and benchmark.md in a folder of its
+name hold each task's score with think rate, think tokens and seconds per query. Processes share the
+inputs, finished tasks are kept. With HF_DATASETS_OFFLINE=1 data sets are read from the cache only.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
 per_query.jsonl, targets.json and a self-contained report.html. Ties count against the model and
@@ -14,8 +21,10 @@ non-finite vectors are refused. About a minute a model on two CPU cores for the 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +33,8 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.config import TwnConfig
+from twn_rl.encode import ThinkingEmbedder
+from twn_rl.encoding.options import ThinkMode
 from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
 from twn_rl.evaluation.report import write_report
 from twn_rl.evaluation.results import Evaluation, merge_evaluations, write_text
@@ -85,6 +96,22 @@ class EvalScriptArguments:
     num_thoughts: int = field(default=4, metadata={"help": "Sampled CoTs per query, mode sampled."})
     seed: int = field(default=0, metadata={"help": "Of sampling, borrowed CoTs and the bootstrap."})
     report: bool = field(default=True, metadata={"help": "Write report.html."})
+    benchmark: str | None = field(
+        default=None, metadata={"help": "Run this benchmark: a name of mteb's, mrmr, EmojiScenes."}
+    )
+    tasks: list[str] | None = field(
+        default=None, metadata={"help": "Tasks of the benchmark; default: all."}
+    )
+    think: ThinkMode | None = field(
+        default=None,
+        metadata={"help": "Who thinks in a benchmark; default: auto with a gate, else never."},
+    )
+    think_documents: ThinkMode = field(
+        default="never", metadata={"help": "The same for the documents of a benchmark."}
+    )
+    max_think_tokens: int | None = field(
+        default=None, metadata={"help": "Longest thought in a benchmark; default: the model's."}
+    )
 
     def __post_init__(self) -> None:
         """Refuse a threshold that nothing would look at."""
@@ -104,6 +131,8 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     set_up_logging()
     set_seed(script.seed)
     output = Path(script.output_dir)
+    if script.benchmark is not None:
+        return measure_benchmark(script, data)
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
     if PartialState().is_main_process:
         save_run(output, script, data)
@@ -150,6 +179,39 @@ def measure(
         )
         for name, records in splits.items()
     )
+
+
+def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
+    """Run a benchmark on all processes; return the folder of its results."""
+    assert script.benchmark is not None
+    if importlib.util.find_spec("mteb") is None:
+        raise ModuleNotFoundError(
+            f"benchmark = {script.benchmark!r} without mteb; expected it to be installed; run "
+            'pip install "twn-rl[mteb]"'
+        )
+    from twn_rl.evaluation.mteb_runs import BenchmarkSettings, run_benchmark
+    from twn_rl.evaluation.mteb_summary import format_table
+    from twn_rl.evaluation.mteb_tasks import EMOJI_SCENES
+
+    output = Path(script.output_dir) / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
+    names = script.splits if script.benchmark == EMOJI_SCENES and data.is_demo() else []
+    splits = {name: data.load(name) for name in names}  # pyright: ignore[reportArgumentType]
+    save_run(output, script, data)
+    settings = BenchmarkSettings(
+        benchmark=script.benchmark,
+        output_dir=output,
+        tasks=script.tasks,
+        think=script.think,
+        think_documents=script.think_documents,
+        gate_threshold=script.gate_threshold,
+        max_think_tokens=script.max_think_tokens,
+        batch_size=script.batch_size,
+        data_root=data.data_root,
+    )
+    embedder = ThinkingEmbedder.from_pretrained(script.model, device=PartialState().device)
+    summary = run_benchmark(embedder, settings, name=Path(script.model).name, splits=splits)
+    logger.info("%s:\n%s", output, format_table(summary))
+    return output
 
 
 def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, ...]:
