@@ -2,8 +2,9 @@
 
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --before outputs/demo/sft
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
+    accelerate launch recipes/eval_embed.py --benchmark mmeb_v2 --data_root MMEB-V2 --model DIR
 
-A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
+With --benchmark the recipe of that benchmark runs instead, with flags of its own. A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
 chance deciding at the same rate; routing.json then says what the gate is worth.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import json
 import logging
+import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +36,8 @@ from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 
 logger = logging.getLogger(__name__)
 
+# Name after --benchmark -> recipe beside this one.
+BENCHMARKS = {"mmeb_v2": "eval_mmeb_v2.py"}
 REPORTED_SPLITS = ("test", "ood")
 # The model before RL shares the frozen embedding adapter: only its own thoughts differ.
 BEFORE_MODES = ("never", "always")
@@ -177,5 +182,18 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
             logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)
 
 
-if __name__ == "__main__":
+def benchmark_recipe(arguments: Sequence[str]) -> Path | None:
+    """Return the recipe that --benchmark asks for, None without one."""
+    words = [word for argument in arguments for word in argument.split("=", 1)]
+    if "--benchmark" not in words:
+        return None
+    name = "".join(words[words.index("--benchmark") + 1 :][:1])
+    if name not in BENCHMARKS:
+        raise ValueError(f"benchmark = {name!r}; expected one of {list(BENCHMARKS)}; correct it")
+    return Path(__file__).with_name(BENCHMARKS[name])
+
+
+if __name__ == "__main__" and (recipe := benchmark_recipe(sys.argv[1:])) is not None:
+    runpy.run_path(str(recipe), run_name="__main__")
+elif __name__ == "__main__":
     main(*parse_arguments((EvalScriptArguments, DataArguments), description=__doc__))

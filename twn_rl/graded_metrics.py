@@ -1,7 +1,7 @@
 """All ranking metrics of one query with several, perhaps graded, positives. Knows no models.
 
-The formulas are those of MMEB-V2's scorer (TIGER-AI-Lab/VLM2Vec), over positions in which ties count
-against the model.
+The formulas are those of MMEB-V2's scorer (TIGER-AI-Lab/VLM2Vec), over positions in which ties
+count against the model.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -97,7 +97,7 @@ def _check(scores: NDArray[np.float64], gains: NDArray[np.float64], ks: Sequence
     if not is_fine or not np.isfinite(scores).all() or not np.isfinite(gains).all():
         raise ValueError(
             f"similarities {scores.shape} with {int((~np.isfinite(scores)).sum())} non-finite "
-            f"numbers and relevance {gains.shape} with {int((~np.isfinite(gains)).sum())}; expected "
+            f"numbers, relevance {gains.shape} with {int((~np.isfinite(gains)).sum())}; expected "
             "(M,) finite both; find the input that gives NaN or infinity, it is never ranked"
         )
     if (gains < 0).any() or not (gains > 0).any() or min(ks) < 1:

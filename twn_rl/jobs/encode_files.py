@@ -54,7 +54,7 @@ class ItemSource(Protocol):
 
     path: Path
     side: Side
-    fields: Mapping[str, str]
+    fields: dict[str, str]
     data_root: Path
     ignored_fields: Counter[str]
 
