@@ -4,8 +4,9 @@
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
     accelerate launch recipes/eval_embed.py --benchmark mmeb_v2 --data_root MMEB-V2 --model DIR
 
-With --benchmark the recipe of that benchmark runs instead, with flags of its own. A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
-chance deciding at the same rate; routing.json then says what the gate is worth.
+A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
+chance deciding at the same rate; routing.json then says what the gate is worth. With --benchmark
+the recipe of that benchmark runs instead, with flags of its own.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
 per_query.jsonl, targets.json and a self-contained report.html. Ties count against the model and

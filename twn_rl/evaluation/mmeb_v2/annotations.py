@@ -93,8 +93,9 @@ def _files(place: Path, config: str | None, split: str) -> list[DataFile]:
     if config and folder == place:
         files = [file for file in files if file.subset.split("/")[-1] == config]
     elif folder == place:
-        # Rows of a task without subsets lie at the top or in data, not in folders of other things.
-        files = [file for file in files if _depth(file.path, folder) == 0]
+        # Rows of a task without subsets lie at the top or in data, or in the one folder there is.
+        top = [file for file in files if _depth(file.path, folder) == 0]
+        files = top or (files if len({file.subset for file in files}) == 1 else [])
     return [file for file in files if file.split == split] or [
         file for file in files if file.split is None
     ]

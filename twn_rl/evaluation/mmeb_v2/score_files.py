@@ -180,8 +180,9 @@ def table(
     tasks: Sequence[MmebTask],
 ) -> str:
     """Return all scores with what they cost, and the means, as Markdown."""
+    measured = f"{summary['num_measured']} of {summary['num_tasks']}"
     lines = [
-        f"Labels: {summary['label_set']}; tasks: {summary['num_measured']} of {summary['num_tasks']}.",
+        f"Labels: {summary['label_set']}; tasks: {measured}.",
         "",
         "| task | metric | score in % | think rate in % | think tokens | seconds a query |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
