@@ -41,7 +41,7 @@ def save(path: Path, seed: int) -> str:
     return path.name
 
 
-def write_frames(folder: Path, count: int = 3, *, seed: int = 0) -> None:
+def write_frames(folder: Path, count: int = 2, *, seed: int = 0) -> None:
     """Write frames named as ffmpeg numbers them."""
     for index in range(count):
         save(folder / f"frame_{index + 1:04d}.jpg", 1000 * seed + index)

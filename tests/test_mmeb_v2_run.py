@@ -1,4 +1,4 @@
-"""MMEB-V2 from folders to score files with a tiny model: resume, bad tasks, costs, two processes."""
+"""MMEB-V2 from folders to score files: resume, bad tasks, costs, two processes."""
 
 import json
 import shutil
@@ -24,7 +24,8 @@ from twn_rl.jobs.vector_files import read_meta
 from twn_rl.model import DualLoraModel
 
 TASKS = load_tasks()
-NEVER = EncodeSettings(think="never", shard_size=3, batch_size=2)
+NEVER = EncodeSettings(think="never", shard_size=16, batch_size=16)
+SHARDS = EncodeSettings(think="never", shard_size=3)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_every_family_is_scored_from_its_own_vectors(embedder, root, tmp_path) -
 
 def test_a_second_run_keeps_scores_and_makes_only_what_is_missing(embedder, root, tmp_path) -> None:
     names = ["MSVD", "OK-VQA"]
-    run(embedder, root, tmp_path, names)
+    run(embedder, root, tmp_path, names, SHARDS)
     before = score_of(tmp_path, "MSVD")
     vectors = tmp_path / "vectors/video/MSVD"
     old = (vectors / "document-00000.npy").stat().st_mtime_ns
@@ -104,7 +105,7 @@ def test_a_second_run_keeps_scores_and_makes_only_what_is_missing(embedder, root
     for path in vectors.glob("document-00001.*"):
         path.unlink()
     (tmp_path / "video/MSVD_score.json").unlink()  # killed after the first part
-    report = run(embedder, root, tmp_path, names)
+    report = run(embedder, root, tmp_path, names, SHARDS)
     assert (report.measured, report.kept) == (["MSVD"], ["OK-VQA"])
     assert score_of(tmp_path, "MSVD") == before
     assert (vectors / "document-00000.npy").stat().st_mtime_ns == old
@@ -112,9 +113,14 @@ def test_a_second_run_keeps_scores_and_makes_only_what_is_missing(embedder, root
     with pytest.raises(MixedScoresError, match="think = 'always'"):
         run(embedder, root, tmp_path, ["MSVD"], EncodeSettings(think="always"))
     with pytest.raises(MixedScoresError, match="OK-VQA"):
-        averaged = [TASKS["OK-VQA"]]
-        again = EncodeSettings(think="always")
-        run(embedder, root, tmp_path, ["CIRR"], again, averaged_with=averaged)
+        run(
+            embedder,
+            root,
+            tmp_path,
+            ["CIRR"],
+            EncodeSettings(think="always"),
+            averaged_with=[TASKS["OK-VQA"]],
+        )
 
 
 def test_a_bad_task_costs_its_own_score_only(embedder, tmp_path) -> None:
@@ -130,7 +136,8 @@ def test_a_bad_task_costs_its_own_score_only(embedder, tmp_path) -> None:
     report = run(embedder, root, tmp_path / "out", ["ViDoRe_docvqa", "MSVD", "OK-VQA"])
     assert report.measured == ["OK-VQA"]
     assert list(report.failed) == ["ViDoRe_docvqa", "MSVD"]
-    assert "'3'" in report.failed["ViDoRe_docvqa"]
+    assert "test-00000-of-00001.parquet, row 3" in report.failed["ViDoRe_docvqa"]
+    assert "truncated" in report.failed["ViDoRe_docvqa"]
     assert "row 3" in report.failed["MSVD"]
     assert "FAILED MSVD" in str(report)
     assert score_of(tmp_path / "out", "OK-VQA")["num_pred"] == 4

@@ -29,7 +29,7 @@ KS = (1, 5, 10)
 
 
 def official_metrics(scores, gains, k: int) -> dict[str, float]:
-    """Return the official metrics of one query by its sorted list, as the leaderboard defines them."""
+    """Return the official metrics of one query from its sorted list of candidates."""
     ranked = np.argsort(-np.asarray(scores))
     top = [float(gains[i]) for i in ranked[:k]]
     found, relevant = sum(gain > 0 for gain in top), int((np.asarray(gains) > 0).sum())

@@ -44,6 +44,7 @@ class PageCorpus:
     instruction: str | None
     has_long_names: bool
     keys: list[str] = field(default_factory=list)
+    _places: list[tuple[Path, int]] = field(default_factory=list)
     _rows: Iterator[tuple[int, Row]] | None = None
     _next: int = 0
 
@@ -60,6 +61,7 @@ class PageCorpus:
                     )
                 seen.add(key)
                 self.keys.append(key)
+                self._places.append((row.file, row.number))
 
     def read(self, start: int, stop: int) -> Sequence[Item | RecordError]:
         """Return the items of some pages; going forward reads no file twice."""
@@ -73,6 +75,11 @@ class PageCorpus:
                 break
         self._next = stop
         return items
+
+    def name(self, number: int) -> str:
+        """Return the id of a page, its file and its row."""
+        path, row = self._places[number]
+        return f"{self.keys[number]} ({path.parent.name}/{path.name}, row {row})"
 
     def _item(self, row: Row) -> Item | RecordError:
         try:

@@ -180,7 +180,8 @@ class TaskEncoder:
             ids = [query.id for query in data.queries[start:stop]]
             items: Sequence[Item | RecordError] = [q.item for q in data.queries[start:stop]]
         else:
-            ids, items = data.targets.keys[start:stop], data.targets.read(start, stop)
+            ids = [data.targets.name(number) for number in range(start, stop)]
+            items = data.targets.read(start, stop)
         path = self._path(folder, side, number)
         part = _Part(side, f"{folder.name}/{path.stem}", ids, items)
         began = time.perf_counter()

@@ -39,6 +39,10 @@ class Targets(Protocol):
         """Return the items of some of them, or what is wrong with one."""
         ...
 
+    def name(self, number: int) -> str:
+        """Return what errors call one: its key, and where it stands if it is in a file."""
+        ...
+
 
 @dataclass
 class ItemTargets:
@@ -63,6 +67,10 @@ class ItemTargets:
     def read(self, start: int, stop: int) -> Sequence[Item | RecordError]:
         """Return the items of some targets."""
         return self.items[start:stop]
+
+    def name(self, number: int) -> str:
+        """Return the key of a target."""
+        return self.keys[number]
 
 
 @dataclass
