@@ -23,7 +23,7 @@ from twn_rl.evaluation.mmeb_v2.score_files import (
     score_path,
     write_predictions,
 )
-from twn_rl.evaluation.mmeb_v2.scoring import score_task
+from twn_rl.evaluation.mmeb_v2.scoring import TaskScores, score_task
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 from twn_rl.jobs.encode_files import fingerprints
@@ -236,9 +236,6 @@ def _score(
     warnings = [*data.warnings, *scores.warnings]
     for warning in warnings:
         logger.warning("%s: %s", task.task, warning)
-    count = len(data.queries)
-    thoughts = [line["thought"] is not None for line in encoded.details]
-    problems = [line["problem"] for line in encoded.details if line["problem"]]
     score_path(output, task).parent.mkdir(parents=True, exist_ok=True)
     happened = ("thought", "think_tokens", "gate_probability", "problem")
     write_predictions(
@@ -252,30 +249,42 @@ def _score(
     write_json(
         cost_path(output, task),
         {
-            "seconds_per_query": seconds["query"] / count,
+            "seconds_per_query": seconds["query"] / len(data.queries),
             "seconds_per_target": seconds["document"] / len(data.targets.keys),
             "num_processes": encoder.count,
         },
     )
     write_json(
-        score_path(output, task),
-        {
-            **scores.metrics,
-            "num_pred": count,
-            "num_data": count,
-            "main_metric": task.metric,
-            "label_set": plan["labels"],
-            "candidates": task.candidates,
-            "num_targets": len(data.targets.keys),
-            "think_rate": sum(thoughts) / count,
-            "think_tokens": sum(line["think_tokens"] or 0 for line in encoded.details) / count,
-            "unused_thought_rate": len(problems) / count,
-            "spread": scores.spread,
-            "warnings": warnings,
-            "plan": dict(plan),
-        },
+        score_path(output, task), _score_content(task, data, encoded, scores, warnings, plan)
     )
     logger.info("%s: %s = %.4f", task.task, task.metric, scores.metrics[task.metric])
+
+
+def _score_content(
+    task: MmebTask,
+    data: TaskData,
+    encoded: EncodedTask,
+    scores: TaskScores,
+    warnings: Sequence[str],
+    plan: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return a score file: official metrics, then how they came about; nothing of the machine."""
+    details, count = encoded.details, len(data.queries)
+    return {
+        **scores.metrics,
+        "num_pred": count,
+        "num_data": count,
+        "main_metric": task.metric,
+        "label_set": plan["labels"],
+        "candidates": task.candidates,
+        "num_targets": len(data.targets.keys),
+        "think_rate": sum(line["thought"] is not None for line in details) / count,
+        "think_tokens": sum(line["think_tokens"] or 0 for line in details) / count,
+        "unused_thought_rate": sum(line["problem"] is not None for line in details) / count,
+        "spread": scores.spread,
+        "warnings": list(warnings),
+        "plan": dict(plan),
+    }
 
 
 def _describe(error: BaseException) -> str:

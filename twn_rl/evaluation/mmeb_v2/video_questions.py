@@ -188,10 +188,10 @@ def _video_item(
 
 
 def _with_options(question: str, options: list[str]) -> tuple[str, list[str]]:
-    r"""Return the question with its lettered options below, and these.
+    """Return the question with its lettered options below, and these.
 
-    >>> _with_options("who?", ["a cat", "a dog"])
-    ('who?\nOptions:\\n(A) a cat\n(B) a dog', ['(A) a cat', '(B) a dog'])
+    >>> _with_options("who?", ["a cat", "a dog"])[0].splitlines()
+    ['who?', 'Options:', '(A) a cat', '(B) a dog']
     """
     lettered = [f"({_LETTERS[index]}) {option}" for index, option in enumerate(options)]
     return "\n".join([question, "Options:", *lettered]), lettered
