@@ -2,16 +2,18 @@
 
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --before outputs/demo/sft
     accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
-    accelerate launch recipes/eval_embed.py --model MODEL --benchmark "ViDoRe(v2)" --think auto
+    accelerate launch recipes/eval_embed.py --model MODEL --benchmark mmeb_v2 --data_root MMEB-V2
     accelerate launch recipes/eval_embed.py --model MODEL --benchmark mrmr --data_root DIR
+    accelerate launch recipes/eval_embed.py --model MODEL --benchmark "ViDoRe(v2)" --think auto
 
 A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
 chance deciding at the same rate; routing.json then says what the gate is worth. One whose policy
 decides (recipes/adaptive_embed.py) is also measured with its own decisions, mode policy.
 
-With a benchmark (any of mteb's by name, mrmr, or EmojiScenes, the embedded default as a task of
-mteb; extra "mteb"), nothing else is measured: benchmark.json and benchmark.md in a folder of its
-name hold each task's score with think rate, think tokens and seconds per query. Processes share the
+With a benchmark nothing else is measured. mmeb_v2 is a recipe with flags of its own
+(recipes/eval_mmeb_v2.py --help). For any of mteb's by name, mrmr, or EmojiScenes, the embedded
+default as a task of mteb (extra "mteb"), benchmark.json and benchmark.md in a folder of its name
+hold each task's score with think rate, think tokens and seconds per query. Processes share the
 inputs, finished tasks are kept. With HF_DATASETS_OFFLINE=1 data sets are read from the cache only.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
@@ -25,6 +27,8 @@ import importlib.util
 import json
 import logging
 import re
+import runpy
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +49,8 @@ from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 
 logger = logging.getLogger(__name__)
 
+# Benchmarks with flags of their own: name after --benchmark -> recipe beside this one.
+BENCHMARKS = {"mmeb_v2": "eval_mmeb_v2.py"}
 REPORTED_SPLITS = ("test", "ood")
 # The model before RL shares the frozen embedding adapter: only its own thoughts differ.
 BEFORE_MODES = ("never", "always")
@@ -97,7 +103,8 @@ class EvalScriptArguments:
     seed: int = field(default=0, metadata={"help": "Of sampling, borrowed CoTs and the bootstrap."})
     report: bool = field(default=True, metadata={"help": "Write report.html."})
     benchmark: str | None = field(
-        default=None, metadata={"help": "Run this benchmark: a name of mteb's, mrmr, EmojiScenes."}
+        default=None,
+        metadata={"help": "Run this benchmark: a name of mteb's, mrmr, mmeb_v2, EmojiScenes."},
     )
     tasks: list[str] | None = field(
         default=None, metadata={"help": "Tasks of the benchmark; default: all."}
@@ -262,5 +269,15 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
             logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)
 
 
-if __name__ == "__main__":
+def benchmark_recipe(arguments: Sequence[str]) -> Path | None:
+    """Return the recipe of a benchmark that has one of its own, None for all others."""
+    words = [part for word in arguments for part in word.split("=", 1)]
+    names = words[words.index("--benchmark") + 1 :][:1] if "--benchmark" in words else []
+    recipes = [BENCHMARKS[name] for name in names if name in BENCHMARKS]
+    return Path(__file__).with_name(recipes[0]) if recipes else None
+
+
+if __name__ == "__main__" and (recipe := benchmark_recipe(sys.argv[1:])) is not None:
+    runpy.run_path(str(recipe), run_name="__main__")
+elif __name__ == "__main__":
     main(*parse_arguments((EvalScriptArguments, DataArguments), description=__doc__))

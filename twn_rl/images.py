@@ -120,7 +120,14 @@ def open_image(source: ImageSource, data_root: str | Path | None = None) -> Imag
         ImageError: If the file is missing, damaged, truncated or implausibly large.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        try:
+            return _to_rgb(source)  # an image of bytes may not have been decoded yet
+        except _DECODE_ERRORS as error:
+            raise ImageError(
+                f"image in memory cannot be decoded ({error}); expected a complete image; replace "
+                "it or leave the row out",
+                reason="unreadable_image",
+            ) from error
     if _URL.match(str(source)):
         resolve_inside(source, ".")  # raises the one message there is about URLs
     path = Path(data_root or ".") / source

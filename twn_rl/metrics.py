@@ -121,6 +121,28 @@ def ndcg_at_k(
 
 
 def _ndcg(scores: Array, gains: Array, k: int, tie_tolerance: float) -> float:
+    positions = relevant_positions(scores, gains, tie_tolerance=tie_tolerance)
+    relevant = gains[gains > 0]
+    discounts = np.where(positions <= k, 1.0 / np.log2(1.0 + positions), 0.0)
+    best = np.sort(relevant)[::-1][:k]
+    return float(relevant @ discounts / (best / np.log2(2.0 + np.arange(len(best)))).sum())
+
+
+def relevant_positions(
+    scores: Array, gains: Array, *, tie_tolerance: float = TIE_TOLERANCE
+) -> Array:
+    """Return the positions, 1 = best, of one query's relevant candidates in order of their columns.
+
+    Among tied candidates the less relevant come first, and of equally relevant ones the first.
+
+    >>> relevant_positions(np.array([0.9, 0.2, 0.5, 0.5]), np.array([0, 0, 1, 0])).tolist()
+    [3]
+
+    Args:
+        scores: (M,) finite, higher is nearer.
+        gains: (M,) at least 0; above 0 = relevant.
+        tie_tolerance: Similarities this close are equal; 0 = exact comparison only.
+    """
     relevant = np.flatnonzero(gains)
     gap = scores[None, :] - scores[relevant, None]  # (relevant, candidates)
     is_tied = np.abs(gap) <= tie_tolerance
@@ -129,10 +151,7 @@ def _ndcg(scores: Array, gains: Array, k: int, tie_tolerance: float) -> float:
     is_before = (gap > tie_tolerance) | (
         is_tied & ((more_gain > 0) | ((more_gain == 0) & is_earlier))
     )
-    positions = 1 + is_before.sum(axis=1)
-    discounts = np.where(positions <= k, 1.0 / np.log2(1.0 + positions), 0.0)
-    best = np.sort(gains[relevant])[::-1][:k]
-    return float(gains[relevant] @ discounts / (best / np.log2(2.0 + np.arange(len(best)))).sum())
+    return 1 + is_before.sum(axis=1)
 
 
 def retrieval_metrics(

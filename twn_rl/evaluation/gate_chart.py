@@ -14,23 +14,28 @@ from twn_rl.gating.threshold import CurvePoint, GateCurve
 
 
 def plot_gate_curves(
-    curves: Mapping[str, tuple[GateCurve, CurvePoint]], path: str | Path, *, metric: str
+    curves: Mapping[str, tuple[GateCurve, CurvePoint]],
+    path: str | Path,
+    *,
+    metric: str,
+    side: str | None = None,
 ) -> None:
     """Draw quality over tokens, one panel a side, with never, always, random, oracle and the pick.
 
     Args:
-        curves: Side -> its curve and the chosen point.
+        curves: Side -> its curve and the chosen point; any panel name if `side` is given.
         path: PNG file to write.
         metric: What quality is, for the axis.
+        side: Whose gate all panels are of.
     """
     # No pyplot: it keeps global state and would look for a display.
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(5.2 * len(curves), 3.6), layout="constrained")
         panels = figure.subplots(1, len(curves), squeeze=False)[0]
-        for axes, (side, (curve, chosen)) in zip(panels, curves.items(), strict=True):
+        for axes, (name, (curve, chosen)) in zip(panels, curves.items(), strict=True):
             _draw(axes, curve, chosen)
-            axes.set_title(f"{side} gate")
-            axes.set_xlabel(f"think tokens per {side}")
+            axes.set_title(f"{name} gate" if side is None else name)
+            axes.set_xlabel(f"think tokens per {side or name}")
             axes.set_ylabel(f"{metric} (%)")
         target = Path(path)
         temporary = target.with_name(f".{target.name}.tmp")

@@ -7,7 +7,7 @@ Knows neither how vectors are made nor how they are stored: a `ThinkingEmbedder`
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from twn_rl.adapter_files import adapter_state
 from twn_rl.adapters import REASONING_ADAPTER
 from twn_rl.jobs.encode_settings import EncodeReport, EncodeSettings, ThinkMode
-from twn_rl.jobs.item_rows import ItemFile, ItemRow, Side
+from twn_rl.jobs.item_rows import ItemRow, Side
 from twn_rl.jobs.vector_files import VectorWriter, read_meta
 from twn_rl.record_schema import Item, RecordError
 from twn_rl.scoring import scorer_fingerprint
@@ -49,14 +49,33 @@ class Embedder(Protocol):
         ...
 
 
+class ItemSource(Protocol):
+    """Rows to encode; `item_rows.ItemFile` is one."""
+
+    path: Path
+    side: Side
+    fields: dict[str, str]
+    data_root: Path
+    ignored_fields: Counter[str]
+
+    def rows(self, start: int = 0) -> Iterator[ItemRow]:
+        """Yield the rows from position `start` on."""
+        ...
+
+    def describe(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return `rows`, their number, and `sha256`, which changes when their content does."""
+        ...
+
+
 def encode_file(
     embedder: Embedder,
-    source: ItemFile,
+    source: ItemSource,
     output: str | Path,
     settings: EncodeSettings | None = None,
     *,
     overwrite: bool = False,
     show_progress_bar: bool = True,
+    model_fingerprints: Mapping[str, str | None] | None = None,
 ) -> EncodeReport:
     """Write the vectors of all rows of `source` to `output`, going on where an earlier run stopped.
 
@@ -72,6 +91,8 @@ def encode_file(
         settings: How to encode.
         overwrite: Start anew whatever is in `output`.
         show_progress_bar: Show rows done.
+        model_fingerprints: What `fingerprints` said of the embedder's model, to hash it once for
+            many files; None asks.
 
     Raises:
         VectorFileError: If `output` was made otherwise, is damaged or in use.
@@ -84,11 +105,15 @@ def encode_file(
     if not described["rows"]:
         raise ValueError(f"{source.path} has no rows; expected at least one; check the file")
     plan = {
-        "model": fingerprints(embedder.model, source.side, settings.think_mode(source.side)),
+        "model": dict(
+            model_fingerprints
+            or fingerprints(embedder.model, source.side, settings.think_mode(source.side))
+        ),
         "settings": {
             "side": source.side,
             "think": settings.think_mode(source.side),
             "think_rate": settings.think_rate,
+            "think_threshold": settings.think_threshold,
             "max_think_tokens": settings.max_think_tokens,
             "shard_size": settings.shard_size,
             "dtype": settings.dtype,
@@ -146,7 +171,7 @@ def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | No
 
 def _encode_rest(
     embedder: Embedder,
-    source: ItemFile,
+    source: ItemSource,
     writer: VectorWriter,
     settings: EncodeSettings,
     show_progress_bar: bool,
@@ -199,6 +224,7 @@ def _encode_shard(
             batch_size=settings.batch_size,
             max_think_tokens=settings.max_think_tokens,
             think_rate=settings.think_rate,
+            think_threshold=settings.think_threshold,
             on_bad_input="skip",
             show_progress_bar=False,
             return_details=True,

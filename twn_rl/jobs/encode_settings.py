@@ -15,6 +15,7 @@ class EncodeSettings:
     Attributes:
         think: When to write a thought; None is "auto" for queries and "never" for documents.
         think_rate: Share of the items of a shard that may think, in [0, 1]; None is off.
+        think_threshold: Gate probability above which to think, in [0, 1]; None is the model's.
         max_think_tokens: Budget of one thought; None is the model's.
         batch_size: Items per forward pass. It may change between runs, as after a full memory.
         shard_size: Rows between two writes; a kill loses at most these.
@@ -24,6 +25,7 @@ class EncodeSettings:
 
     think: ThinkMode | None = None
     think_rate: float | None = None
+    think_threshold: float | None = None
     max_think_tokens: int | None = None
     batch_size: int = 32
     shard_size: int = 1024
@@ -37,6 +39,9 @@ class EncodeSettings:
             in (*get_args(ThinkMode), None),
             f"think_rate = {self.think_rate}, expected in [0, 1] or none": self.think_rate is None
             or 0.0 <= self.think_rate <= 1.0,
+            f"think_threshold = {self.think_threshold}, expected in [0, 1] or none": (
+                self.think_threshold is None or 0.0 <= self.think_threshold <= 1.0
+            ),
             f"max_think_tokens = {self.max_think_tokens}, expected >= 1 or none": (
                 self.max_think_tokens is None or self.max_think_tokens >= 1
             ),
