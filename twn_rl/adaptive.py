@@ -134,7 +134,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         images: Any,
         multimodal_fields: dict[str, Any],
         num_generations: int,
-        **kwargs: Any,
+        has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
         """Let TRL sample, then put rollouts of one-mode groups into the other mode.
 
@@ -144,7 +144,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         Everything TRL computes afterwards, masks and log-probabilities, is of what stands here.
         """
         completions, logprobs = super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, **kwargs
+            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
         )
         backbone, policy = self.dual_model.backbone, self.model
         direct = [is_direct(backbone, ids) for ids in completions]
@@ -223,6 +223,7 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         columns = super()._rollout_columns(indices, completion_ids)
         policy: Any = self.model
         size = self.num_generations if policy.training else self.num_generations_eval
+        assert size is not None
         gaps = torch.tensor(utility_gaps(columns, self.args.utility_negatives))
         direct = torch.tensor(columns["is_direct"])
         filled = with_group_mean(self._everywhere(gaps), self._everywhere(direct), size)
