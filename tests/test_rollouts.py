@@ -136,9 +136,9 @@ class Counting:
         self.prompts: list[int] = []
         embed, read, read_out = model.embed, model.read, model.read_out
 
-        def counting_embed(batch) -> Tensor:
+        def counting_embed(batch, **kwargs) -> Tensor:
             self.rows.append(len(batch["input_ids"]))
-            return embed(batch)
+            return embed(batch, **kwargs)
 
         def counting_read(prompts) -> Prefix:
             self.prompts.append(len(prompts))
