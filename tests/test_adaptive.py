@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from test_grpo import MAX_TOKENS, small_model
 from trl import GRPOTrainer
 
-import twn_rl.model
+import twn_rl.inference
 from rewards import REWARDS
 from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from twn_rl.config import TwnConfig
@@ -357,7 +357,7 @@ def test_the_decision_is_read_once_and_written_on_from(
     records: RecordSet, monkeypatch: pytest.MonkeyPatch, interface: str, reads: int
 ) -> None:
     model = deciding_model(interface=interface)
-    read_rows, prepare = twn_rl.model.read_rows, twn_rl.model.prepare_prompts
+    read_rows, prepare = twn_rl.inference.read_rows, twn_rl.inference.prepare_prompts
     adapters: list[str] = []
     towers: list[int] = []
 
@@ -369,8 +369,8 @@ def test_the_decision_is_read_once_and_written_on_from(
         towers.append(1)
         return prepare(*parts)
 
-    monkeypatch.setattr(twn_rl.model, "read_rows", counting)
-    monkeypatch.setattr(twn_rl.model, "prepare_prompts", encoding)
+    monkeypatch.setattr(twn_rl.inference, "read_rows", counting)
+    monkeypatch.setattr(twn_rl.inference, "prepare_prompts", encoding)
     details = ThinkingEmbedder(model).encode_query(
         [record.query for record in records], think_threshold=0.0, return_details=True
     )
