@@ -7,7 +7,7 @@
 | never | sft_embed | think="never" |
 | always | sft_embed, grpo_embed | think="always" |
 | gate (TWN) | sft_embed, grpo_embed, gate_embed | think="auto", the gate decides |
-| policy (MMEmb-R1) | sft_embed, adaptive_embed | think="auto", the policy's first token decides |
+| policy (MMEmb-R1) | sft_embed, adaptive_embed | think="auto", its first token decides |
 | latent (LaME) | latent_embed | think="latent" |
 | direct | latent_embed --direct_only true | think="never"; latent without its reason tokens |
 
@@ -75,25 +75,18 @@ METHODS = {
     "always": Method(
         "grpo", ("warm_start", "grpo"), "always", "always", ("embedding", "reasoning")
     ),
-    "gate (TWN)": Method(
+    "gate": Method(
         "grpo",
         ("warm_start", "grpo", "grpo/gate"),
         "auto",
         "auto",
         ("embedding", "reasoning", "gate.safetensors"),
     ),
-    "policy (MMEmb-R1)": Method(
+    "policy": Method(
         "adaptive", ("warm_start", "adaptive"), "policy", "auto", ("embedding", "reasoning")
     ),
-    "latent (LaME)": Method("latent", ("latent",), "latent", "latent", ("embedding",)),
+    "latent": Method("latent", ("latent",), "latent", "latent", ("embedding",)),
     "direct": Method("direct", ("direct",), "never", "never", ("embedding",)),
-}
-# Model folder -> modes it is evaluated in.
-EVALUATED = {
-    "grpo": ("never", "always", "auto", "random", "oracle"),
-    "adaptive": ("never", "always", "policy"),
-    "latent": ("never", "latent"),
-    "direct": ("never",),
 }
 
 
@@ -104,6 +97,10 @@ class CompareArguments:
     output_dir: str = field(default="outputs/comparison", metadata={"help": "Where all runs go."})
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."}
+    )
+    methods: list[str] = field(
+        default_factory=lambda: list(METHODS),
+        metadata={"help": f"Some of {', '.join(METHODS)}; stages of the others are not run."},
     )
     sft_config: str = field(
         default=str(RECIPES / "configs" / "demo_sft.yaml"),
@@ -133,6 +130,19 @@ class CompareArguments:
         metadata={"help": "Arguments of accelerate launch."},
     )
 
+    def __post_init__(self) -> None:
+        """Refuse methods that do not exist."""
+        unknown = [name for name in self.methods if name not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(
+                f"methods = {self.methods}; expected some of {list(METHODS)}; correct the list"
+            )
+
+    @property
+    def chosen(self) -> dict[str, Method]:
+        """The methods to compare."""
+        return {name: METHODS[name] for name in self.methods}
+
 
 def main(script: CompareArguments, data: DataArguments) -> Path:
     """Train and evaluate every method for every seed, time them, then compare."""
@@ -141,11 +151,11 @@ def main(script: CompareArguments, data: DataArguments) -> Path:
     save_run(output, script, data)
     with ThreadPoolExecutor(max_workers=script.parallel) as pool:
         list(pool.map(lambda seed: run_seed(script, data, seed), script.seeds))
-    runs: dict[str, list[Measured]] = {name: [] for name in METHODS}
+    runs: dict[str, list[Measured]] = {name: [] for name in script.methods}
     for seed in script.seeds:
         root = output / f"seed{seed}"
         seconds = encoding_seconds(script, data, seed)
-        for name, method in METHODS.items():
+        for name, method in script.chosen.items():
             runs[name].append(measured(root, method, seconds[name]))
     comparison = compare(runs)
     text = comparison_table(comparison)
@@ -177,17 +187,24 @@ def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
         "direct": ("latent_embed.py", script.latent_config, ["--direct_only=true"]),
     }
     stages = Stages(RECIPES, script.launcher)
+    chosen = script.chosen.values()
+    needed = {stage for method in chosen for stage in (method.model, *method.stages)}
     for name, (recipe, config, own) in plans.items():
+        if name not in needed:
+            continue
         target = root / name
         flags = [f"--config={config}", *own, f"--output_dir={target}", *shared, f"--seed={seed}"]
         stages.run(recipe, flags, target)
-        if name == "grpo":
+        if f"{name}/gate" in needed:
             gate = [f"--model={target}", *shared, f"--seed={seed}"]
             stages.run("gate_embed.py", gate, target / "gate", is_cheap=True)
-        if name in EVALUATED:
+        modes = [method.mode for method in chosen if method.model == name]
+        if modes:
+            modes += ["always", "oracle"] if "policy" in modes else []
+            modes += ["random", "oracle"] if "auto" in modes else []
             evaluation = target / EVALUATION_FOLDER
             flags = [f"--model={target}", f"--output_dir={evaluation}", *shared, "--report=false"]
-            flags += ["--modes", *EVALUATED[name]]
+            flags += ["--modes", *modes]
             stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
 
 
@@ -204,11 +221,11 @@ def encoding_seconds(script: CompareArguments, data: DataArguments, seed: int) -
     items = [record.query for record in list(own.load("test"))[: script.timed_queries]]
     embedders = {
         name: ThinkingEmbedder.from_pretrained(str(root / name))
-        for name in dict.fromkeys(method.model for method in METHODS.values())
+        for name in dict.fromkeys(method.model for method in script.chosen.values())
     }
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    seconds: dict[str, list[float]] = {name: [] for name in script.methods}
     for repeat in tqdm(range(script.timed_rounds + 1), desc=f"timing seed {seed}", unit="round"):
-        for name, method in METHODS.items():
+        for name, method in script.chosen.items():
             started = time.perf_counter()
             embedders[method.model].encode_query(
                 items,

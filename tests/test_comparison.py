@@ -1,9 +1,16 @@
 """Methods next to each other: every number is by hand."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from twn_rl.evaluation.comparison import Measured, compare, comparison_table, plot_comparison
+from twn_rl.run import DataArguments
+
+ROOT = Path(__file__).parents[1]
 
 
 def measured(hit: float, milliseconds: float = 2.0) -> Measured:
@@ -57,3 +64,69 @@ def test_the_plot_has_a_panel_for_each_measured_quality(tmp_path):
     plot_comparison(comparison, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width == pytest.approx(2 * 5.2 * 150, abs=2)
+
+
+@pytest.fixture
+def compare_methods(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    import compare_methods
+
+    return compare_methods
+
+
+@pytest.fixture
+def started(compare_methods, monkeypatch):
+    """Note the stages instead of running them."""
+    stages: list[tuple[str, str, list[str]]] = []
+
+    def run(self, recipe, flags, target, *, is_cheap=False):
+        stages.append((recipe, "/".join(target.parts[target.parts.index("seed3") + 1 :]), flags))
+        return True
+
+    monkeypatch.setattr(compare_methods.Stages, "run", run)
+    return stages
+
+
+def test_every_stage_of_a_seed_sees_the_same_records_and_only_what_is_needed_runs(
+    compare_methods, started, tmp_path
+):
+    script = compare_methods.CompareArguments(output_dir=str(tmp_path))
+    compare_methods.run_seed(script, DataArguments(), 3)
+    assert [(recipe, place) for recipe, place, _ in started] == [
+        ("sft_embed.py", "warm_start"),
+        ("grpo_embed.py", "grpo"),
+        ("gate_embed.py", "grpo/gate"),
+        ("eval_embed.py", "grpo/evaluation"),
+        ("adaptive_embed.py", "adaptive"),
+        ("eval_embed.py", "adaptive/evaluation"),
+        ("latent_embed.py", "latent"),
+        ("eval_embed.py", "latent/evaluation"),
+        ("latent_embed.py", "direct"),
+        ("eval_embed.py", "direct/evaluation"),
+    ]
+    assert all(f"--demo_dir={tmp_path / 'seed3' / 'data'}" in flags for *_, flags in started)
+    evaluations = [stage for stage in started if stage[0] == "eval_embed.py"]
+    modes = {place: flags[flags.index("--modes") + 1 :] for _, place, flags in evaluations}
+    assert modes["grpo/evaluation"] == ["never", "always", "auto", "random", "oracle"]
+    assert modes["latent/evaluation"] == ["latent"]
+
+    started.clear()
+    script = compare_methods.CompareArguments(output_dir=str(tmp_path), methods=["policy"])
+    compare_methods.run_seed(script, DataArguments(), 3)
+    places = [place for _, place, _ in started]
+    assert places == ["warm_start", "adaptive", "adaptive/evaluation"]
+    with pytest.raises(ValueError, match=r"methods = \['thinking'\]"):
+        compare_methods.CompareArguments(methods=["thinking"])
+
+
+def test_parameters_are_counted_in_the_folders_and_files_that_serve_a_method(
+    compare_methods, tmp_path
+):
+    (tmp_path / "embedding").mkdir()
+    save_file(
+        {"a": np.zeros((2, 3)), "b": np.zeros(4)}, tmp_path / "embedding" / "adapter.safetensors"
+    )
+    save_file({"w": np.zeros(5)}, tmp_path / "gate.safetensors")
+    count = compare_methods.count_parameters
+    assert count(tmp_path, ("embedding",)) == 10
+    assert count(tmp_path, ("embedding", "gate.safetensors")) == 15
