@@ -99,9 +99,9 @@ def always_direct(monkeypatch: pytest.MonkeyPatch) -> Callable[[DualLoraModel], 
     def install(model: DualLoraModel) -> None:
         sample = GRPOTrainer._generate_single_turn
 
-        def generate(self, prompt_ids, images, fields, num_generations, **kwargs):
+        def generate(self, prompt_ids, images, fields, num_generations, *rest):
             if num_generations == 1:
-                return sample(self, prompt_ids, images, fields, num_generations, **kwargs)
+                return sample(self, prompt_ids, images, fields, num_generations, *rest)
             return [[model.backbone.eos_token_id] for _ in prompt_ids], None
 
         monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", generate)
@@ -154,7 +154,8 @@ def test_the_probability_is_a_softmax_over_the_two_decisions():
 
 def test_trl_still_has_the_hooks_that_mixing_needs():
     names = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
-    assert names[:5] == ["self", "prompt_ids", "images", "multimodal_fields", "num_generations"]
+    fields = ["multimodal_fields", "num_generations", "has_tool_images"]
+    assert names == ["self", "prompt_ids", "images", *fields]
     assert list(inspect.signature(GRPOTrainer._generate).parameters) == ["self", "prompts"]
     assert "self._generate_single_turn(" in inspect.getsource(GRPOTrainer._generate)
     loss = inspect.getsource(GRPOTrainer._compute_loss)
