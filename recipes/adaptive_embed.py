@@ -16,37 +16,20 @@ included if there is none yet, evaluation and report.html at the end.
 
 from __future__ import annotations
 
-import json
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import eval_embed
-from accelerate import PartialState
-from grpo_embed import GrpoScriptArguments, ensure_warm_start
-from transformers import set_seed
+import grpo_embed
 
 from rewards import REWARDS
 from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from twn_rl.grpo import ROLLOUT_COLUMNS, freeze_scorer
-from twn_rl.model import DualLoraModel
-from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
-from twn_rl.reward_loading import load_rewards
-from twn_rl.rollouts import RolloutScorer
-from twn_rl.run import (
-    DataArguments,
-    checkpoint_to_resume,
-    parse_arguments,
-    save_run,
-    set_up_logging,
-)
+from twn_rl.run import DataArguments, parse_arguments
 
-logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_adaptive.yaml"
 
 
 @dataclass
-class AdaptiveScriptArguments(GrpoScriptArguments):
+class AdaptiveScriptArguments(grpo_embed.GrpoScriptArguments):
     """What only this script needs: that of recipes/grpo_embed.py with other rewards."""
 
     rewards: list[str] = field(
@@ -60,69 +43,15 @@ class AdaptiveScriptArguments(GrpoScriptArguments):
 def main(
     script: AdaptiveScriptArguments, data: DataArguments, training: AdaptiveGRPOConfig
 ) -> Path:
-    """Warm-start if needed, train, save, evaluate; return the folder of the model."""
-    set_up_logging()
-    output = Path(training.output_dir or "outputs/adaptive")
-
-    # Rewards first: a misspelt name must show before anything is trained.
-    parameters = script.reward_parameters
-    reward_funcs = load_rewards(
-        script.rewards,
-        REWARDS,
-        json.loads(parameters) if isinstance(parameters, str) else parameters,
-        available_columns=[*ADAPTIVE_COLUMNS, *ROLLOUT_COLUMNS],
-    )
-
-    # Model and adapters
-    ensure_warm_start(script, data)
-    set_seed(training.seed)
-    model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
-    freeze_scorer(model)
-
-    # Data: every target of the RL records is embedded once.
-    records = data.load("rl")
-    scorer = RolloutScorer(
-        model,
-        records,
-        training.bank_dir or output / "bank",
-        num_negatives=training.num_negatives,
-        batch_size=training.scorer_batch_size,
-        processes=PartialState(),
-    )
-
-    # Trainer
-    watch = CollapseWatch(CollapseThresholds(), stop_on_collapse=script.stop_on_collapse)
-    trainer = AdaptiveGRPOTrainer(
-        model,
-        reward_funcs,
+    """Run recipes/grpo_embed.py with the trainer whose policy decides; return its folder."""
+    training.output_dir = training.output_dir or "outputs/adaptive"
+    return grpo_embed.main(
+        script,
+        data,
         training,
-        records,
-        scorer,
-        callbacks=[watch, MetricsWriter(output / "metrics.jsonl")],
+        trainer_class=AdaptiveGRPOTrainer,
+        columns=ADAPTIVE_COLUMNS,
     )
-
-    # Train
-    save_run(output, script, data, training)
-    trainer.train(
-        resume_from_checkpoint=checkpoint_to_resume(output, training.resume_from_checkpoint)
-    )
-
-    # Save
-    trainer.save_model(str(output))
-    logger.info("Policy saved to %s", output)
-
-    # Evaluate
-    if script.evaluate:
-        eval_embed.main(
-            eval_embed.EvalScriptArguments(
-                model=str(output),
-                before=script.warm_start,
-                output_dir=str(output / "evaluation"),
-                num_thoughts=2,
-            ),
-            data,
-        )
-    return output
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,23 @@ class GrpoScriptArguments:
     )
 
 
-def main(script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOConfig) -> Path:
-    """Warm-start if needed, train, save, evaluate; return the folder of the model."""
+def main(
+    script: GrpoScriptArguments,
+    data: DataArguments,
+    training: EmbedGRPOConfig,
+    *,
+    trainer_class: type[EmbedGRPOTrainer] = EmbedGRPOTrainer,
+    columns: Sequence[str] = SCORING_COLUMNS,
+) -> Path:
+    """Warm-start if needed, train, save, evaluate; return the folder of the model.
+
+    Args:
+        script: What only this script needs.
+        data: Records.
+        training: Settings of `trainer_class`.
+        trainer_class: Method of RL.
+        columns: What its trainer scores rollouts by, for the rewards.
+    """
     set_up_logging()
     output = Path(training.output_dir or "outputs/grpo")
 
@@ -98,7 +114,7 @@ def main(script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOCo
         script.rewards,
         REWARDS,
         json.loads(parameters) if isinstance(parameters, str) else parameters,
-        available_columns=[*SCORING_COLUMNS, *ROLLOUT_COLUMNS],
+        available_columns=[*columns, *ROLLOUT_COLUMNS],
     )
 
     # Model and adapters
@@ -120,7 +136,7 @@ def main(script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOCo
 
     # Trainer
     watch = CollapseWatch(CollapseThresholds(), stop_on_collapse=script.stop_on_collapse)
-    trainer = EmbedGRPOTrainer(
+    trainer = trainer_class(
         model,
         reward_funcs,
         training,
