@@ -23,7 +23,7 @@ from __future__ import annotations
 import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo_embed import GrpoScriptArguments
@@ -107,8 +107,7 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
 def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
     """Train the warm start of one seed and all arms from it."""
     root = Path(script.output_dir) / f"seed{seed}"
-    own = {**asdict(data), "demo_dir": str(root / "data"), "demo_seed": seed}
-    shared = [f"--{name}={value}" for name, value in own.items() if value is not None]
+    shared = data.flags_of_seed(root, seed)
     seeded = [*shared, f"--seed={seed}"]
     stages, warm = Stages(RECIPES, script.launcher), root / WARM_START
     flags = [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded]

@@ -169,7 +169,7 @@ def main(script: CompareArguments, data: DataArguments) -> Path:
 def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
     """Train all models of one seed and evaluate each in the modes it serves."""
     root = Path(script.output_dir) / f"seed{seed}"
-    shared = data_flags(data, root, seed)
+    shared = data.flags_of_seed(root, seed)
     warm = root / "warm_start"
     plans = {
         "warm_start": ("sft_embed.py", script.sft_config, []),
@@ -206,12 +206,6 @@ def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
             flags = [f"--model={target}", f"--output_dir={evaluation}", *shared, "--report=false"]
             flags += ["--modes", *modes]
             stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
-
-
-def data_flags(data: DataArguments, root: Path, seed: int) -> list[str]:
-    """Return the flags that give every stage of a seed the same records."""
-    own = {**asdict(data), "demo_dir": str(root / "data"), "demo_seed": seed}
-    return [f"--{name}={value}" for name, value in own.items() if value is not None]
 
 
 def encoding_seconds(script: CompareArguments, data: DataArguments, seed: int) -> dict[str, float]:

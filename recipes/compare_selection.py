@@ -22,7 +22,7 @@ import logging
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +119,7 @@ def main(script: CompareArguments, data: DataArguments) -> Path:
 def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
     """Write each arm's records, train on them, evaluate; `all` comes first, since it judges."""
     root = Path(script.output_dir) / f"seed{seed}"
-    own = {**asdict(data), "demo_dir": str(root / "data"), "demo_seed": seed}
-    shared, stages = flags_of(own), Stages(RECIPES, script.launcher)
+    shared, stages = data.flags_of_seed(root, seed), Stages(RECIPES, script.launcher)
     for arm in (arm for arm in ARMS if arm in script.arms):
         thoughts, model = thoughts_folder(root, arm), root / arm
         flags = [*selection_flags(script, root, arm, seed), *shared]

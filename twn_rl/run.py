@@ -189,6 +189,11 @@ class DataArguments:
         path = getattr(self, f"{split}_file")
         return self.train_file if path is None and split == "rl" else path
 
+    def flags_of_seed(self, root: Path, seed: int) -> list[str]:
+        """Return the flags that give every stage of a seed the same records, below `root`."""
+        own = {**asdict(self), "demo_dir": str(root / "data"), "demo_seed": seed}
+        return [f"--{name}={value}" for name, value in own.items() if value is not None]
+
     def demo_settings(self) -> DemoSettings:
         """Return what the emoji scenes are written by."""
         sizes = {
