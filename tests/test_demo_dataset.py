@@ -86,6 +86,25 @@ def test_the_gold_cot_ends_with_the_answer(demo: Splits) -> None:
                 assert gold.split()[-1] == name_of(record.positive)
 
 
+def test_targets_that_are_pictures_of_one_object_have_a_caption(demo: Splits) -> None:
+    for records in demo.values():
+        for record in records:
+            is_scene = record.metadata["task"] == "scene_retrieval"
+            assert record.metadata["caption"] == (None if is_scene else name_of(record.positive))
+
+
+def test_records_of_an_older_layout_are_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DemoSettings(num_train=2, num_rl=2, num_validation=2, num_test=2, num_ood=2)
+    monkeypatch.setattr("twn_rl.demo.dataset.LAYOUT", 1)
+    train = write_demo(tmp_path / "data", settings)["train"]
+    monkeypatch.undo()
+    train.write_text("old")
+    write_demo(tmp_path / "data", settings)
+    assert train.read_text() != "old"
+
+
 def test_metadata_tells_which_cots_are_wrong(demo: Splits) -> None:
     for records in demo.values():
         for record in records:

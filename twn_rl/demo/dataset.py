@@ -33,6 +33,8 @@ from twn_rl.records import Item, Record, write_records
 
 logger = logging.getLogger(__name__)
 
+# Counted up when records of equal settings get other fields, so that older folders are written anew.
+LAYOUT = 2
 SPLITS = ("train", "rl", "validation", "test", "ood")
 QUESTIONS_PER_SCENE = 4
 SCENE_RETRIEVAL = "scene_retrieval"
@@ -70,7 +72,7 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
     """Write all splits below ``directory``, or reuse an equal data set; return split -> file."""
     files = {split: directory / f"{split}.jsonl" for split in SPLITS}
     stamp = directory / "settings.json"
-    wanted = json.dumps(asdict(settings), indent=1, sort_keys=True)
+    wanted = json.dumps({"layout": LAYOUT, **asdict(settings)}, indent=1, sort_keys=True)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         logger.info("Reusing the emoji-scene records in %s", directory)
         return files
@@ -203,6 +205,7 @@ def _record(
             "relations": list(question.relations),
             "style": scene.style,
             "pool": pool,
+            "caption": question.answer,
             "gold_cot": question.gold_cot,
             "teacher_mistake": mistake,
         },
@@ -237,6 +240,7 @@ def _scene_record(
             "relations": [],
             "style": scene.style,
             "pool": f"scene/{scene.style}",
+            "caption": None,
             "gold_cot": gold,
             "teacher_mistake": None,
         },
