@@ -41,9 +41,10 @@ from twn_rl.evaluation.comparison import (
     comparison_table,
     plot_comparison,
 )
-from twn_rl.evaluation.results import METRICS_FILE, write_text
+from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 from twn_rl.stages import Stages, seconds_of
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

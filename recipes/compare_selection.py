@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.evaluation.ablation import describe, plot_summary, summarize_runs, tables
-from twn_rl.evaluation.results import write_text
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 from twn_rl.stages import FINISHED_FILE, Stages
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -41,11 +41,12 @@ from twn_rl.encode import ThinkingEmbedder
 from twn_rl.encoding.options import ThinkMode
 from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
 from twn_rl.evaluation.report import write_report
-from twn_rl.evaluation.results import Evaluation, merge_evaluations, write_text
+from twn_rl.evaluation.results import Evaluation, merge_evaluations
 from twn_rl.evaluation.routing import describe_routing, routed_queries, routing_summary
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.model import DualLoraModel
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
-from twn_rl.evaluation.results import write_text
 from twn_rl.latent_config import LatentConfig
 from twn_rl.latent_trainer import LatentTrainer
 from twn_rl.monitor import MetricsWriter
@@ -37,6 +36,7 @@ from twn_rl.run import (
     save_run,
     set_up_logging,
 )
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_latent.yaml"

@@ -32,7 +32,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.demo.dataset import noisy_teachers
-from twn_rl.evaluation.results import write_text
 from twn_rl.mixtures import Mixture
 from twn_rl.model import DualLoraModel
 from twn_rl.records import RecordSet, write_records
@@ -52,6 +51,7 @@ from twn_rl.selection.judging import judge, unjudged
 from twn_rl.selection.shards import RecordShards, SelectionError
 from twn_rl.selection.writing import AdapterWriter
 from twn_rl.templates import Renderer
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

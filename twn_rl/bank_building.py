@@ -1,12 +1,10 @@
 """How a target bank gets onto the disk, shard by shard; knows no pools, queries or model."""
 
-import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from twn_rl.records import Item
+from twn_rl.shards import PLAN_FILE, Processes, is_main, wait
+from twn_rl.whole_files import map_file, read_json, write_array, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,23 +28,6 @@ class BankError(ValueError):
 
 class ScorerMismatchError(BankError):
     """A bank whose vectors come from another scorer than the one asked for."""
-
-
-class Processes(Protocol):
-    """What the bank needs of `accelerate.Accelerator` or `PartialState`."""
-
-    @property
-    def process_index(self) -> int:
-        """This process's number, 0 is the main process."""
-        ...
-
-    @property
-    def num_processes(self) -> int:
-        """How many processes build together."""
-        ...
-
-    def wait_for_everyone(self) -> None:
-        """Wait until all processes are here."""
 
 
 class BankBuilder:
@@ -66,7 +49,7 @@ class BankBuilder:
         self.count = processes.num_processes if processes else 1
         self.batch_size, self.shard_size = batch_size, plan["shard_size"]
         self.num_shards = -(-len(items) // self.shard_size)
-        self.shows_progress = show_progress_bar and self.index == 0
+        self.shows_progress = show_progress_bar and is_main(processes)
 
     def run(self, ids: list[str], pool_rows: dict[str, list[int]]) -> None:
         """Embed what is missing, then write the bank; every process calls this."""
@@ -87,10 +70,10 @@ class BankBuilder:
         # The old bank stops existing before its files are touched.
         (self.directory / "meta.json").unlink(missing_ok=True)
         shards = self.directory / "shards"
-        if shards.exists() and read_json(shards / "plan.json") != self.plan:
+        if shards.exists() and read_json(shards / PLAN_FILE) != self.plan:
             shutil.rmtree(shards)
         shards.mkdir(parents=True, exist_ok=True)
-        write_json(shards / "plan.json", self.plan)
+        write_json(shards / PLAN_FILE, self.plan)
 
     def _encode_shards(self, missing: list[int]) -> None:
         rounds = -(-len(missing) // self.count)
@@ -156,12 +139,6 @@ class BankBuilder:
         shutil.rmtree(self.directory / "shards")
 
 
-def wait(processes: Processes | None) -> None:
-    """Wait for the other processes, if there are any."""
-    if processes is not None:
-        processes.wait_for_everyone()
-
-
 def check_finite(vectors: np.ndarray, start: int, source: str) -> None:
     """Raise `BankError` if a row holds NaN or infinity; `start` is the first row's number."""
     bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
@@ -171,45 +148,3 @@ def check_finite(vectors: np.ndarray, start: int, source: str) -> None:
             "hold NaN or infinity, expected finite numbers; check the scorer's precision, then "
             "build with rebuild=True"
         )
-
-
-def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | None:
-    """Return the memory-mapped array, or `None` if it is absent, truncated or of another shape."""
-    try:
-        vectors = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
-    fits = vectors.ndim == 2 and all(
-        want in (None, size) for want, size in zip(shape, vectors.shape, strict=True)
-    )
-    return vectors if fits and vectors.dtype == np.float32 else None
-
-
-def write_array(path: Path, parts: np.ndarray | Iterable[np.ndarray]) -> None:
-    """Write one (M, D) float32 array, whole or in parts, under another name first."""
-    arrays = [parts] if isinstance(parts, np.ndarray) else list(parts)
-    shape = (sum(len(part) for part in arrays), arrays[0].shape[1])
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in arrays:
-            file.write(np.ascontiguousarray(part, dtype="<f4").data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON under another name first."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> Any:
-    """Return the parsed file, or `None` if it is absent or cut short."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None

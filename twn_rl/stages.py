@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from twn_rl.evaluation.results import write_text
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,8 @@ last, `meta.json`: without it the bank does not exist. While it is being built, 
 file per finished shard, so that a killed build goes on where it stopped.
 """
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +16,12 @@ from twn_rl.bank_building import (
     BankBuilder,
     BankError,
     Encode,
-    Processes,
     ScorerMismatchError,
     check_finite,
-    map_file,
-    read_json,
-    wait,
 )
 from twn_rl.records import Item
+from twn_rl.shards import Processes, wait
+from twn_rl.whole_files import digest, map_file, read_json
 
 BANK_FORMAT = 1
 ROWS_PER_CHECK = 65_536
@@ -96,7 +91,7 @@ class TargetBank:
         first_of, pool_rows = _distinct(items, pools, data_root)
         plan = {
             "format": BANK_FORMAT,
-            "targets_hash": _digest([list(first_of), pool_rows]),
+            "targets_hash": digest([list(first_of), pool_rows]),
             "fingerprint": fingerprint,
         }
         stored = None if rebuild else read_json(self.directory / "meta.json")
@@ -189,7 +184,3 @@ def _distinct(
         row = row_of.setdefault(key, len(row_of))
         members.setdefault("" if pools is None else pools[position], set()).add(row)
     return first_of, {name: sorted(rows) for name, rows in members.items()}
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -33,7 +33,7 @@ from twn_rl.records import Item, Record, write_records
 
 logger = logging.getLogger(__name__)
 
-# Counted up when records of equal settings get other fields, so that older folders are written anew.
+# Raised when records of equal settings get other fields, so that older folders are written anew.
 LAYOUT = 2
 SPLITS = ("train", "rl", "validation", "test", "ood")
 QUESTIONS_PER_SCENE = 4

@@ -27,10 +27,10 @@ from twn_rl.evaluation import mrmr
 from twn_rl.evaluation.mteb_encoder import MtebEncoder
 from twn_rl.evaluation.mteb_summary import format_row, format_table
 from twn_rl.evaluation.mteb_tasks import EMOJI_SCENES, records_task
-from twn_rl.evaluation.results import write_text
 from twn_rl.evaluation.usage import UsageBook
 from twn_rl.gate import QUERY_SIDE
 from twn_rl.records import Record
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

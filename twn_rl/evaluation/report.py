@@ -17,7 +17,7 @@ from twn_rl.evaluation.report_tables import (
     routing_table,
     splits_of,
 )
-from twn_rl.evaluation.results import Evaluation, write_text
+from twn_rl.evaluation.results import Evaluation
 from twn_rl.evaluation.routing import (
     RoutedQuery,
     describe_routing,
@@ -26,6 +26,7 @@ from twn_rl.evaluation.routing import (
     routing_points,
     routing_summary,
 )
+from twn_rl.whole_files import write_text
 
 ABLATION_MODES = ("always", "gold", "shuffled", "foreign", "empty", "never")
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from twn_rl.metrics import bootstrap_interval
+from twn_rl.whole_files import write_text
 
 METRICS_FILE = "metrics.json"
 QUERIES_FILE = "per_query.jsonl"
@@ -134,10 +135,3 @@ def summarize(
                 metrics[f"{cell}/{name}_low"] = interval.low
                 metrics[f"{cell}/{name}_high"] = interval.high
     return metrics
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from twn_rl.encoding.results import EncodeDetails
-from twn_rl.evaluation.results import write_text
+from twn_rl.whole_files import write_text
 
 
 @dataclass

@@ -6,9 +6,6 @@ Knows no gate.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,26 +19,23 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
-from twn_rl.bank_building import Processes, read_json, wait, write_json
 from twn_rl.gating.examples import GateExample, bank_items, choose_examples, gate_examples
 from twn_rl.gating.files import gate_fingerprints
 from twn_rl.gating.labels import (
     LABEL_FORMAT,
-    PLAN_FILE,
     GateLabels,
     LabelsError,
     read_labels,
     read_shard,
-    shard_sizes,
     write_shard,
 )
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 from twn_rl.rollouts import embed_items
 from twn_rl.scoring import scorer_fingerprint, similarity_columns
+from twn_rl.shards import Processes, ShardedPass, is_main, wait
 from twn_rl.target_bank import TargetBank
-
-logger = logging.getLogger(__name__)
+from twn_rl.whole_files import digest
 
 BANK_DIR = "bank"
 PAIRS_PER_PRODUCT = 1024
@@ -122,43 +116,40 @@ def label_records(
     if not examples:
         raise LabelsError("records is empty; expected at least one; check the file")
     plan = _plan(model, side, settings, examples, items, pools)
-    stored = None if rebuild else read_json(folder / PLAN_FILE)
-    if stored is not None:
-        _check_plan(folder, stored, plan)
-    wait(processes)  # every process has looked before the first one changes the folder
-    index = processes.process_index if processes else 0
-    if index == 0 and stored is None:
-        _clear(folder)
-        write_json(folder / PLAN_FILE, plan)
+    labelling = ShardedPass(
+        folder,
+        plan,
+        len(examples),
+        settings.shard_size,
+        error=LabelsError,
+        rebuild_flag="--rebuild_labels",
+    )
+    labelling.open(lambda: _clear(folder), rebuild=rebuild, processes=processes)
+    sizes = {number: len(labelling.rows(number)) for number in labelling.numbers}
+    missing = [number for number, size in sizes.items() if read_shard(folder, number, size) is None]
+    mine = labelling.share(missing, processes)
+    if not missing:
+        return read_labels(folder)
+    bank = TargetBank(folder / BANK_DIR).build(
+        items,
+        lambda batch: embed_items(model, batch),
+        fingerprint=plan["scorer"],
+        batch_size=settings.batch_size,
+        pools=pools,
+        processes=processes,
+        show_progress_bar=show_progress_bar,
+    )
+    labeller = _Labeller(model, bank, settings)
+    with tqdm(
+        total=sum(sizes[number] for number in mine),
+        desc=f"{side} labels",
+        unit="input",
+        disable=not (show_progress_bar and is_main(processes)),
+    ) as bar:
+        for number in mine:
+            rows, states = labeller.label([examples[row] for row in labelling.rows(number)], bar)
+            write_shard(folder, number, rows, states)
     wait(processes)
-    sizes = shard_sizes(len(examples), settings.shard_size)
-    missing = [n for n, size in enumerate(sizes) if read_shard(folder, n, size) is None]
-    wait(processes)  # all have listed before the first new shard appears
-    if missing:
-        bank = TargetBank(folder / BANK_DIR).build(
-            items,
-            lambda batch: embed_items(model, batch),
-            fingerprint=plan["scorer"],
-            batch_size=settings.batch_size,
-            pools=pools,
-            processes=processes,
-            show_progress_bar=show_progress_bar,
-        )
-        labeller = _Labeller(model, bank, settings)
-        mine = missing[index :: processes.num_processes if processes else 1]
-        if len(missing) < len(sizes):
-            logger.info("going on: %d of %d shards missing", len(missing), len(sizes))
-        with tqdm(
-            total=sum(sizes[n] for n in mine),
-            desc=f"{side} labels",
-            unit="input",
-            disable=not show_progress_bar or index != 0,
-        ) as bar:
-            for number in mine:
-                start = number * settings.shard_size
-                rows, states = labeller.label(examples[start : start + sizes[number]], bar)
-                write_shard(folder, number, rows, states)
-        wait(processes)
     return read_labels(folder)
 
 
@@ -172,7 +163,6 @@ def _plan(
 ) -> dict[str, Any]:
     keys = [[example.key, example.partners] for example in examples]
     competitors = sorted({(item.content_key(), p) for item, p in zip(items, pools, strict=True)})
-    content = json.dumps([keys, competitors]).encode()
     return {
         "format": LABEL_FORMAT,
         "side": side,
@@ -180,39 +170,16 @@ def _plan(
         "reasoning": gate_fingerprints(model)["reasoning"],
         "temperature": settings.temperature,
         "max_think_tokens": settings.max_think_tokens or model.config.max_think_tokens,
-        "shard_size": settings.shard_size,
         "num_examples": len(examples),
-        "records": hashlib.sha256(content).hexdigest(),
+        "records": digest([keys, competitors]),
     }
 
 
 def _clear(folder: Path) -> None:
-    """Remove what an earlier pass wrote, the plan first, and nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / PLAN_FILE).unlink(missing_ok=True)
     for path in folder.iterdir():
         if re.fullmatch(r"\d{6}\.(npy|parquet)", path.name):
             path.unlink()
     shutil.rmtree(folder / BANK_DIR, ignore_errors=True)
-
-
-def _check_plan(folder: Path, stored: dict[str, Any], plan: dict[str, Any]) -> None:
-    other = {
-        name: (stored.get(name), plan.get(name))
-        for name in {**plan, **stored}
-        if stored.get(name) != plan.get(name)
-    }
-    if other:
-        described = "; ".join(f"{n} = {_short(a)}, now {_short(b)}" for n, (a, b) in other.items())
-        raise LabelsError(
-            f"labels in {folder} are about something else: {described}; expected the same model, "
-            "settings and records; pass rebuild (--rebuild_labels true) to measure anew, or use "
-            "another folder"
-        )
-
-
-def _short(value: Any) -> Any:
-    return value[:12] if isinstance(value, str) else value
 
 
 class _Labeller:

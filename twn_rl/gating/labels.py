@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from twn_rl.bank_building import map_file, read_json, write_array
+from twn_rl.shards import PLAN_FILE
+from twn_rl.whole_files import map_file, read_json, write_array
 
-PLAN_FILE = "plan.json"
 LABEL_FORMAT = 1
 IGNORED = -1
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twn_rl.bank_building import map_file
 from twn_rl.jobs.vector_files import VectorFileError, details_path, read_meta
+from twn_rl.whole_files import map_file
 
 logger = logging.getLogger(__name__)
 

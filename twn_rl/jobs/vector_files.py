@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twn_rl.bank_building import map_file, read_json
+from twn_rl.whole_files import map_file, read_json
 
 VECTORS_FORMAT = 1
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from twn_rl.records import Record
-from twn_rl.selection.shards import SelectionError, digest
+from twn_rl.selection.shards import SelectionError
 from twn_rl.templates import Renderer
+from twn_rl.whole_files import digest
 
 logger = logging.getLogger(__name__)
 

@@ -22,8 +22,9 @@ from twn_rl.model import DualLoraModel
 from twn_rl.readout import position_ids
 from twn_rl.records import Item, Record
 from twn_rl.rollouts import RolloutScorer, pool_of
-from twn_rl.selection.shards import SelectionError, digest
+from twn_rl.selection.shards import SelectionError
 from twn_rl.target_bank import Processes
+from twn_rl.whole_files import digest
 
 EVALUATORS = ("margin", "yes_no")
 Pair = tuple[int, str]  # position of a record, CoT about its query

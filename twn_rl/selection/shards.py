@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from twn_rl.bank_building import Processes, read_json, wait, write_json
-from twn_rl.evaluation.results import write_text
+from twn_rl.shards import Processes, ShardedPass, is_main, wait
+from twn_rl.whole_files import digest, write_text
 
-logger = logging.getLogger(__name__)
-
-PLAN_FILE = "plan.json"
 SHARD_FORMAT = 1
 Row = dict[str, Any]
 
@@ -29,18 +24,19 @@ class RecordShards:
     """One row a record, in files of `shard_size` rows; several processes share the files.
 
     Attributes:
-        folder: Where `plan.json` and `000000.jsonl`, ... are; all processes must see the same one.
+        folder: Where `plan.json` (see `ShardedPass`) and `000000.jsonl`, ... are; all processes
+            must see the same one.
         ids: Ids of the records in order; row i is about record i and carries its id.
-        plan: What the rows depend on; rows of another plan are never mixed in.
     """
 
     def __init__(
         self, folder: str | Path, ids: Sequence[str], plan: Row, *, shard_size: int = 256
     ) -> None:
-        self.folder, self.ids, self.shard_size = Path(folder), ids, shard_size
-        own = {"format": SHARD_FORMAT, "shard_size": shard_size, "records": digest(ids)}
-        self.plan = json.loads(json.dumps({**plan, **own}))
-        self._numbers = range(-(-len(ids) // shard_size))
+        self.folder, self.ids = Path(folder), ids
+        own = {"format": SHARD_FORMAT, "records": digest(ids)}
+        self._pass = ShardedPass(
+            folder, {**plan, **own}, len(ids), shard_size, error=SelectionError
+        )
 
     def fill(
         self,
@@ -63,25 +59,15 @@ class RecordShards:
         Raises:
             SelectionError: If the folder holds rows of another plan, unless `rebuild`.
         """
-        stored = None if rebuild else read_json(self.folder / PLAN_FILE)
-        if stored is not None and stored != self.plan:
-            self._refuse(stored)
-        wait(processes)  # every process has looked before the first one changes the folder
-        index, count = (processes.process_index, processes.num_processes) if processes else (0, 1)
-        if index == 0 and stored is None:
-            self._clear()
-        wait(processes)
-        todo = {number: self._todo(number, is_redone) for number in self._numbers}
+        self._pass.open(self._clear, rebuild=rebuild, processes=processes)
+        todo = {number: self._todo(number, is_redone) for number in self._pass.numbers}
         missing = [number for number, positions in todo.items() if positions]
-        if missing and sum(map(len, todo.values())) < len(self.ids):
-            logger.info("%s: going on, %d shards to do", self.folder, len(missing))
-        wait(processes)  # all have listed before the first new shard appears
-        mine = missing[index::count]
+        mine = self._pass.share(missing, processes)
         with tqdm(
             total=sum(len(todo[number]) for number in mine),
             desc=self.folder.name,
             unit="record",
-            disable=not show_progress_bar or index != 0,
+            disable=not (show_progress_bar and is_main(processes)),
         ) as bar:
             for number in mine:
                 rows = dict(zip(todo[number], make(todo[number]), strict=True))
@@ -96,7 +82,7 @@ class RecordShards:
         Raises:
             SelectionError: If shards are missing or damaged.
         """
-        for number in self._numbers:
+        for number in self._pass.numbers:
             rows = self._read(number)
             if not rows:
                 raise SelectionError(
@@ -108,18 +94,14 @@ class RecordShards:
     def _todo(self, number: int, is_redone: Callable[[Row], bool] | None) -> list[int]:
         rows = self._read(number)
         again = [p for p, row in rows.items() if is_redone is not None and is_redone(row)]
-        return again if rows else list(self._positions(number))
-
-    def _positions(self, number: int) -> range:
-        start = number * self.shard_size
-        return range(start, min(start + self.shard_size, len(self.ids)))
+        return again if rows else list(self._pass.rows(number))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"
 
     def _read(self, number: int) -> dict[int, Row]:
         """Return position -> row, or nothing if the shard is absent, cut short or damaged."""
-        positions = self._positions(number)
+        positions = self._pass.rows(number)
         try:
             lines = self._path(number).read_text(encoding="utf-8").split("\n")[:-1]
             rows = [json.loads(line) for line in lines]
@@ -132,34 +114,10 @@ class RecordShards:
     def _write(self, number: int, rows: dict[int, Row]) -> None:
         lines = [
             json.dumps({"id": self.ids[p], **rows[p]}, ensure_ascii=False, allow_nan=False) + "\n"
-            for p in self._positions(number)
+            for p in self._pass.rows(number)
         ]
         write_text(self._path(number), "".join(lines))
 
     def _clear(self) -> None:
-        """Remove what an earlier pass wrote, the plan first, and nothing else."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / PLAN_FILE).unlink(missing_ok=True)
         for path in self.folder.glob("[0-9]" * 6 + ".jsonl"):
             path.unlink()
-        write_json(self.folder / PLAN_FILE, self.plan)
-
-    def _refuse(self, stored: Row) -> None:
-        other = [
-            f"{name} = {_short(stored.get(name))}, now {_short(self.plan.get(name))}"
-            for name in {**self.plan, **stored}
-            if stored.get(name) != self.plan.get(name)
-        ]
-        raise SelectionError(
-            f"{self.folder} is about something else: {'; '.join(other)}; expected the same records "
-            "and settings; pass rebuild (--rebuild true) to start anew, or use another folder"
-        )
-
-
-def digest(content: Any) -> str:
-    """Return the sha256 of anything JSON can hold."""
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _short(value: Any) -> str:
-    return str(value)[:60]

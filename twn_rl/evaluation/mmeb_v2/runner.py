@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from twn_rl.bank_building import Processes, wait, write_json
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.encoding import EncodedTask, TaskEncoder
 from twn_rl.evaluation.mmeb_v2.loaders import load_task, missing_data
@@ -28,6 +27,8 @@ from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 from twn_rl.jobs.encode_files import fingerprints
 from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.shards import Processes, wait
+from twn_rl.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 

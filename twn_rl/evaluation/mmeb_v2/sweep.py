@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from twn_rl.bank_building import Processes
 from twn_rl.evaluation.gate_chart import plot_gate_curves
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.encoding import EncodedTask
@@ -21,6 +20,7 @@ from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 from twn_rl.gating.threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_knee
 from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.shards import Processes
 
 logger = logging.getLogger(__name__)
 
