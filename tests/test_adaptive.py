@@ -13,7 +13,8 @@ import torch
 from conftest import make_idefics3
 from hypothesis import given
 from hypothesis import strategies as st
-from test_grpo import MAX_TOKENS, small_model
+from test_grpo import MAX_TOKENS
+from training import SHORT_RUN, small_model
 from trl import GRPOTrainer
 
 import twn_rl.inference
@@ -56,15 +57,9 @@ def make_trainer(
         "num_generations": GROUP,
         "max_completion_length": MAX_TOKENS,
         "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **SHORT_RUN,
         **settings,
     }
     config = AdaptiveGRPOConfig(output_dir=str(folder), **settings)

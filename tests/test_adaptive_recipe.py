@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_distributed_recipes import GLOBAL_BATCH, ROOT, TORCHRUN, launch
+from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch
 
 from twn_rl.model import DualLoraModel
 

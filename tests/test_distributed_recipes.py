@@ -1,48 +1,18 @@
 """The recipes under real `accelerate launch`: one process, two processes, ZeRO-2 and ZeRO-3."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch
 
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
 
-ROOT = Path(__file__).parents[1]
-GLOBAL_BATCH = 8
-TORCHRUN = "torchrun"
-
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-
-
-def launch(
-    recipe: str, flags: list[str], *, config: str | None, cwd: Path
-) -> subprocess.CompletedProcess:
-    """Run a recipe as a user would and return what it printed."""
-    if config == TORCHRUN:
-        # accelerate starts several CPU processes through MPI only.
-        launcher = ["torch.distributed.run", "--nproc_per_node=2"]
-        launcher += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    else:
-        launcher = ["accelerate.commands.launch"]
-        file = ["--config_file", str(ROOT / "recipes" / "accelerate" / str(config))]
-        launcher += ["--num_processes=1"] if config is None else [*file, "--main_process_port=0"]
-    command = [sys.executable, "-m", *launcher]
-    return subprocess.run(
-        [*command, str(ROOT / "recipes" / recipe), *flags],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
 
 
 def train(folder: Path, config: str | None, num_processes: int) -> dict[str, list[dict]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed_recipes import ROOT, TORCHRUN, launch
+from launching import ROOT, TORCHRUN, launch
 
 from twn_rl.gate import DOCUMENT_SIDE, QUERY_SIDE
 from twn_rl.gating.labels import read_labels

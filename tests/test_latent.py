@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import awaken, make_idefics3, picture
+from conftest import make_idefics3, picture
 from torch import Tensor
+from training import SHORT_RUN, small_model
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parameters, set_trainable
-from twn_rl.config import LoraSettings, TwnConfig
+from twn_rl.config import TwnConfig
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.latent import LatentDecoder, LatentLearner, target_text, vector_losses, word_losses
@@ -36,29 +37,14 @@ def small_config(folder: Path, **settings: Any) -> LatentConfig:
         "decoder_heads": 2,
         "per_device_train_batch_size": 2,
         "max_steps": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **SHORT_RUN,
         **settings,
     }
     return LatentConfig(output_dir=str(folder), **settings)
 
 
-def small_model(seed: int = 0, **settings: Any) -> DualLoraModel:
-    settings = {
-        "reasoning_lora": LoraSettings(r=2, alpha=4),
-        "embedding_lora": LoraSettings(r=3, alpha=6),
-        "num_readout_tokens": 3,
-        "max_think_tokens": 6,
-        **LATENT,
-        **settings,
-    }
-    model = DualLoraModel.from_backbone(make_idefics3(), TwnConfig(**settings), seed=seed)
-    awaken(model, seed)
+def latent_model(seed: int = 0, **settings: Any) -> DualLoraModel:
+    model = small_model(seed, **{"max_think_tokens": 6, **LATENT, **settings})
     set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
     return model
 
@@ -207,7 +193,7 @@ def test_regression_moves_what_is_said_and_never_the_target() -> None:
 def test_the_loss_is_the_sum_of_its_parts_computed_by_hand(
     latent_documents: bool, records: RecordSet, tmp_path: Path
 ) -> None:
-    model = small_model(latent_documents=latent_documents).eval()
+    model = latent_model(latent_documents=latent_documents).eval()
     chosen = [records[i] for i in range(4)]
     args = small_config(tmp_path, no_think_weight=2.0, reconstruction_weight=0.5)
     trainer = LatentTrainer(model, args, records)
@@ -243,7 +229,7 @@ def test_the_loss_is_the_sum_of_its_parts_computed_by_hand(
 def test_the_warm_up_moves_rows_and_head_only_and_nothing_ever_moves_the_reasoner(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model = small_model()
+    model = latent_model()
     before, reasoner = weights(model), weights(model, REASONING_ADAPTER)
     LatentTrainer(
         model, small_config(tmp_path, max_steps=2, warm_up_share=0.9, weight_decay=0.1), records
@@ -259,7 +245,7 @@ def test_the_warm_up_moves_rows_and_head_only_and_nothing_ever_moves_the_reasone
 
 
 def test_chains_of_thought_are_not_read(records: RecordSet, tmp_path: Path) -> None:
-    model = small_model()
+    model = latent_model()
     collator = LatentCollator(model, small_config(tmp_path))
     batches = []
     for cot in ("camel left", None):
@@ -279,7 +265,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     records: RecordSet, tmp_path: Path
 ) -> None:
     settings = {"warm_up_share": 0.3, "save_strategy": "steps", "save_steps": 2}
-    whole, parts = small_model(), small_model()
+    whole, parts = latent_model(), latent_model()
     LatentTrainer(whole, small_config(tmp_path / "whole", **settings), records).train()
     folder = tmp_path / "whole"
     assert (folder / "checkpoint-2" / DECODER_FILE).is_file()
@@ -295,7 +281,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
 def test_a_saved_model_has_no_head_and_gives_the_same_bits(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model = small_model(latent_documents=True)
+    model = latent_model(latent_documents=True)
     trainer = LatentTrainer(model, small_config(tmp_path, max_steps=1), records)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
@@ -323,7 +309,7 @@ def test_a_config_without_reason_tokens_is_read_and_fingerprinted_as_ever() -> N
 
 
 def test_serving_and_evaluation_agree_on_latent_vectors(records: RecordSet) -> None:
-    model = small_model().eval()
+    model = latent_model().eval()
     embedder = ThinkingEmbedder(model)
     queries = [record.query for record in records]
     with torch.no_grad():
@@ -353,7 +339,7 @@ def test_serving_and_evaluation_agree_on_latent_vectors(records: RecordSet) -> N
 
 @pytest.mark.parametrize("latent_documents", [False, True])
 def test_documents_are_read_as_in_training(latent_documents: bool) -> None:
-    model = small_model(latent_documents=latent_documents).eval()
+    model = latent_model(latent_documents=latent_documents).eval()
     embedder, documents = ThinkingEmbedder(model), [Item(text="camel"), Item(text="pizza left")]
     with torch.no_grad():
         expected = model.embed(model.collate(documents), is_latent=latent_documents).numpy()
@@ -364,7 +350,7 @@ def test_documents_are_read_as_in_training(latent_documents: bool) -> None:
 
 def test_no_reason_tokens_are_a_clear_error_everywhere(records: RecordSet, tmp_path: Path) -> None:
     settings = {"num_reason_tokens": 0, "latent_bottleneck": False}
-    model = small_model(**settings)
+    model = latent_model(**settings)
     with pytest.raises(ValueError, match=r"num_reason_tokens = 0.*direct_only"):
         LatentTrainer(model, small_config(tmp_path), records)
     with pytest.raises(ValueError, match=r"think = 'latent'.*num_reason_tokens = 0"):
@@ -381,7 +367,7 @@ def test_no_reason_tokens_are_a_clear_error_everywhere(records: RecordSet, tmp_p
 
 def test_a_target_without_words_needs_regression(records: RecordSet, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"record 'r1'.*no text.*regression_weight = 0"):
-        LatentTrainer(small_model(), small_config(tmp_path, regression_weight=0.0), records)
+        LatentTrainer(latent_model(), small_config(tmp_path, regression_weight=0.0), records)
     captioned = [
         replace(record, metadata={**record.metadata, "caption": f"camel {i}"})
         for i, record in enumerate(records)
@@ -389,7 +375,7 @@ def test_a_target_without_words_needs_regression(records: RecordSet, tmp_path: P
     assert target_text(captioned[1], "caption") == "camel 1"
     assert target_text(records[1], "caption") is None
     args = small_config(tmp_path, regression_weight=0.0, max_steps=1)
-    LatentTrainer(small_model(), args, captioned).train()
+    LatentTrainer(latent_model(), args, captioned).train()
     broken = replace(records[1], metadata={"caption": 7})
     with pytest.raises(ValueError, match=r"record 'r1'.*= 7; expected a string"):
         target_text(broken, "caption")
@@ -398,7 +384,7 @@ def test_a_target_without_words_needs_regression(records: RecordSet, tmp_path: P
 def test_the_check_tells_a_head_that_listens_from_one_that_does_not(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model = small_model(num_reason_tokens=4, latent_bottleneck=False).eval()
+    model = latent_model(num_reason_tokens=4, latent_bottleneck=False).eval()
     trainer = LatentTrainer(model, small_config(tmp_path), records)
     deaf = trainer.check_reconstruction(records)
     assert deaf["reconstruction_own"] == pytest.approx(deaf["reconstruction_shuffled"], abs=0.1)
@@ -424,6 +410,6 @@ def test_every_problem_of_the_settings_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_a_head_without_reason_tokens_is_refused() -> None:
-    model = small_model(num_reason_tokens=0, latent_bottleneck=False)
+    model = latent_model(num_reason_tokens=0, latent_bottleneck=False)
     with pytest.raises(ValueError, match="expected K >= 1"):
         LatentLearner(model, LatentDecoder(model.hidden_size, width=16))

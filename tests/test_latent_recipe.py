@@ -1,13 +1,16 @@
 """The recipe of latent thoughts under a real launch: one and two processes, K = 0, evaluation."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from test_distributed_recipes import TORCHRUN, launch
+from launching import TORCHRUN, launch
 
+from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
 from twn_rl.encode import ThinkingEmbedder
+from twn_rl.model import DualLoraModel
 from twn_rl.records import load_records
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -61,6 +64,23 @@ def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(tmp_pat
     assert metrics["test/all/latent/think_tokens"] == 0
     assert "test/all/always/hit@1" not in metrics
     assert "latent thoughts" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml"])
+def test_sharded_training_is_that_of_one_process(config: str, tmp_path: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("DeepSpeed compiles an operator on CPU and needs a C++ compiler (g++)")
+    one = run(tmp_path / "one", None, 1)
+    two = run(tmp_path / "two", config, 2)
+    for name in ("loss", "loss_contrastive", "loss_reconstruction", "reconstruction_own"):
+        alone = [row[name] for row in one if name in row]
+        assert [row[name] for row in two if name in row] == pytest.approx(alone, rel=2e-3), name
+    weights = [
+        adapter_parameters(DualLoraModel.from_pretrained(folder).peft_model, EMBEDDING_ADAPTER)
+        for folder in (tmp_path / "one/latent", tmp_path / "two/latent")
+    ]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=2e-3, rtol=2e-2)
 
 
 def test_no_reason_tokens_end_the_recipe_before_anything_is_read(tmp_path: Path) -> None:

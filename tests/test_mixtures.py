@@ -14,9 +14,9 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from conftest import picture_records
 from test_grpo import make_trainer
-from test_grpo import small_model as small_policy
-from test_sft import small_config, small_model, weights
+from test_sft import small_config
 from torch.utils.data import DataLoader
+from training import small_model, weights
 
 from twn_rl.mixtures import Mixture, MixtureSampler, load_mixture
 from twn_rl.records import Item, Record, RecordError, write_records
@@ -276,7 +276,7 @@ def test_a_killed_and_resumed_run_on_a_mixture_is_the_run_that_was_not(
 
 def test_rollouts_repeat_the_prompts_of_a_mixture(pictures: Path, tmp_path: Path) -> None:
     mixture = load_mixture(pictures)
-    trainer = make_trainer(small_policy(), mixture, tmp_path, num_generations=2)  # pyright: ignore
+    trainer = make_trainer(small_model(), mixture, tmp_path, num_generations=2)  # pyright: ignore
     positions = list(trainer._get_train_sampler())
     order = [p for batch in drawn(mixture, 2, seed=trainer.args.seed) for p in batch]
     assert positions == [p for p in order for _ in range(2)]

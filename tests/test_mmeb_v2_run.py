@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import awaken, make_idefics3
-from test_distributed_recipes import TORCHRUN, launch
+from launching import TORCHRUN, launch
 
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.encode import ThinkingEmbedder

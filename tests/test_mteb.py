@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import awaken, picture, picture_records
-from test_distributed_recipes import TORCHRUN, launch
+from launching import TORCHRUN, launch
 
 REASON = 'needs mteb: pip install -e ".[mteb]"'
 mteb = pytest.importorskip("mteb", reason=REASON)

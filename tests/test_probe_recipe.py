@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from test_distributed_recipes import launch
+from launching import launch
 
 from twn_rl.run import ModelArguments
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import awaken, make_idefics3, picture_records
+from conftest import picture_records
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from training import SHORT_RUN, moved, small_model, weights
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parameters, set_trainable
-from twn_rl.config import LoraSettings, TwnConfig
+from twn_rl.config import LoraSettings
 from twn_rl.losses import false_negative_mask, info_nce, key_ids
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Record, RecordSet, load_records
@@ -33,37 +34,14 @@ def small_config(folder: Path, **settings: Any) -> SftConfig:
         "self_written_from": 1.0,
         "per_device_train_batch_size": 2,
         "max_steps": 6,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
+        **SHORT_RUN,
         **settings,
     }
     return SftConfig(output_dir=str(folder), **settings)
 
 
-def small_model(seed: int = 0, **settings: Any) -> DualLoraModel:
-    settings = {
-        "reasoning_lora": LoraSettings(r=2, alpha=4),
-        "embedding_lora": LoraSettings(r=3, alpha=6),
-        "num_readout_tokens": 3,
-        "max_think_tokens": 6,
-        **settings,
-    }
-    model = DualLoraModel.from_backbone(make_idefics3(), TwnConfig(**settings), seed=seed)
-    awaken(model, seed)
-    return model
-
-
-def weights(model: DualLoraModel) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.peft_model.named_parameters()}
-
-
-def moved(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
-    return {name for name in before if not torch.equal(before[name], after[name])}
+def short_thoughts(seed: int = 0, **settings: Any) -> DualLoraModel:
+    return small_model(seed, **{"max_think_tokens": 6, **settings})
 
 
 def with_target_cots(records: RecordSet) -> list[Record]:
@@ -81,7 +59,7 @@ def without_cots(records: Sequence[Record]) -> list[Record]:
 
 
 def test_target_rows_point_at_the_right_content(records: RecordSet) -> None:
-    model = small_model()
+    model = short_thoughts()
     batch = SftCollator(model, num_hard_negatives=NUM_NEGATIVES)(list(records))
     rows, keys = batch["target_rows"], batch["target_keys"]
     count = len(records)
@@ -100,7 +78,7 @@ def test_target_rows_point_at_the_right_content(records: RecordSet) -> None:
 
 
 def test_every_distinct_target_is_encoded_once(records: RecordSet) -> None:
-    batch = SftCollator(small_model(), num_hard_negatives=NUM_NEGATIVES)(list(records))
+    batch = SftCollator(short_thoughts(), num_hard_negatives=NUM_NEGATIVES)(list(records))
     encoded = len(batch["target"]["input_ids"])
     assert encoded == len(set(batch["target_keys"].tolist()))
     assert encoded < len(batch["target_rows"])
@@ -108,7 +86,7 @@ def test_every_distinct_target_is_encoded_once(records: RecordSet) -> None:
 
 
 def test_taught_thoughts_end_the_turn_and_embedded_ones_do_not(records: RecordSet) -> None:
-    model = small_model()
+    model = short_thoughts()
     chosen = [records[0], Record(**{**vars(records[1]), "query_cot": None})]
     batch = SftCollator(model, num_hard_negatives=0)(chosen)
     thought = model.completion_ids(model.renderer.completion(records[0].query_cot or ""))
@@ -145,7 +123,7 @@ def losses(
 def test_the_loss_is_the_sum_of_its_parts_computed_by_hand(
     records: RecordSet, tmp_path: Path, has_target_cots: bool
 ) -> None:
-    model = small_model()
+    model = short_thoughts()
     chosen = with_target_cots(records) if has_target_cots else list(records)
     collator = SftCollator(model, num_hard_negatives=NUM_NEGATIVES)
     chosen_weights = {"think_weight": 0.5, "no_think_weight": 2.0, "cross_weight": 3.0}
@@ -181,7 +159,7 @@ def test_the_loss_is_the_sum_of_its_parts_computed_by_hand(
 def test_a_record_without_a_cot_trains_the_direct_path_only(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model, direct_only = small_model(), [1, 4]
+    model, direct_only = short_thoughts(), [1, 4]
     chosen = list(records)
     for row in direct_only:
         chosen[row] = without_cots([chosen[row]])[0]
@@ -209,7 +187,7 @@ def test_a_record_without_a_cot_trains_the_direct_path_only(
 def test_a_thought_the_model_wrote_itself_does_not_train_a_record_without_a_cot(
     records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, chosen = small_model(), list(records)
+    model, chosen = short_thoughts(), list(records)
     chosen[2] = without_cots([chosen[2]])[0]
     thoughts = {"of the third": "pizza", "of others": "camel left"}
 
@@ -234,7 +212,7 @@ def test_a_thought_the_model_wrote_itself_does_not_train_a_record_without_a_cot(
 def test_a_batch_without_any_cot_has_no_think_loss_and_finite_gradients(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    loss, parts = losses(small_model(), without_cots(records), tmp_path)
+    loss, parts = losses(short_thoughts(), without_cots(records), tmp_path)
     assert parts["loss_think"] == parts["loss_token"] == 0.0
     assert "in_batch_hit@1_think" not in parts
     assert loss.item() == pytest.approx(parts["loss_no_think"])
@@ -244,7 +222,7 @@ def test_a_batch_without_any_cot_has_no_think_loss_and_finite_gradients(
 def test_contrastive_terms_join_after_their_share_of_the_steps(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model, chosen = small_model(), list(records)
+    model, chosen = short_thoughts(), list(records)
     _, early = losses(model, chosen, tmp_path, step=4, contrastive_from=0.5)
     assert set(early) == {"loss_token"}
     _, late = losses(model, chosen, tmp_path, step=5, contrastive_from=0.5)
@@ -254,7 +232,7 @@ def test_contrastive_terms_join_after_their_share_of_the_steps(
 
 
 def test_without_a_token_weight_no_thought_is_taught(records: RecordSet, tmp_path: Path) -> None:
-    model = small_model()
+    model = short_thoughts()
     loss, parts = losses(model, list(records), tmp_path, token_weight=0.0)
     assert "loss_token" not in parts
     loss.backward()
@@ -270,7 +248,7 @@ def test_steps_without_any_loss_are_refused(tmp_path: Path) -> None:
 def test_self_written_thoughts_replace_the_teachers_for_a_share_of_later_steps(
     records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, chosen = small_model(), list(records)
+    model, chosen = short_thoughts(), list(records)
     written = model.completion_ids("<think> pizza </think>", add_eos=True)
     calls: list[int] = []
 
@@ -299,7 +277,7 @@ def test_the_die_of_self_writing_depends_on_seed_and_step_only(
 
     def dice(seed: int) -> list[bool]:
         config = small_config(tmp_path, seed=seed, **settings)
-        trainer = SftTrainer(small_model(), config, list(records))
+        trainer = SftTrainer(short_thoughts(), config, list(records))
         thrown = []
         for step in range(200):
             trainer.state.global_step = step
@@ -314,7 +292,7 @@ def test_the_die_of_self_writing_depends_on_seed_and_step_only(
 def test_real_self_writing_runs_and_trains_on_what_was_written(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model = small_model()
+    model = short_thoughts()
     settings = {"self_written_from": 0.0, "self_written_share": 1.0}
     loss, parts = losses(model, list(records), tmp_path, **settings)
     assert torch.isfinite(loss)
@@ -356,7 +334,7 @@ def _half_and_model(folder: Path, kind: str) -> tuple[list[Record], DualLoraMode
         records[0] = Record(**{**vars(records[0]), "positive_cot": "it is one"})
     if kind == "direct_only":  # one of rank 0's records, all of rank 1's
         records[1:] = without_cots(records[1:])
-    return records, small_model()
+    return records, short_thoughts()
 
 
 @pytest.mark.distributed
@@ -388,7 +366,7 @@ def test_the_token_loss_does_not_depend_on_how_the_batch_is_split(
     records: RecordSet, tmp_path: Path
 ) -> None:
     """Long and short CoTs: a mean of the halves' means would differ."""
-    model = small_model().eval()
+    model = short_thoughts().eval()
     trainer = SftTrainer(model, small_config(tmp_path, contrastive_from=1.0), list(records))
     halves = [[records[0], records[2]], [records[1], records[3]]]
     totals = torch.zeros(2)
@@ -409,7 +387,7 @@ def test_the_token_loss_does_not_depend_on_how_the_batch_is_split(
 def test_training_moves_exactly_the_trainable_adapters(
     records: RecordSet, tmp_path: Path, trained: tuple[str, ...]
 ) -> None:
-    model = small_model()
+    model = short_thoughts()
     set_trainable(model.peft_model, trained)
     before = weights(model)
     trainer = SftTrainer(model, small_config(tmp_path, max_steps=3), records)
@@ -422,7 +400,7 @@ def test_training_moves_exactly_the_trainable_adapters(
 
 def test_the_losses_fall_and_are_logged_by_part(records: RecordSet, tmp_path: Path) -> None:
     trainer = SftTrainer(
-        small_model(),
+        short_thoughts(),
         small_config(tmp_path, max_steps=20, per_device_train_batch_size=6),
         records,
     )
@@ -449,7 +427,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
 
     def new_model(seed: int) -> DualLoraModel:
         dropout = LoraSettings(r=2, alpha=4, dropout=0.1)
-        return small_model(seed, interface=interface, reasoning_lora=dropout)
+        return short_thoughts(seed, interface=interface, reasoning_lora=dropout)
 
     whole = new_model(0)
     SftTrainer(whole, settings("whole"), records).train()
@@ -469,7 +447,7 @@ def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
 def test_a_saved_model_embeds_as_the_trained_one(
     records: RecordSet, tmp_path: Path, make_backbone: Callable[[str], Any]
 ) -> None:
-    model = small_model()
+    model = short_thoughts()
     trainer = SftTrainer(model, small_config(tmp_path, max_steps=2), records)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))
