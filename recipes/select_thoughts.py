@@ -45,7 +45,7 @@ from twn_rl.selection.choosing import (
     selection_report,
     taught_records,
 )
-from twn_rl.selection.endpoint import FAILURES, PROMPT, EndpointSettings, EndpointWriter
+from twn_rl.selection.endpoint import FAILURES, EndpointSettings, EndpointWriter
 from twn_rl.selection.evaluators import EVALUATORS, Evaluator, MarginEvaluator, YesNoEvaluator
 from twn_rl.selection.judging import judge, unjudged
 from twn_rl.selection.shards import RecordShards, SelectionError
@@ -85,23 +85,6 @@ class SelectScriptArguments:
     demo_teachers: int = field(
         default=0,
         metadata={"help": "Independent noisy teachers of the emoji scenes; 0 is off."},
-    )
-    endpoint_url: str | None = field(
-        default=None,
-        metadata={"help": "OpenAI-compatible endpoint, such as http://localhost:8000/v1."},
-    )
-    endpoint_model: str = field(default="", metadata={"help": "Name of the model there."})
-    endpoint_thoughts: int = field(default=1, metadata={"help": "Candidates from there."})
-    endpoint_temperature: float = field(default=1.0, metadata={"help": "Of its sampling."})
-    endpoint_max_tokens: int = field(default=512, metadata={"help": "Its longest answer."})
-    endpoint_timeout_seconds: float = field(default=60.0, metadata={"help": "Longest wait."})
-    endpoint_retries: int = field(
-        default=4, metadata={"help": "Further tries, with doubling pauses; 0 is off."}
-    )
-    endpoint_parallel: int = field(default=8, metadata={"help": "Requests at a time."})
-    endpoint_prompt: str = field(default=PROMPT, metadata={"help": "Asks for the CoT."})
-    endpoint_key_variable: str = field(
-        default="OPENAI_API_KEY", metadata={"help": "Environment variable of the key."}
     )
     retry_failed: bool = field(
         default=False, metadata={"help": "Ask the endpoint again where it gave no answer."}
@@ -158,7 +141,7 @@ class SelectScriptArguments:
         )
 
 
-def main(script: SelectScriptArguments, data: DataArguments) -> Path:
+def main(script: SelectScriptArguments, endpoint: EndpointSettings, data: DataArguments) -> Path:
     """Write candidates, judge them, choose; return the file of selected records."""
     set_up_logging()
     set_seed(script.seed)
@@ -169,7 +152,7 @@ def main(script: SelectScriptArguments, data: DataArguments) -> Path:
     if isinstance(records, Mixture):
         raise SelectionError("records are a mixture; expected one file; select for each source")
     ids = unique_ids(records)
-    save_run(output, script, data)
+    save_run(output, script, endpoint, data)
 
     # Model: every process has the whole of it.
     model = None
@@ -190,7 +173,7 @@ def main(script: SelectScriptArguments, data: DataArguments) -> Path:
             rebuild=script.rebuild,
             processes=processes,
         )
-        for writer in writers(script, data, model, ids, records, counts)
+        for writer in writers(script, endpoint, data, model, ids, records, counts)
     ]
 
     # Worth
@@ -228,6 +211,7 @@ def main(script: SelectScriptArguments, data: DataArguments) -> Path:
 
 def writers(
     script: SelectScriptArguments,
+    endpoint: EndpointSettings,
     data: DataArguments,
     model: DualLoraModel | None,
     ids: Sequence[str],
@@ -256,26 +240,10 @@ def writers(
     for number, path in enumerate(script.checkpoints):
         other = DualLoraModel.from_pretrained(path).to(PartialState().device)
         yield AdapterWriter(other, f"checkpoint{number}", **settings)
-    if script.endpoint_url is not None:
-        writer = EndpointWriter(endpoint_settings(script), renderer)
+    if endpoint.endpoint_url is not None:
+        writer = EndpointWriter(endpoint, renderer)
         yield writer
         counts["endpoint_retries"] += writer.num_retries
-
-
-def endpoint_settings(script: SelectScriptArguments) -> EndpointSettings:
-    """Return the endpoint's part of the arguments."""
-    return EndpointSettings(
-        url=script.endpoint_url or "",
-        model=script.endpoint_model,
-        num_thoughts=script.endpoint_thoughts,
-        temperature=script.endpoint_temperature,
-        max_tokens=script.endpoint_max_tokens,
-        timeout_seconds=script.endpoint_timeout_seconds,
-        retries=script.endpoint_retries,
-        parallel=script.endpoint_parallel,
-        prompt=script.endpoint_prompt,
-        api_key_variable=script.endpoint_key_variable,
-    )
 
 
 def demo_cots(
@@ -346,4 +314,8 @@ def save(
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((SelectScriptArguments, DataArguments), description=__doc__))
+    main(
+        *parse_arguments(
+            (SelectScriptArguments, EndpointSettings, DataArguments), description=__doc__
+        )
+    )

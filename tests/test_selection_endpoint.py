@@ -70,9 +70,16 @@ def serving(answer: Answer) -> Iterator[Server]:
 
 
 def writer(server: Server, **settings: Any) -> EndpointWriter:
-    settings = {"backoff_seconds": 0.01, "timeout_seconds": 10.0, "retries": 2, **settings}
-    url = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return EndpointWriter(EndpointSettings(url=url, model="m", **settings), Renderer())
+    settings = {
+        "url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "model": "m",
+        "backoff_seconds": 0.01,
+        "timeout_seconds": 10.0,
+        "retries": 2,
+        **settings,
+    }
+    named = {f"endpoint_{name}": value for name, value in settings.items()}
+    return EndpointWriter(EndpointSettings(**named), Renderer())
 
 
 def chat(text: str | None, finish_reason: str = "stop") -> tuple[int, str]:
@@ -91,7 +98,7 @@ def test_thoughts_come_back_in_the_order_of_records_with_and_without_markers() -
         return chat(f"<think> {text} </think> ok" if number(body) % 2 else f" {text}\n")
 
     with serving(answer) as server:
-        asked = writer(server, num_thoughts=2)
+        asked = writer(server, thoughts=2)
         written = asked.write(RECORDS)
     assert [[c.cot for c in row] for row in written] == [[f"thought {n}"] * 2 for n in range(5)]
     assert {c.source for row in written for c in row} == {"endpoint:m"}
@@ -110,7 +117,7 @@ def test_pictures_travel_as_data_urls_and_the_key_as_a_header(
     item = Item(instruction="find it", images=(shown,), video=(picture(4), picture(5)))
     record = Record(id="r", source="t", query=item, positive=Item(text="camel"))
     with serving(lambda body, asked: chat("a thought")) as server:
-        writer(server, api_key_variable="MY_KEY").write([record])
+        writer(server, key_variable="MY_KEY").write([record])
     _, headers, body = server.requests[0]
     assert headers["Authorization"] == "Bearer secret"
     parts = body["messages"][0]["content"]
@@ -201,7 +208,7 @@ def test_a_dead_endpoint_stops_the_pass_and_finished_shards_are_kept(tmp_path) -
         return chat(f"thought {number(body)}") if alive["is_up"] else (503, "down")
 
     with serving(answer) as server:
-        settings = {"retries": 0, "max_failures_in_a_row": 2, "parallel": 1}
+        settings = {"retries": 0, "max_failures": 2, "parallel": 1}
         asked = writer(server, **settings)
 
         def make(positions: list[int]) -> list[dict[str, Any]]:
@@ -227,5 +234,6 @@ def test_a_dead_endpoint_stops_the_pass_and_finished_shards_are_kept(tmp_path) -
 
 def test_settings_that_cannot_work_are_named_together() -> None:
     with pytest.raises(ValueError, match=r"url = 'ftp://x'.*model is empty.*parallel = 0") as error:
-        EndpointSettings(url="ftp://x", model="", parallel=0, timeout_seconds=0)
+        EndpointSettings(endpoint_url="ftp://x", endpoint_parallel=0, endpoint_timeout_seconds=0)
     assert "timeout_seconds = 0" in str(error.value)
+    assert EndpointSettings(endpoint_parallel=0).endpoint_url is None, "nothing is asked"

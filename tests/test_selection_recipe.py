@@ -11,6 +11,7 @@ from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.model import DualLoraModel
 from twn_rl.records import load_records
 from twn_rl.run import DataArguments, ModelArguments, parse_arguments
+from twn_rl.selection.endpoint import EndpointSettings
 from twn_rl.sft import SftConfig
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,7 @@ def select(folder: Path, *flags: str) -> Path:
 
     data = [f"--demo_dir={folder / 'data'}", "--demo_scale=0.002"]
     output = f"--output_dir={folder / 'selection'}"
-    types = (select_thoughts.SelectScriptArguments, DataArguments)
+    types = (select_thoughts.SelectScriptArguments, EndpointSettings, DataArguments)
     return select_thoughts.main(*parse_arguments(types, arguments=[output, *data, *flags]))
 
 

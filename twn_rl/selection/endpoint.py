@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import httpx2
@@ -39,50 +39,62 @@ _BACKOFF_CAP_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class EndpointSettings:
-    """Which endpoint, and how it is asked.
+    """Which endpoint, if any, and how it is asked; a recipe's flags have the same names."""
 
-    Attributes:
-        url: Base address, such as `http://localhost:8000/v1`; `/chat/completions` is added.
-        model: Name of the model there.
-        num_thoughts: CoTs a record, one request each.
-        temperature: Of sampling.
-        max_tokens: Longest answer.
-        timeout_seconds: Longest wait for one answer.
-        retries: Further tries after a time-out, a broken connection, junk or a busy server.
-        backoff_seconds: Wait before the first further try; doubles each time.
-        max_failures_in_a_row: So many records without an answer stop the pass.
-        parallel: Requests at a time.
-        prompt: What follows the query's own text and pictures.
-        api_key_variable: Environment variable that holds the key; none is sent if it is unset.
-    """
-
-    url: str
-    model: str
-    num_thoughts: int = 1
-    temperature: float = 1.0
-    max_tokens: int = 512
-    timeout_seconds: float = 60.0
-    retries: int = 4
-    backoff_seconds: float = 1.0
-    max_failures_in_a_row: int = 16
-    parallel: int = 8
-    prompt: str = PROMPT
-    api_key_variable: str = "OPENAI_API_KEY"
+    endpoint_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible endpoint that writes candidates, such as "
+            "http://localhost:8000/v1; /chat/completions is added."
+        },
+    )
+    endpoint_model: str = field(default="", metadata={"help": "Name of the model there."})
+    endpoint_thoughts: int = field(
+        default=1, metadata={"help": "Candidates a record from there, one request each."}
+    )
+    endpoint_temperature: float = field(default=1.0, metadata={"help": "Of its sampling."})
+    endpoint_max_tokens: int = field(default=512, metadata={"help": "Its longest answer."})
+    endpoint_timeout_seconds: float = field(
+        default=60.0, metadata={"help": "Longest wait for one answer."}
+    )
+    endpoint_retries: int = field(
+        default=4,
+        metadata={
+            "help": "Further tries after a time-out, a broken connection, junk or a busy server."
+        },
+    )
+    endpoint_backoff_seconds: float = field(
+        default=1.0, metadata={"help": "Wait before the first further try; doubles each time."}
+    )
+    endpoint_max_failures: int = field(
+        default=16, metadata={"help": "So many records without an answer in a row end the pass."}
+    )
+    endpoint_parallel: int = field(default=8, metadata={"help": "Requests at a time."})
+    endpoint_prompt: str = field(
+        default=PROMPT, metadata={"help": "What follows the query's own text and pictures."}
+    )
+    endpoint_key_variable: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "Environment variable of the key; none is sent if it is unset."},
+    )
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
+        if self.endpoint_url is None:
+            return
         problems = []
-        if not self.url.startswith(("http://", "https://")):
-            problems.append(f"url = {self.url!r}, expected http:// or https://")
-        if not self.model:
-            problems.append("model is empty, expected the endpoint's name of a model")
-        for name in ("num_thoughts", "max_tokens", "max_failures_in_a_row", "parallel"):
-            if getattr(self, name) < 1:
-                problems.append(f"{name} = {getattr(self, name)}, expected >= 1")
-        if self.retries < 0 or self.backoff_seconds < 0 or not self.timeout_seconds > 0:
+        if not self.endpoint_url.startswith(("http://", "https://")):
+            problems.append(f"endpoint_url = {self.endpoint_url!r}, expected http:// or https://")
+        if not self.endpoint_model:
+            problems.append("endpoint_model is empty, expected the endpoint's name of a model")
+        counts = {"thoughts": 1, "max_tokens": 1, "max_failures": 1, "parallel": 1, "retries": 0}
+        for short, least in {**counts, "backoff_seconds": 0}.items():
+            name = f"endpoint_{short}"
+            if getattr(self, name) < least:
+                problems.append(f"{name} = {getattr(self, name)}, expected >= {least}")
+        if not self.endpoint_timeout_seconds > 0:
             problems.append(
-                f"retries = {self.retries}, backoff_seconds = {self.backoff_seconds}, "
-                f"timeout_seconds = {self.timeout_seconds}, expected >= 0, >= 0 and > 0"
+                f"endpoint_timeout_seconds = {self.endpoint_timeout_seconds}, expected > 0"
             )
         if problems:
             raise ValueError("EndpointSettings: " + "; ".join(problems) + "; change these fields")
@@ -100,9 +112,9 @@ class EndpointWriter:
 
     def __init__(self, settings: EndpointSettings, renderer: Renderer) -> None:
         self.settings, self.renderer = settings, renderer
-        shapes_answers = ("url", "model", "num_thoughts", "temperature", "max_tokens", "prompt")
+        shapes_answers = ("url", "model", "thoughts", "temperature", "max_tokens", "prompt")
         described = asdict(settings)
-        self.plan: dict[str, Any] = {name: described[name] for name in shapes_answers}
+        self.plan: dict[str, Any] = {n: described[f"endpoint_{n}"] for n in shapes_answers}
         self.num_retries = 0
         self._failures_in_a_row = 0
         self._lock = threading.Lock()
@@ -114,29 +126,30 @@ class EndpointWriter:
             SelectionError: If the endpoint refuses for reasons that concern every request, or does
                 not answer many records in a row.
         """
-        key = os.environ.get(self.settings.api_key_variable)
+        asked = self.settings
+        key = os.environ.get(asked.endpoint_key_variable)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        jobs = [record for record in records for _ in range(self.settings.num_thoughts)]
+        jobs = [record for record in records for _ in range(asked.endpoint_thoughts)]
         with (
-            httpx2.Client(timeout=self.settings.timeout_seconds, headers=headers) as client,
-            ThreadPoolExecutor(self.settings.parallel) as pool,
+            httpx2.Client(timeout=asked.endpoint_timeout_seconds, headers=headers) as client,
+            ThreadPoolExecutor(asked.endpoint_parallel) as pool,
         ):
             try:
                 answers = list(pool.map(lambda record: self._candidate(client, record), jobs))
             except SelectionError:
                 pool.shutdown(cancel_futures=True)
                 raise
-        count = self.settings.num_thoughts
+        count = asked.endpoint_thoughts
         return [answers[start : start + count] for start in range(0, len(answers), count)]
 
     def _candidate(self, client: httpx2.Client, record: Record) -> Candidate:
-        source = f"{self.name}:{self.settings.model}"
+        source = f"{self.name}:{self.settings.endpoint_model}"
         problem, detail = "junk", ""
-        for attempt in range(1 + self.settings.retries):
+        for attempt in range(1 + self.settings.endpoint_retries):
             if attempt:
                 with self._lock:
                     self.num_retries += 1
-                pause = self.settings.backoff_seconds * 2 ** (attempt - 1)
+                pause = self.settings.endpoint_backoff_seconds * 2 ** (attempt - 1)
                 time.sleep(min(pause, _BACKOFF_CAP_SECONDS))
             try:
                 response = client.post(self._address(), json=self._request(record))
@@ -156,7 +169,8 @@ class EndpointWriter:
             if response.status_code != 200:
                 raise SelectionError(
                     f"endpoint {self._address()} answered {detail}; expected status 200; check "
-                    f"url, model and the key in {self.settings.api_key_variable}"
+                    "endpoint_url, endpoint_model and the key in "
+                    f"{self.settings.endpoint_key_variable}"
                 )
             candidate = self._parse(response, source)
             if candidate is not None:
@@ -172,7 +186,7 @@ class EndpointWriter:
             self._failures_in_a_row += 1
             failures = self._failures_in_a_row
         logger.warning("record %s: no CoT from the endpoint (%s): %s", record.id, problem, detail)
-        if failures >= self.settings.max_failures_in_a_row:
+        if failures >= self.settings.endpoint_max_failures:
             raise SelectionError(
                 f"endpoint {self._address()} failed {failures} records in a row, last {problem}: "
                 f"{detail}; expected chat completions; check the server, then run the same command "
@@ -180,7 +194,7 @@ class EndpointWriter:
             )
 
     def _address(self) -> str:
-        return self.settings.url.rstrip("/") + "/chat/completions"
+        return str(self.settings.endpoint_url).rstrip("/") + "/chat/completions"
 
     def _request(self, record: Record) -> dict[str, Any]:
         pictures = iter(self.renderer.images(record.query))
@@ -192,12 +206,12 @@ class EndpointWriter:
                 else part
                 for part in message["content"]
             ]
-        messages[-1]["content"].append({"type": "text", "text": self.settings.prompt})
+        messages[-1]["content"].append({"type": "text", "text": self.settings.endpoint_prompt})
         return {
-            "model": self.settings.model,
+            "model": self.settings.endpoint_model,
             "messages": messages,
-            "temperature": self.settings.temperature,
-            "max_tokens": self.settings.max_tokens,
+            "temperature": self.settings.endpoint_temperature,
+            "max_tokens": self.settings.endpoint_max_tokens,
         }
 
     def _parse(self, response: httpx2.Response, source: str) -> Candidate | None:
