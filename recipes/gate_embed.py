@@ -23,22 +23,17 @@ seeds), validation AUC 0.91 to 0.93 and, on the test split, within 0.4 points of
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from twn_rl.calibration import expected_calibration_error, roc_auc
-from twn_rl.evaluation.gate_chart import plot_gate_curves
 from twn_rl.evaluation.results import INTERVAL_METRICS, query_values
-from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
+from twn_rl.gate import SIDES, FitSettings, fit_gate
 from twn_rl.gating.files import gate_fingerprints, save_gates, set_threshold
 from twn_rl.gating.labelling import LabelSettings, label_records
 from twn_rl.gating.labels import (
@@ -46,10 +41,10 @@ from twn_rl.gating.labels import (
     GateLabels,
     cut_labels,
     label_report,
-    report_table,
     soft_labels,
 )
-from twn_rl.gating.threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_point
+from twn_rl.gating.results import FittedSide, describe, log_side, write_results
+from twn_rl.gating.threshold import gate_curve, pick_point
 from twn_rl.model import DualLoraModel
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
 
@@ -135,16 +130,6 @@ class GateScriptArguments:
             raise ValueError("GateScriptArguments: " + "; ".join(problems) + "; change these")
 
 
-@dataclass(frozen=True)
-class FittedSide:
-    """A gate and how it came about."""
-
-    gate: Gate
-    curve: GateCurve
-    chosen: CurvePoint
-    metrics: dict[str, Any]
-
-
 def main(script: GateScriptArguments, data: DataArguments) -> Path:
     """Label, fit, choose, save; return the folder of the model."""
     set_up_logging()
@@ -192,7 +177,7 @@ def main(script: GateScriptArguments, data: DataArguments) -> Path:
             )
             for side in script.sides
         }
-        write_artefacts(path / FOLDER, fitted, script.metric)
+        write_results(path / FOLDER, fitted, script.metric)
         for side, found in fitted.items():
             found.gate.fitted_to = gate_fingerprints(model)
             model.gates[side] = found.gate
@@ -239,32 +224,6 @@ def fit_side(script: GateScriptArguments, train: GateLabels, validation: GateLab
     return FittedSide(gate, curve, chosen, metrics)
 
 
-def describe(
-    validation: GateLabels,
-    probability: np.ndarray,
-    curve: GateCurve,
-    chosen: CurvePoint,
-    margin: float,
-) -> dict[str, Any]:
-    """Return what the gate does on the validation split, for metrics.json."""
-    is_worth_it = validation.gains > margin
-    assert chosen.threshold is not None
-    groups: dict[str, list[bool]] = {}
-    for row, thinks in zip(validation.rows, probability > chosen.threshold, strict=True):
-        for name in dict.fromkeys([row["task"], *([row["hop"]] if row["hop"] else [])]):
-            groups.setdefault(name, []).append(bool(thinks))
-    return {
-        "validation_auc": roc_auc(probability, is_worth_it),
-        "validation_ece": expected_calibration_error(probability, is_worth_it),
-        "chosen": asdict(chosen),
-        "never": asdict(curve.never),
-        "always": asdict(curve.always),
-        "oracle": asdict(curve.oracle),
-        "think_rate_by_group": {n: float(np.mean(t)) for n, t in sorted(groups.items())},
-        "validation_labels": label_report(validation.rows, margin),
-    }
-
-
 def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:
     """Return the metric of every input, (N,), without (`no_think`) or with (`think`) its CoT."""
     rows = [
@@ -272,59 +231,6 @@ def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:
         for row in labels.rows
     ]
     return np.array([query_values(row)[metric] for row in rows])
-
-
-def write_artefacts(folder: Path, fitted: dict[str, FittedSide], metric: str) -> None:
-    """Write metrics.json, labels.md, curve.csv and curve.png, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = {side: found.metrics for side, found in fitted.items()}
-    rows = [row for side, found in fitted.items() for row in curve_rows(found.curve, side=side)]
-    with (folder / ".curve.csv.tmp").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    texts = {
-        "metrics.json": json.dumps({"metric": metric, **metrics}, indent=1, allow_nan=False) + "\n",
-        "labels.md": "\n".join(
-            f"## {side}, {name}\n\n{report_table(found.metrics[f'{name}_labels'])}"
-            for side, found in fitted.items()
-            for name in ("train", "validation")
-        ),
-    }
-    for name, text in texts.items():
-        (folder / f".{name}.tmp").write_text(text, encoding="utf-8")
-    for name in (*texts, "curve.csv"):
-        (folder / f".{name}.tmp").replace(folder / name)
-    curves = {side: (found.curve, found.chosen) for side, found in fitted.items()}
-    plot_gate_curves(curves, folder / "curve.png", metric=metric)
-
-
-def log_side(side: str, found: FittedSide, metric: str) -> None:
-    """Log what the gate costs and gives on the validation split."""
-    logger.info(
-        "%s gate: validation AUC %s, ECE %.3f, threshold %.3f",
-        side,
-        found.metrics["validation_auc"],
-        found.metrics["validation_ece"],
-        found.chosen.threshold,
-    )
-    named = {
-        "never": found.curve.never,
-        "chosen": found.chosen,
-        "always": found.curve.always,
-        "oracle": found.curve.oracle,
-    }
-    for name, point in named.items():
-        logger.info(
-            "%-8s %-7s %s %5.1f   %6.2f tokens   %5.1f %% think   random at that rate %5.1f",
-            side,
-            name,
-            metric,
-            100 * point.quality,
-            point.think_tokens,
-            100 * point.think_rate,
-            100 * point.random_quality,
-        )
 
 
 if __name__ == "__main__":
