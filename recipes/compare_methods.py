@@ -11,7 +11,8 @@
 | latent (LaME) | latent_embed | think="latent" |
 | direct | latent_embed --direct_only true | think="never"; latent without its reason tokens |
 
-All methods see the same records of a seed; both kinds of RL start from the same warm start. Writes
+All methods see the same records of a seed; both kinds of RL start from the same warm start. The
+thresholds of gate and policy are chosen on the validation split by the same rule. Writes
 comparison.json ({method: {column: {mean, std, values}}}), comparison.md and comparison.png: hit@1
 by hops in and out of domain, think rate and tokens, milliseconds a query, trained parameters and
 training time. Milliseconds are measured last, all methods of a seed in turn in one process, with
@@ -35,6 +36,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from twn_rl.encode import ThinkingEmbedder
+from twn_rl.encoding.options import Think
 from twn_rl.evaluation.comparison import (
     Measured,
     compare,
@@ -43,7 +45,7 @@ from twn_rl.evaluation.comparison import (
 )
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
-from twn_rl.stages import Stages, seconds_of
+from twn_rl.stages import FINISHED_FILE, Stages, seconds_of
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ class Method:
     model: str
     stages: tuple[str, ...]
     mode: str
-    think: str
+    think: Think
     parts: tuple[str, ...]
 
 
@@ -84,7 +86,11 @@ METHODS = {
         ("embedding", "reasoning", "gate.safetensors"),
     ),
     "policy": Method(
-        "adaptive", ("warm_start", "adaptive"), "policy", "auto", ("embedding", "reasoning")
+        "adaptive",
+        ("warm_start", "adaptive", "adaptive/policy"),
+        "policy",
+        "auto",
+        ("embedding", "reasoning"),
     ),
     "latent": Method("latent", ("latent",), "latent", "latent", ("embedding",)),
     "direct": Method("direct", ("direct",), "never", "never", ("embedding",)),
@@ -196,9 +202,12 @@ def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
         target = root / name
         flags = [f"--config={config}", *own, f"--output_dir={target}", *shared, f"--seed={seed}"]
         stages.run(recipe, flags, target)
-        if f"{name}/gate" in needed:
-            gate = [f"--model={target}", *shared, f"--seed={seed}"]
-            stages.run("gate_embed.py", gate, target / "gate", is_cheap=True)
+        for folder, decider in (("gate", "gate_embed.py"), ("policy", "policy_threshold.py")):
+            if f"{name}/{folder}" in needed:
+                flags = [f"--model={target}", *shared, f"--seed={seed}"]
+                if stages.run(decider, flags, target / folder, is_cheap=True):
+                    # What was measured before was decided otherwise.
+                    (target / EVALUATION_FOLDER / FINISHED_FILE).unlink(missing_ok=True)
         modes = [method.mode for method in chosen if method.model == name]
         if modes:
             modes += ["always", "oracle"] if "policy" in modes else []

@@ -24,6 +24,7 @@ seeds), validation AUC 0.91 to 0.93 and, on the test split, within 0.4 points of
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,8 +33,8 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
-from twn_rl.evaluation.results import INTERVAL_METRICS, query_values
-from twn_rl.gate import SIDES, FitSettings, fit_gate
+from twn_rl.evaluation.results import query_values
+from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.gating.files import gate_fingerprints, save_gates, set_threshold
 from twn_rl.gating.labelling import LabelSettings, label_records
 from twn_rl.gating.labels import (
@@ -41,12 +42,14 @@ from twn_rl.gating.labels import (
     GateLabels,
     cut_labels,
     label_report,
+    report_table,
     soft_labels,
 )
-from twn_rl.gating.results import FittedSide, describe, log_side, write_results
-from twn_rl.gating.threshold import gate_curve, pick_point
+from twn_rl.gating.results import ChosenThreshold, describe, log_choice, write_results
+from twn_rl.gating.threshold import ThresholdRule, gate_curve
 from twn_rl.model import DualLoraModel
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_gate.yaml"
@@ -90,21 +93,6 @@ class GateScriptArguments:
         default=None,
         metadata={"help": "Labels sigmoid((gain - margin) / this) instead of 1 and 0; null: off."},
     )
-    metric: str = field(
-        default="hit@1", metadata={"help": f"Quality of the curve: {', '.join(INTERVAL_METRICS)}."}
-    )
-    max_quality_drop: float = field(
-        default=0.005,
-        metadata={
-            "help": "Threshold: the cheapest this close to the best quality (0.005: half a point)."
-        },
-    )
-    think_rate: float | None = field(
-        default=None, metadata={"help": "Threshold instead: the best that thinks at most so often."}
-    )
-    min_quality: float | None = field(
-        default=None, metadata={"help": "Threshold instead: the cheapest with this quality."}
-    )
     rebuild_labels: bool = field(
         default=False,
         metadata={"help": "Measure anew what stored labels of others are in the way."},
@@ -116,21 +104,13 @@ class GateScriptArguments:
         problems = []
         if not self.sides or not set(self.sides) <= set(SIDES):
             problems.append(f"sides = {self.sides}, expected some of {list(SIDES)}")
-        if self.metric not in INTERVAL_METRICS:
-            problems.append(f"metric = {self.metric!r}, expected one of {INTERVAL_METRICS}")
-        if self.think_rate is not None and self.min_quality is not None:
-            problems.append("think_rate and min_quality are both given, expected one of them")
-        if self.think_rate is not None and not 0 <= self.think_rate <= 1:
-            problems.append(f"think_rate = {self.think_rate}, expected in [0, 1]")
-        if self.margin < 0 or not self.max_quality_drop >= 0:
-            problems.append(
-                f"margin = {self.margin}, max_quality_drop = {self.max_quality_drop}, expected >= 0"
-            )
+        if self.margin < 0:
+            problems.append(f"margin = {self.margin}, expected >= 0")
         if problems:
             raise ValueError("GateScriptArguments: " + "; ".join(problems) + "; change these")
 
 
-def main(script: GateScriptArguments, data: DataArguments) -> Path:
+def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) -> Path:
     """Label, fit, choose, save; return the folder of the model."""
     set_up_logging()
     set_seed(script.seed)
@@ -145,7 +125,7 @@ def main(script: GateScriptArguments, data: DataArguments) -> Path:
     # Model: every process has the whole of it.
     model = DualLoraModel.from_pretrained(path).to(processes.device)
     if processes.is_main_process:
-        save_run(path / FOLDER, script, data)
+        save_run(path / FOLDER, script, rule, data)
 
     # Labels
     settings = LabelSettings(
@@ -171,18 +151,16 @@ def main(script: GateScriptArguments, data: DataArguments) -> Path:
 
     # Fit, threshold, save
     if processes.is_main_process:
-        fitted = {
-            side: fit_side(
-                script, labels[side, script.split], labels[side, script.validation_split]
-            )
-            for side in script.sides
-        }
-        write_results(path / FOLDER, fitted, script.metric)
-        for side, found in fitted.items():
-            found.gate.fitted_to = gate_fingerprints(model)
-            model.gates[side] = found.gate
-            set_threshold(model.config, side, found.chosen.threshold)
-            log_side(side, found, script.metric)
+        found: dict[str, ChosenThreshold] = {}
+        for side in script.sides:
+            train, validation = (labels[side, name] for name in records)
+            gate, found[side] = fit_side(script, rule, train, validation)
+            gate.fitted_to = gate_fingerprints(model)
+            model.gates[side] = gate
+            set_threshold(model.config, side, found[side].chosen.threshold)
+            log_choice(side, found[side], rule.metric)
+        write_results(path / FOLDER, found, rule.metric)
+        write_text(path / FOLDER / "labels.md", label_tables(found))
         save_gates(model, path)
         model.config.save(path)
         logger.info("Gate saved to %s", path)
@@ -190,7 +168,9 @@ def main(script: GateScriptArguments, data: DataArguments) -> Path:
     return path
 
 
-def fit_side(script: GateScriptArguments, train: GateLabels, validation: GateLabels) -> FittedSide:
+def fit_side(
+    script: GateScriptArguments, rule: ThresholdRule, train: GateLabels, validation: GateLabels
+) -> tuple[Gate, ChosenThreshold]:
     """Fit the gate of one side on the training labels and choose its threshold on the others."""
     classes = cut_labels(train.gains, script.margin, lower_margin=script.lower_margin)
     is_used = classes != IGNORED
@@ -205,23 +185,20 @@ def fit_side(script: GateScriptArguments, train: GateLabels, validation: GateLab
     probability = gate.probability(torch.from_numpy(np.array(validation.states))).numpy()
     curve = gate_curve(
         probability,
-        quality(validation, "no_think", script.metric),
-        quality(validation, "think", script.metric),
+        quality(validation, "no_think", rule.metric),
+        quality(validation, "think", rule.metric),
         validation.column("think_tokens"),
     )
-    chosen = pick_point(
-        curve.points,
-        max_quality_drop=script.max_quality_drop,
-        think_rate=script.think_rate,
-        min_quality=script.min_quality,
-    )
+    chosen = rule.pick(curve.points)
+    groups = [[r["task"], *([r["hop"]] if r["hop"] else [])] for r in validation.rows]
     metrics = {
         "classes": {str(label): int((classes == label).sum()) for label in (0, 1, IGNORED)},
         "fit": fit,
         "train_labels": label_report(train.rows, script.margin),
-        **describe(validation, probability, curve, chosen, script.margin),
+        "validation_labels": label_report(validation.rows, script.margin),
+        **describe(probability, validation.gains > script.margin, groups, curve, chosen),
     }
-    return FittedSide(gate, curve, chosen, metrics)
+    return gate, ChosenThreshold(curve, chosen, metrics)
 
 
 def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:
@@ -233,10 +210,19 @@ def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:
     return np.array([query_values(row)[metric] for row in rows])
 
 
+def label_tables(found: Mapping[str, ChosenThreshold]) -> str:
+    """Return labels.md: what thinking did to the inputs of each side and split."""
+    return "\n".join(
+        f"## {side}, {name}\n\n{report_table(choice.metrics[f'{name}_labels'])}"
+        for side, choice in found.items()
+        for name in ("train", "validation")
+    )
+
+
 if __name__ == "__main__":
     main(
         *parse_arguments(
-            (GateScriptArguments, DataArguments),
+            (GateScriptArguments, ThresholdRule, DataArguments),
             default_config=DEFAULT_CONFIG,
             description=__doc__,
         )

@@ -98,6 +98,7 @@ def test_every_stage_of_a_seed_sees_the_same_records_and_only_what_is_needed_run
         ("gate_embed.py", "grpo/gate"),
         ("eval_embed.py", "grpo/evaluation"),
         ("adaptive_embed.py", "adaptive"),
+        ("policy_threshold.py", "adaptive/policy"),
         ("eval_embed.py", "adaptive/evaluation"),
         ("latent_embed.py", "latent"),
         ("eval_embed.py", "latent/evaluation"),
@@ -114,7 +115,7 @@ def test_every_stage_of_a_seed_sees_the_same_records_and_only_what_is_needed_run
     script = compare_methods.CompareArguments(output_dir=str(tmp_path), methods=["policy"])
     compare_methods.run_seed(script, DataArguments(), 3)
     places = [place for _, place, _ in started]
-    assert places == ["warm_start", "adaptive", "adaptive/evaluation"]
+    assert places == ["warm_start", "adaptive", "adaptive/policy", "adaptive/evaluation"]
     with pytest.raises(ValueError, match=r"methods = \['thinking'\]"):
         compare_methods.CompareArguments(methods=["thinking"])
 

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 from twn_rl.evaluation.gate_chart import plot_gate_curves
 from twn_rl.gating.threshold import (
     CurvePoint,
+    ThresholdRule,
     curve_rows,
     gate_curve,
     pick_knee,
     pick_min_quality,
-    pick_point,
     pick_think_rate,
 )
 
@@ -123,11 +123,11 @@ def test_a_rate_and_a_quality_can_be_asked_for_instead():
 
 
 def test_one_rule_at_a_time():
-    assert pick_point(POINTS) == pick_knee(POINTS)
-    assert pick_point(POINTS, think_rate=0.2).think_rate == 0.2
-    assert pick_point(POINTS, min_quality=0.5).think_rate == 0.0
-    with pytest.raises(ValueError, match="expected one of them"):
-        pick_point(POINTS, think_rate=0.2, min_quality=0.5)
+    assert ThresholdRule().pick(POINTS) == pick_knee(POINTS)
+    assert ThresholdRule(think_rate=0.2).pick(POINTS).think_rate == 0.2
+    assert ThresholdRule(min_quality=0.5).pick(POINTS).think_rate == 0.0
+    with pytest.raises(ValueError, match=r"metric = .luck.*expected one of them"):
+        ThresholdRule(metric="luck", think_rate=0.2, min_quality=0.5)
 
 
 def test_rows_and_picture_hold_the_curve_and_its_references(tmp_path):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twn_rl.config import TwnConfig
 from twn_rl.decisions import (
     DIRECT,
     KEEP,
@@ -122,6 +123,8 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         super().__init__(model, reward_funcs, args, records, scorer, **kwargs)
         self._is_tapered: Tensor | None = None
         model.config.thinking_decision = "policy"
+        # One that was chosen before (recipes/policy_threshold.py) is of another policy.
+        model.config.policy_threshold = TwnConfig.policy_threshold
 
     def _generate(self, prompts: list[Any]) -> Any:
         """Keep the prompts for thoughts that have to be forced open, then let TRL generate."""

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 # Differences of means below this are rounding.
 TOLERANCE = 1e-9
+# Mode that decides -> field of its rows with the probability of thinking.
+PROBABILITIES = {"auto": "gate_probability", "policy": "policy_probability"}
 # (Did the gate think?, would the thought have helped?) -> what to call it.
 CHOICES = {
     (True, True): "thought, and it helped",
@@ -36,8 +38,8 @@ class RoutedQuery:
     Attributes:
         never: Its row without thinking.
         always: Its row with its own thought.
-        probability: What the gate said.
-        is_thinking: Whether mode "auto" thought.
+        probability: What the gate or the policy said.
+        is_thinking: Whether it thought.
     """
 
     never: Mapping[str, Any]
@@ -76,33 +78,40 @@ class RoutingPoint:
     think_tokens: float
 
 
-def routed_queries(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[RoutedQuery]]:
-    """Return split -> queries measured in modes "never", "always" and "auto".
+def routed_queries(
+    rows: Iterable[Mapping[str, Any]], mode: str = "auto"
+) -> dict[str, list[RoutedQuery]]:
+    """Return split -> queries measured in modes "never", "always" and one that decides.
 
-    A split where one of the modes was not measured is left out, with a warning if a gate chose.
+    A split where one of the modes was not measured is left out, with a warning if one decided.
+
+    Args:
+        rows: Of an evaluation.
+        mode: Which decides: "auto", the gate, or "policy".
     """
     found: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in rows:
         found.setdefault(row["split"], {}).setdefault(row["id"], {})[row["mode"]] = row
     routed: dict[str, list[RoutedQuery]] = {}
     for split, queries in found.items():
-        chosen = [modes for modes in queries.values() if "auto" in modes]
+        chosen = [modes for modes in queries.values() if mode in modes]
         whole = [modes for modes in chosen if "never" in modes and "always" in modes]
         if len(whole) < len(chosen):
             logger.warning(
-                "split %r: %d of %d queries with mode auto lack never or always: left out of the "
-                "judgement of the gate; measure all three modes",
+                "split %r: %d of %d queries with mode %s lack never or always: left out of the "
+                "judgement of it; measure all three modes",
                 split,
                 len(chosen) - len(whole),
                 len(chosen),
+                mode,
             )
         if whole:
             routed[split] = [
                 RoutedQuery(
                     modes["never"],
                     modes["always"],
-                    modes["auto"]["gate_probability"],
-                    bool(modes["auto"]["think_rate"]),
+                    modes[mode][PROBABILITIES[mode]],
+                    bool(modes[mode]["think_rate"]),
                 )
                 for modes in whole
             ]

@@ -1,4 +1,4 @@
-"""From gate probabilities to one threshold: what quality costs in tokens; pure functions, no model.
+"""From probabilities of thinking to one threshold: what quality costs in tokens; knows no model.
 
 An input thinks when its probability is above the threshold.
 """
@@ -6,11 +6,13 @@ An input thinks when its probability is above the threshold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from twn_rl.evaluation.results import INTERVAL_METRICS
 
 # Nearer probabilities are one: padding alone moves them by less.
 TIE_TOLERANCE = 1e-6
@@ -69,7 +71,7 @@ def gate_curve(
     [(1.0, 0.5, 0.0, 0.0), (0.55, 1.0, 5.0, 0.5), (0.0, 0.5, 20.0, 1.0)]
 
     Args:
-        probabilities: (N,) in (0, 1] of the gate.
+        probabilities: (N,) in (0, 1] of the gate or the policy.
         no_think: (N,) the metric of each input without thinking.
         think: (N,) the same with its thought.
         think_tokens: (N,) tokens of the thought, also where it was of no use.
@@ -172,28 +174,58 @@ def _cheapest(points: Sequence[CurvePoint]) -> CurvePoint:
     return min(points, key=lambda point: (point.think_tokens, -point.quality))
 
 
-def pick_point(
-    points: Sequence[CurvePoint],
-    *,
-    max_quality_drop: float = DEFAULT_QUALITY_DROP,
-    think_rate: float | None = None,
-    min_quality: float | None = None,
-) -> CurvePoint:
-    """Return the point of the one rule asked for; the knee if neither rate nor quality is given."""
-    if think_rate is not None and min_quality is not None:
-        raise ValueError(
-            f"think_rate = {think_rate} and min_quality = {min_quality}; expected one of them; "
-            "leave one out"
-        )
-    if think_rate is not None:
-        return pick_think_rate(points, think_rate)
-    if min_quality is not None:
-        return pick_min_quality(points, min_quality)
-    return pick_knee(points, max_quality_drop)
-
-
 def curve_rows(curve: GateCurve, **fixed: Any) -> list[dict[str, Any]]:
     """Return the rows of a CSV file: every point under the name "curve", then the references."""
     named = [("curve", point) for point in curve.points]
     named += [("never", curve.never), ("always", curve.always), ("oracle", curve.oracle)]
     return [{**fixed, "name": name, **asdict(point)} for name, point in named]
+
+
+@dataclass(frozen=True)
+class ThresholdRule:
+    """Which point of a curve is served; a recipe's flags have the same names."""
+
+    metric: str = field(
+        default="hit@1", metadata={"help": f"Quality of the curve: {', '.join(INTERVAL_METRICS)}."}
+    )
+    max_quality_drop: float = field(
+        default=DEFAULT_QUALITY_DROP,
+        metadata={
+            "help": "Threshold: the cheapest this close to the best quality (0.005: half a point)."
+        },
+    )
+    think_rate: float | None = field(
+        default=None, metadata={"help": "Threshold instead: the best that thinks at most so often."}
+    )
+    min_quality: float | None = field(
+        default=None, metadata={"help": "Threshold instead: the cheapest with this quality."}
+    )
+
+    def __post_init__(self) -> None:
+        """Collect every problem into one error."""
+        problems = []
+        if self.metric not in INTERVAL_METRICS:
+            problems.append(f"metric = {self.metric!r}, expected one of {INTERVAL_METRICS}")
+        if not self.max_quality_drop >= 0:
+            problems.append(f"max_quality_drop = {self.max_quality_drop}, expected >= 0")
+        if self.think_rate is not None and not 0 <= self.think_rate <= 1:
+            problems.append(f"think_rate = {self.think_rate}, expected in [0, 1]")
+        if self.think_rate is not None and self.min_quality is not None:
+            problems.append(
+                f"think_rate = {self.think_rate} and min_quality = {self.min_quality}, expected "
+                "one of them"
+            )
+        if problems:
+            raise ValueError("ThresholdRule: " + "; ".join(problems) + "; change these fields")
+
+    def pick(self, points: Sequence[CurvePoint]) -> CurvePoint:
+        """Return the point of the rule asked for; the knee if neither rate nor quality is given.
+
+        Raises:
+            ValueError: If no threshold reaches `min_quality`.
+        """
+        if self.think_rate is not None:
+            return pick_think_rate(points, self.think_rate)
+        if self.min_quality is not None:
+            return pick_min_quality(points, self.min_quality)
+        return pick_knee(points, self.max_quality_drop)
