@@ -270,7 +270,7 @@ def test_an_empty_completion_stays_malformed_where_the_policy_does_not_decide(
 def test_two_steps_train_and_leave_a_model_whose_policy_decides(
     records: RecordSet, tmp_path: Path
 ) -> None:
-    model = small_model()
+    model = small_model(policy_threshold=0.9)  # that of another policy
     trainer = make_trainer(model, records, tmp_path)
     trainer.train()
     entry = next(e for e in trainer.state.log_history if "rewards/adaptive/mean" in e)
