@@ -63,7 +63,7 @@ def test_the_model_keeps_the_threshold_and_everything_else(
     )
     load = DualLoraModel.from_pretrained
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DualLoraModel, "from_pretrained", lambda path: load(path, backbone=make_idefics3()))
+        patch.setattr(DualLoraModel, "from_pretrained", lambda p: load(p, backbone=make_idefics3()))
         policy_threshold.main(script, ThresholdRule(think_rate=0.5), data)
     metrics = json.loads((path / "policy" / "metrics.json").read_text(encoding="utf-8"))
     chosen = metrics["policy"]["chosen"]

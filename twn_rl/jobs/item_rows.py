@@ -6,15 +6,15 @@ is wrong with it, because among millions of rows one must not end a job.
 """
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from twn_rl.images import ImageError, ImageSource, resolve_inside
+from twn_rl.record_rows import JsonLines, parse_json
 from twn_rl.record_schema import Item, RecordError
 
 Side = Literal["query", "document"]
@@ -138,10 +138,8 @@ class ItemFile:
                     number += 1
                     yield number, data
             return
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield number, _parse(line)
+        for number, _, data in JsonLines(self.path).scan():
+            yield number, data
 
     def _parquet(self) -> Any:
         try:
@@ -256,7 +254,7 @@ class ItemFile:
 def _pool(data: Mapping[str, Any]) -> str | None:
     metadata = data.get("metadata")
     if isinstance(metadata, str):  # records in Parquet keep it as JSON text
-        metadata = _parse(metadata.encode())
+        metadata = parse_json(metadata, field="metadata")
     pool = data.get("pool")
     if pool is None and isinstance(metadata, Mapping):
         pool = metadata.get("pool")
@@ -277,20 +275,3 @@ def _lookup(data: Mapping[str, Any], name: str) -> Any:
     for part in name.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        return _DECODER.decode(line.removeprefix(b"\xef\xbb\xbf").decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 as well
-        return RecordError(
-            f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
-            reason="bad_json",
-        )
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
