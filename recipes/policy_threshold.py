@@ -48,7 +48,7 @@ class PolicyScriptArguments:
         default="validation", metadata={"help": "Records to choose the threshold on."}
     )
     batch_size: int = field(default=32, metadata={"help": "Queries a forward."})
-    seed: int = field(default=0, metadata={"help": "Of nothing but the libraries' own draws."})
+    seed: int = field(default=0, metadata={"help": "Of the libraries; nothing is drawn."})
 
 
 def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments) -> Path:
