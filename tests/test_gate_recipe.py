@@ -75,10 +75,10 @@ def test_two_processes_fit_the_gate_that_one_fits(tmp_path: Path, caplog) -> Non
 
 
 def test_settings_that_cannot_work_end_the_recipe_before_a_model_is_loaded(tmp_path: Path) -> None:
-    flags = ["--model=nowhere", "--sides", "both", "--think_rate=30"]
+    flags = ["--model=nowhere", "--sides", "both", "--margin=-1"]
     done = launch("gate_embed.py", flags, config=None, cwd=tmp_path)
     assert done.returncode != 0
     assert "sides = ['both']" in done.stderr
-    assert "think_rate = 30" in done.stderr
+    assert "margin = -1" in done.stderr
     assert not (tmp_path / "nowhere").exists()
     assert (ROOT / "recipes" / "configs" / "demo_gate.yaml").is_file()
