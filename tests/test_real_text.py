@@ -20,6 +20,7 @@ from twn_rl.adapters import REASONING_ADAPTER, use_adapter
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.evaluation.candidates import collect_candidates
 from twn_rl.evaluation.results import METRICS_FILE
+from twn_rl.gating.threshold import ThresholdRule
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 from twn_rl.run import DataArguments, ModelArguments, parse_arguments
@@ -246,7 +247,7 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     policy = grpo_embed.main(*parse("grpo", *types, flags=[*quick, *flags]))
 
     # Gate, evaluation, peer
-    types = (gate_embed.GateScriptArguments, DataArguments)
+    types = (gate_embed.GateScriptArguments, ThresholdRule, DataArguments)
     gate_embed.main(*parse("gate", *types, flags=[f"--model={policy}", "--batch_size=4"]))
     files = {f"{name}_file": f"outputs/wordnet/{name}.jsonl" for name in ("train", "test", "ood")}
     script = eval_embed.EvalScriptArguments(

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from twn_rl.adaptive import AdaptiveGRPOConfig
+from twn_rl.gating.threshold import ThresholdRule
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.latent_config import LatentConfig
 from twn_rl.records import Item, Record, write_records
@@ -115,7 +116,7 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
     elif "gate" in path.name:
         import gate_embed
 
-        values = parse((gate_embed.GateScriptArguments, DataArguments), path)
+        values = parse((gate_embed.GateScriptArguments, ThresholdRule, DataArguments), path)
     elif "selection" in path.name:
         import compare_selection
 
