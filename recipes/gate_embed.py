@@ -190,13 +190,12 @@ def fit_side(
         validation.column("think_tokens"),
     )
     chosen = rule.pick(curve.points)
-    groups = [[r["task"], *([r["hop"]] if r["hop"] else [])] for r in validation.rows]
     metrics = {
         "classes": {str(label): int((classes == label).sum()) for label in (0, 1, IGNORED)},
         "fit": fit,
         "train_labels": label_report(train.rows, script.margin),
         "validation_labels": label_report(validation.rows, script.margin),
-        **describe(probability, validation.gains > script.margin, groups, curve, chosen),
+        **describe(probability, validation.gains > script.margin, validation.rows, curve, chosen),
     }
     return gate, ChosenThreshold(curve, chosen, metrics)
 

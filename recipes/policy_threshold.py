@@ -90,10 +90,8 @@ def choose_threshold(queries: Sequence[RoutedQuery], rule: ThresholdRule) -> Cho
     smallest = np.finfo(np.float32).tiny
     curve = gate_curve(np.maximum(probability, smallest), before, after, tokens)
     chosen = rule.pick(curve.points)
-    groups = [
-        [str(q.never["task"]), *([str(q.never["hop"])] if q.never["hop"] else [])] for q in queries
-    ]
-    metrics = describe(probability, after > before, groups, curve, chosen)
+    rows = [query.never for query in queries]
+    metrics = describe(probability, after > before, rows, curve, chosen)
     return ChosenThreshold(curve, chosen, metrics)
 
 

@@ -1,12 +1,11 @@
 """The recipe of adaptive control under a real launcher: two steps in two processes."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch
+from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch, skip_without_compiler
 
 from twn_rl.model import DualLoraModel
 
@@ -31,8 +30,7 @@ SFT = {
 def test_two_processes_mix_groups_that_span_both_and_leave_a_policy_that_decides(
     config: str, tmp_path: Path
 ) -> None:
-    if config.startswith("zero") and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles an operator on CPU and needs a C++ compiler (g++)")
+    skip_without_compiler(config)
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(SFT), encoding="utf-8")
     flags = {
         "config": ROOT / "recipes" / "configs" / "demo_adaptive.yaml",

@@ -1,12 +1,11 @@
 """The recipes under real `accelerate launch`: one process, two processes, ZeRO-2 and ZeRO-3."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch
+from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch, skip_without_compiler
 
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.model import DualLoraModel
@@ -70,8 +69,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
 def test_two_processes_train_like_one_and_leave_a_model_that_one_process_loads(
     config: str, one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:
-    if config.startswith("zero") and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles an operator on CPU and needs a C++ compiler (g++)")
+    skip_without_compiler(config)
     two = train(tmp_path, config, 2)
     for name in ("loss", "loss_think", "loss_no_think", "loss_token"):
         alone = [row[name] for row in one_process["sft"] if name in row]

@@ -1,12 +1,11 @@
 """The recipe of latent thoughts under a real launch: one and two processes, K = 0, evaluation."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from launching import TORCHRUN, launch
+from launching import TORCHRUN, launch, skip_without_compiler
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
 from twn_rl.encode import ThinkingEmbedder
@@ -68,8 +67,7 @@ def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(tmp_pat
 
 @pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml"])
 def test_sharded_training_is_that_of_one_process(config: str, tmp_path: Path) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles an operator on CPU and needs a C++ compiler (g++)")
+    skip_without_compiler(config)
     one = run(tmp_path / "one", None, 1)
     two = run(tmp_path / "two", config, 2)
     for name in ("loss", "loss_contrastive", "loss_reconstruction", "reconstruction_own"):

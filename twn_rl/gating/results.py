@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class ChosenThreshold:
 def describe(
     probability: np.ndarray,
     is_worth_it: np.ndarray,
-    groups: Sequence[Iterable[str]],
+    rows: Sequence[Mapping[str, Any]],
     curve: GateCurve,
     chosen: CurvePoint,
 ) -> dict[str, Any]:
@@ -42,15 +42,15 @@ def describe(
     Args:
         probability: (N,) of thinking.
         is_worth_it: (N,) whether the thought helped, as bool.
-        groups: Names of the groups each input counts in.
+        rows: (N,) with `task` and `hop`, the groups each input counts in.
         curve: Its curve.
         chosen: The point that is served.
     """
     assert chosen.threshold is not None
     rates: dict[str, list[bool]] = {}
-    for names, thinks in zip(groups, probability > chosen.threshold, strict=True):
-        for name in dict.fromkeys(names):
-            rates.setdefault(name, []).append(bool(thinks))
+    for row, thinks in zip(rows, probability > chosen.threshold, strict=True):
+        for name in dict.fromkeys([row["task"], *([row["hop"]] if row["hop"] else [])]):
+            rates.setdefault(str(name), []).append(bool(thinks))
     return {
         "validation_auc": roc_auc(probability, is_worth_it),
         "validation_ece": expected_calibration_error(probability, is_worth_it),
