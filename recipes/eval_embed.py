@@ -7,8 +7,8 @@
     accelerate launch recipes/eval_embed.py --model MODEL --benchmark "ViDoRe(v2)" --think auto
 
 A model with a routing gate (recipes/gate_embed.py) is also measured with the gate deciding and with
-chance deciding at the same rate; routing.json then says what the gate is worth. One whose policy
-decides (recipes/adaptive_embed.py) is also measured with its own decisions, mode policy.
+chance deciding at the same rate. One whose policy decides (recipes/adaptive_embed.py) is also
+measured with its own decisions, mode policy. routing.json then says what the decisions are worth.
 
 With a benchmark nothing else is measured. mmeb_v2 is a recipe with flags of its own
 (recipes/eval_mmeb_v2.py --help). For any of mteb's by name, mrmr, or EmojiScenes, the embedded
@@ -32,6 +32,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from transformers import set_seed
@@ -42,7 +43,12 @@ from twn_rl.encoding.options import ThinkMode
 from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
 from twn_rl.evaluation.report import write_report
 from twn_rl.evaluation.results import Evaluation, merge_evaluations
-from twn_rl.evaluation.routing import describe_routing, routed_queries, routing_summary
+from twn_rl.evaluation.routing import (
+    DECIDERS,
+    describe_routing,
+    routed_queries,
+    routing_summary,
+)
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.model import DualLoraModel
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
@@ -240,14 +246,15 @@ def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, 
 
 
 def write_routing(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
-    """Write and log, for each split, what the gate is worth; no file if none was measured."""
+    """Write and log, by mode and split, what decisions are worth; no file if none was measured."""
     path.unlink(missing_ok=True)  # of an earlier evaluation
-    summaries = {}
-    for split, queries in routed_queries(evaluation.queries).items():
-        threshold = evaluation.metrics[f"{split}/all/auto/gate_threshold"]
-        summary = {"threshold": threshold, **routing_summary(queries, seed=seed)}
-        logger.info("%s", describe_routing(split, summary))
-        summaries[split] = summary
+    summaries: dict[str, dict[str, Any]] = {}
+    for mode, decider in DECIDERS.items():
+        for split, queries in routed_queries(evaluation.queries, mode).items():
+            threshold = evaluation.metrics[f"{split}/all/{mode}/{decider.threshold}"]
+            summary = {"threshold": threshold, **routing_summary(queries, seed=seed)}
+            logger.info("%s", describe_routing(split, summary, mode))
+            summaries.setdefault(mode, {})[split] = summary
     if summaries:
         write_text(path, json.dumps(summaries, indent=1, allow_nan=False) + "\n")
 

@@ -149,8 +149,8 @@ def test_a_report_of_one_evaluation_without_curves_still_renders(tmp_path: Path)
     assert "before RL" not in text
 
 
-def make_gated_evaluation(folder: Path) -> Evaluation:
-    """Eight queries: a thought helps q0 to q3; the gate thinks about q0, q1, q4 and q5."""
+def make_gated_evaluation(folder: Path, mode: str = "auto") -> Evaluation:
+    """Eight queries: a thought helps q0 to q3; decided is to think about q0, q1, q4 and q5."""
     plain = make_evaluation(folder, rank=1)
     first = next(row for row in plain.queries if row["mode"] == "always")
     rows: list[dict[str, Any]] = []
@@ -169,19 +169,22 @@ def make_gated_evaluation(folder: Path) -> Evaluation:
         always = {**first, "id": f"g{index}", "task": never["task"], "ranks": [1]}
         always |= {"think_rate": 1.0, "seconds": 0.03}
         thinks, helps = index in (0, 1, 4, 5), index < 4
-        for mode, share in {"auto": thinks, "random": 0.5, "oracle": helps}.items():
-            row = choose(mode, never, always, share, probability=0.9 if thinks else 0.2)
+        for name, share in {mode: thinks, "random": 0.5, "oracle": helps}.items():
+            row = choose(name, never, always, share, probability=0.9 if thinks else 0.2)
             assert row is not None
             rows.append(row)
         rows += [never, always]
     return Evaluation(summarize(rows, split="test"), rows, plain.targets)
 
 
-def test_a_gate_gets_a_curve_a_table_and_its_right_and_wrong_choices(tmp_path: Path) -> None:
-    path = write_report(
-        tmp_path / "r.html", make_gated_evaluation(tmp_path), num_examples=0, num_routing_examples=1
-    )
+@pytest.mark.parametrize(("mode", "decider"), [("auto", "gate"), ("policy", "policy")])
+def test_who_decides_gets_a_curve_a_table_and_its_right_and_wrong_choices(
+    tmp_path: Path, mode: str, decider: str
+) -> None:
+    evaluation = make_gated_evaluation(tmp_path, mode)
+    path = write_report(tmp_path / "r.html", evaluation, num_examples=0, num_routing_examples=1)
     text = path.read_text(encoding="utf-8")
+    assert re.findall(r"<h2>(Does .*)</h2>", text) == [f"Does the {decider} think when it helps?"]
     checker = Checker()
     checker.feed(text)
     assert not checker.open
@@ -197,7 +200,7 @@ def test_a_gate_gets_a_curve_a_table_and_its_right_and_wrong_choices(tmp_path: P
     for point in (
         "no thinking 0.500 at 0.0",
         "own thoughts 1.000 at 7.0",
-        "gate decides 0.750 at 3.5",
+        f"{decider} decides 0.750 at 3.5",
         "chance decides 0.750 at 3.5",
         "oracle 1.000 at 3.5",
     ):
@@ -206,9 +209,9 @@ def test_a_gate_gets_a_curve_a_table_and_its_right_and_wrong_choices(tmp_path: P
     for choice in CHOICES.values():
         assert f"It {choice}: 2 queries, 25 %" in text
     assert text.count("<article") == len(CHOICES)
-    assert text.count("own thoughts, the gate&#39;s choice") == 2
-    assert text.count("no thinking, the gate&#39;s choice") == 2
-    assert "the gate: 0.90 that a thought helps" in text
+    assert text.count(f"own thoughts, the {decider}&#39;s choice") == 2
+    assert text.count(f"no thinking, the {decider}&#39;s choice") == 2
+    assert f"the {decider}: 0.90 for a thought" in text
 
 
 def test_a_choice_that_never_happened_and_rows_without_seconds_still_render(tmp_path: Path) -> None:
@@ -226,7 +229,7 @@ def test_a_choice_that_never_happened_and_rows_without_seconds_still_render(tmp_
 
 
 def test_without_a_gate_there_is_no_section_on_it(report: str) -> None:
-    assert "Does the gate think" not in report
+    assert "think when it helps?" not in report
 
 
 def test_curves_skip_values_that_are_not_finite_and_name_a_broken_line(tmp_path: Path) -> None:

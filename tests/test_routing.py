@@ -50,14 +50,18 @@ def make_row(index: int, mode: str, rank: int, tokens: int, split: str = "test")
 
 
 def make_rows(
-    probabilities: Sequence[float], *, threshold: float = 0.5, split: str = "test"
+    probabilities: Sequence[float],
+    *,
+    threshold: float = 0.5,
+    split: str = "test",
+    mode: str = "auto",
 ) -> list[dict[str, Any]]:
     rows = []
     for index, probability in enumerate(probabilities):
         without, thinking, tokens = OUTCOMES[index % len(OUTCOMES)]
         never = make_row(index, "never", without, 0, split)
         always = make_row(index, "always", thinking, tokens, split)
-        auto = choose("auto", never, always, probability > threshold, probability=probability)
+        auto = choose(mode, never, always, probability > threshold, probability=probability)
         assert auto is not None
         rows += [never, always, auto]
     return rows
@@ -75,20 +79,22 @@ def test_every_rule_has_its_closed_form() -> None:
     points = routing_points(make_queries([0.9, 0.6, 0.1, 0.2, 0.3]))
     assert flat(points["never"]) == pytest.approx((2 / 5, 0.0, 0.0))
     assert flat(points["always"]) == pytest.approx((3 / 5, 1.0, 30 / 5))
-    assert flat(points["auto"]) == pytest.approx((2 / 5, 2 / 5, 14 / 5))  # one helped, one harmed
+    assert flat(points["decided"]) == pytest.approx(
+        (2 / 5, 2 / 5, 14 / 5)
+    )  # one helped, one harmed
     assert flat(points["random"]) == pytest.approx((0.4 * 3 / 5 + 0.6 * 2 / 5, 2 / 5, 0.4 * 30 / 5))
     assert flat(points["oracle"]) == pytest.approx((4 / 5, 2 / 5, 12 / 5))
 
 
 def test_a_perfect_gate_reaches_the_oracle_and_a_reversed_one_the_worst() -> None:
     points = routing_points(make_queries(HELPED))
-    assert points["auto"] == points["oracle"]
+    assert points["decided"] == points["oracle"]
     assert routing_summary(make_queries(HELPED))["oracle_share"] == pytest.approx(1.0)
     curve = [flat(point) for point in routing_curve(make_queries(HELPED))]
     expected = [flat(points[mode]) for mode in ("never", "oracle", "always")]
     assert np.array(curve) == pytest.approx(np.array(expected))
     reversed_gate = make_queries([1 - helped for helped in HELPED])
-    assert routing_points(reversed_gate)["auto"].quality == pytest.approx(1 / 5)
+    assert routing_points(reversed_gate)["decided"].quality == pytest.approx(1 / 5)
     assert routing_summary(reversed_gate)["oracle_share"] < 0
 
 
@@ -99,7 +105,7 @@ def test_a_constant_gate_lies_on_the_line_of_chance() -> None:
         assert len(curve) == 2  # never and always; the line between is chance
         assert flat(curve[0]) == pytest.approx(flat(points["never"]))
         assert flat(curve[1]) == pytest.approx(flat(points["always"]))
-        assert flat(points["auto"]) == pytest.approx(flat(points["random"]))
+        assert flat(points["decided"]) == pytest.approx(flat(points["random"]))
         assert routing_summary(queries)["oracle_share"] == pytest.approx(0.0)
 
 
@@ -112,7 +118,7 @@ def test_the_gate_at_any_threshold_is_a_point_of_the_curve(
     probabilities: list[float], threshold: float
 ) -> None:
     queries = make_queries(probabilities, threshold=threshold)
-    auto = routing_points(queries)["auto"]
+    auto = routing_points(queries)["decided"]
     curve = {round(point.think_rate * len(queries)): point for point in routing_curve(queries)}
     met = curve[round(auto.think_rate * len(queries))]
     assert flat(met) == pytest.approx(flat(auto))
@@ -135,7 +141,7 @@ def test_the_points_agree_with_the_metrics_of_the_rows() -> None:
     for mode in ("never", "always", "auto"):
         cell = f"test/all/{mode}"
         values = [metrics[f"{cell}/{name}"] for name in ("hit@1", "think_rate", "think_tokens")]
-        assert flat(points[mode]) == pytest.approx(tuple(values))
+        assert flat(points["decided" if mode == "auto" else mode]) == pytest.approx(tuple(values))
 
 
 def test_the_summary_names_what_is_undefined_and_is_json() -> None:
@@ -211,17 +217,21 @@ def test_a_threshold_that_no_mode_looks_at_is_refused(eval_embed: Any) -> None:
         eval_embed.EvalScriptArguments(gate_threshold=0.3, modes=["never"])
 
 
-def test_routing_json_holds_a_split_each_and_goes_with_the_gate(
-    eval_embed: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("mode", "field"), [("auto", "gate_threshold"), ("policy", "policy_threshold")]
+)
+def test_routing_json_holds_a_split_each_and_goes_with_who_decided(
+    eval_embed: Any, tmp_path: Path, mode: str, field: str
 ) -> None:
     path = tmp_path / "routing.json"
-    rows = make_rows([0.9, 0.6, 0.1]) + make_rows([0.9], split="ood")
-    metrics = {"test/all/auto/gate_threshold": 0.5, "ood/all/auto/gate_threshold": 0.5}
+    rows = make_rows([0.9, 0.6, 0.1], mode=mode) + make_rows([0.9], split="ood", mode=mode)
+    metrics = {f"{split}/all/{mode}/{field}": 0.5 for split in ("test", "ood")}
     eval_embed.write_routing(path, Evaluation(metrics, rows))
     written = json.loads(path.read_text(encoding="utf-8"))
-    assert list(written) == ["test", "ood"]
-    assert written["test"]["threshold"] == 0.5
-    assert written["test"]["auto"]["think_rate"] == pytest.approx(2 / 3)
-    plain = [row for row in rows if row["mode"] != "auto"]
+    assert list(written) == [mode]
+    assert list(written[mode]) == ["test", "ood"]
+    assert written[mode]["test"]["threshold"] == 0.5
+    assert written[mode]["test"]["decided"]["think_rate"] == pytest.approx(2 / 3)
+    plain = [row for row in rows if row["mode"] != mode]
     eval_embed.write_routing(path, Evaluation({}, plain))
     assert not path.exists()

@@ -19,6 +19,7 @@ from twn_rl.evaluation.report_tables import (
 )
 from twn_rl.evaluation.results import Evaluation
 from twn_rl.evaluation.routing import (
+    DECIDERS,
     RoutedQuery,
     describe_routing,
     routed_queries,
@@ -52,7 +53,7 @@ def write_report(
         title: Headline.
         note: A sentence below the headline, such as the configuration.
         num_examples: Queries in the gallery; those that RL changed come first.
-        num_routing_examples: Queries shown of each way a gate can be right or wrong.
+        num_routing_examples: Queries shown of each way a decision can be right or wrong.
     """
     after = after if isinstance(after, Evaluation) else Evaluation.load(after)
     if before is not None and not isinstance(before, Evaluation):
@@ -85,10 +86,6 @@ def _tables(after: Evaluation, before: Evaluation | None) -> list[dict[str, Any]
     splits = splits_of(after)
     further = [further_table(split, after) for split in splits]
     tables = [quality_table(split, after, before) for split in splits]
-    # With a gate they stand where it is judged.
-    if not routed_queries(after.queries):
-        decided = [s for s in splits if f"{s}/all/policy/hit@1" in after.metrics]
-        tables += [routing_table(split, after) for split in decided]
     return tables + [table for table in further if table is not None]
 
 
@@ -115,32 +112,43 @@ def _ablation_charts(evaluation: Evaluation) -> list[Chart]:
     return charts
 
 
-def _routing(evaluation: Evaluation, num_examples: int) -> dict[str, Any] | None:
-    """Return what the page says of the gate; None if it was not measured."""
-    routed = routed_queries(evaluation.queries)
-    if not routed:
-        return None
+def _routing(evaluation: Evaluation, num_examples: int) -> list[dict[str, Any]]:
+    """Return what the page says of each mode that decides, where it was measured."""
+    routed = {mode: routed_queries(evaluation.queries, mode) for mode in DECIDERS}
+    return [
+        _routing_section(evaluation, mode, splits, num_examples)
+        for mode, splits in routed.items()
+        if splits
+    ]
+
+
+def _routing_section(
+    evaluation: Evaluation, mode: str, routed: Mapping[str, list[RoutedQuery]], num_examples: int
+) -> dict[str, Any]:
     everything = [query for queries in routed.values() for query in queries]
     return {
+        "decider": DECIDERS[mode].name,
         "words": [
-            describe_routing(split, routing_summary(queries)) for split, queries in routed.items()
+            describe_routing(split, routing_summary(queries), mode)
+            for split, queries in routed.items()
         ],
-        "charts": _markup([_routing_chart(split, queries) for split, queries in routed.items()]),
-        "tables": [routing_table(split, evaluation) for split in routed],
-        "kinds": routing_gallery(everything, evaluation, num_examples),
+        "charts": _markup([_routing_chart(s, queries, mode) for s, queries in routed.items()]),
+        "tables": [routing_table(split, evaluation, mode) for split in routed],
+        "kinds": routing_gallery(everything, evaluation, num_examples, DECIDERS[mode].name),
     }
 
 
-def _routing_chart(split: str, queries: Sequence[RoutedQuery]) -> Chart:
+def _routing_chart(split: str, queries: Sequence[RoutedQuery], mode: str) -> Chart:
+    names = MODE_NAMES | {"decided": MODE_NAMES[mode]}
     points = {
-        MODE_NAMES[mode]: (point.think_tokens, point.quality)
-        for mode, point in routing_points(queries).items()
+        names[rule]: (point.think_tokens, point.quality)
+        for rule, point in routing_points(queries).items()
     }
     curve = [(point.think_tokens, point.quality) for point in routing_curve(queries)]
-    chance = [points[MODE_NAMES[mode]] for mode in ("never", "always")]
+    chance = [points[names[rule]] for rule in ("never", "always")]
     return draw_tradeoff(
         f"Quality for thinking: {split}",
-        {"the gate at every threshold": curve, "chance at every rate": chance},
+        {f"{DECIDERS[mode].name} at every threshold": curve, "chance at every rate": chance},
         points,
         x_label="think tokens a query",
         y_label="hit@1",

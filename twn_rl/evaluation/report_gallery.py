@@ -44,14 +44,15 @@ def gallery(
 
 
 def routing_gallery(
-    queries: Sequence[RoutedQuery], run: Evaluation, num_examples: int
+    queries: Sequence[RoutedQuery], run: Evaluation, num_examples: int, decider: str
 ) -> list[dict[str, Any]]:
-    """Return the four ways a gate can choose, how often it did, and examples over all tasks.
+    """Return the four ways to choose, how often it did, and examples over all tasks.
 
     Args:
         queries: Of any splits.
         run: The evaluation they are from.
         num_examples: Examples of each way at most.
+        decider: Who chose, for readers.
     """
     kinds = []
     for choice, name in CHOICES.items():
@@ -59,11 +60,10 @@ def routing_gallery(
         entries = []
         for query in spread_over_tasks(members, num_examples):
             names = ["no thinking", "own thoughts"]
-            names[query.is_thinking] += ", the gate's choice"
+            names[query.is_thinking] += f", {decider}'s choice"
             answers = [(names[0], query.never, run), (names[1], query.always, run)]
-            entries.append(
-                _example(answers, note=f"the gate: {query.probability:.2f} that a thought helps")
-            )
+            note = f"{decider}: {query.probability:.2f} for a thought"
+            entries.append(_example(answers, note=note))
         kinds.append(
             {
                 "name": name,

@@ -7,7 +7,11 @@ from twn_rl.evaluation.modes import MODE_NAMES, THINKING_TARGETS, mode_name
 from twn_rl.evaluation.results import Evaluation
 
 TABLE_MODES = ("never", "latent", "always", "auto", "policy", "oracle", "sampled")
-ROUTING_MODES = ("never", "always", "auto", "policy", "random", "oracle")
+# Chance is measured at the rate of the gate.
+ROUTING_MODES = {
+    "auto": ("never", "always", "auto", "random", "oracle"),
+    "policy": ("never", "always", "policy", "oracle"),
+}
 
 
 @dataclass(frozen=True)
@@ -49,9 +53,9 @@ def quality_table(split: str, after: Evaluation, before: Evaluation | None) -> d
     return {"caption": caption, "columns": [name for name, _, _ in columns], "rows": rows}
 
 
-def routing_table(split: str, evaluation: Evaluation) -> dict[str, Any]:
-    """Return quality and cost of every group under the ways of deciding when to think."""
-    columns = [mode for mode in ROUTING_MODES if _has_mode(evaluation, split, mode)]
+def routing_table(split: str, evaluation: Evaluation, mode: str) -> dict[str, Any]:
+    """Return quality and cost of every group where `mode` decides, and where nothing does."""
+    columns = [mode for mode in ROUTING_MODES[mode] if _has_mode(evaluation, split, mode)]
     rows = [
         (group, [_cost_cell(evaluation, f"{split}/{group}/{mode}") for mode in columns])
         for group in groups_of(evaluation, split)

@@ -1,4 +1,4 @@
-"""What a gate's choices were worth, from the rows of an evaluation; knows no models, no drawing.
+"""What choices of thinking were worth, from the rows of an evaluation; knows no models, no drawing.
 
 The rows hold every query both without and with its thought, so any rule of thinking can be judged
 without running a model again: a rule is a share of thinking for each query.
@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Differences of means below this are rounding.
 TOLERANCE = 1e-9
-# Mode that decides -> field of its rows with the probability of thinking.
-PROBABILITIES = {"auto": "gate_probability", "policy": "policy_probability"}
-# (Did the gate think?, would the thought have helped?) -> what to call it.
+# (Did it think?, would the thought have helped?) -> what to call it.
 CHOICES = {
     (True, True): "thought, and it helped",
     (False, False): "did not think, and lost nothing",
@@ -32,8 +30,30 @@ CHOICES = {
 
 
 @dataclass(frozen=True)
+class Decider:
+    """Who decides in a mode.
+
+    Attributes:
+        name: For readers.
+        probability: Field of its rows with the probability of thinking.
+        threshold: Metric with the threshold it was measured at.
+    """
+
+    name: str
+    probability: str
+    threshold: str
+
+
+# Mode -> who decides in it.
+DECIDERS = {
+    "auto": Decider("the gate", "gate_probability", "gate_threshold"),
+    "policy": Decider("the policy", "policy_probability", "policy_threshold"),
+}
+
+
+@dataclass(frozen=True)
 class RoutedQuery:
-    """One query measured both ways, and what the gate chose.
+    """One query measured both ways, and which was chosen.
 
     Attributes:
         never: Its row without thinking.
@@ -87,7 +107,7 @@ def routed_queries(
 
     Args:
         rows: Of an evaluation.
-        mode: Which decides: "auto", the gate, or "policy".
+        mode: Which decides, of `DECIDERS`.
     """
     found: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
     for row in rows:
@@ -110,7 +130,7 @@ def routed_queries(
                 RoutedQuery(
                     modes["never"],
                     modes["always"],
-                    modes[mode][PROBABILITIES[mode]],
+                    modes[mode][DECIDERS[mode].probability],
                     bool(modes[mode]["think_rate"]),
                 )
                 for modes in whole
@@ -121,7 +141,7 @@ def routed_queries(
 def routing_points(
     queries: Sequence[RoutedQuery], *, metric: str = "hit@1"
 ) -> dict[str, RoutingPoint]:
-    """Return what never, always, the gate, chance at the gate's rate and the oracle reach.
+    """Return what never, always, the decisions, chance at their rate and the oracle reach.
 
     Args:
         queries: Of one split.
@@ -131,7 +151,7 @@ def routing_points(
     shares = {
         "never": np.zeros(len(queries)),
         "always": np.ones(len(queries)),
-        "auto": thinks,
+        "decided": thinks,
         "random": np.full(len(queries), thinks.mean()),
         "oracle": np.array([query.is_helped for query in queries], dtype=float),
     }
@@ -147,8 +167,8 @@ def routing_points(
 def routing_curve(queries: Sequence[RoutedQuery], *, metric: str = "hit@1") -> list[RoutingPoint]:
     """Return a point for every threshold that tells queries apart, from never to always.
 
-    Queries with equal probabilities think together, so a gate that says the same of all has two
-    points, and the line between them is chance.
+    Queries with equal probabilities think together, so a decider that says the same of all has
+    two points, and the line between them is chance.
     """
     probabilities = np.array([query.probability for query in queries])
     order = np.argsort(-probabilities, kind="stable")
@@ -172,7 +192,7 @@ def routing_summary(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return the gate's quality and cost beside the other rules, ready for JSON.
+    """Return quality and cost of the decisions beside the other rules, ready for JSON.
 
     Args:
         queries: Of one split.
@@ -181,10 +201,10 @@ def routing_summary(
         seed: Of the bootstrap.
 
     Returns:
-        `metric`, `num_queries`; for each of never, always, auto, random, oracle its `quality`,
-        `think_rate`, `think_tokens`; `oracle_share`, (auto - random) / (oracle - random), and
-        `token_ratio`, auto's tokens / always's, each None where the divisor is 0; `quality_drop`,
-        always - auto, with `quality_drop_low` and `quality_drop_high`.
+        `metric`, `num_queries`; for each of never, always, decided, random, oracle its `quality`,
+        `think_rate`, `think_tokens`; `oracle_share`, (decided - random) / (oracle - random), and
+        `token_ratio`, decided's tokens / always's, each None where the divisor is 0;
+        `quality_drop`, always - decided, with `quality_drop_low` and `quality_drop_high`.
     """
     points = routing_points(queries, metric=metric)
     never, always = _both_ways(queries, metric)
@@ -192,27 +212,27 @@ def routing_summary(
     drop = bootstrap_interval(
         always - np.where(thinks, always, never), confidence=confidence, seed=seed
     )
-    gained = points["auto"].quality - points["random"].quality
+    gained = points["decided"].quality - points["random"].quality
     return {
         "metric": metric,
         "num_queries": len(queries),
         **{mode: asdict(point) for mode, point in points.items()},
         "oracle_share": _ratio(gained, points["oracle"].quality - points["random"].quality),
-        "token_ratio": _ratio(points["auto"].think_tokens, points["always"].think_tokens),
+        "token_ratio": _ratio(points["decided"].think_tokens, points["always"].think_tokens),
         "quality_drop": drop.mean,
         "quality_drop_low": drop.low,
         "quality_drop_high": drop.high,
     }
 
 
-def describe_routing(split: str, summary: Mapping[str, Any]) -> str:
+def describe_routing(split: str, summary: Mapping[str, Any], mode: str = "auto") -> str:
     """Return a `routing_summary` as a sentence."""
-    auto, ratio, share = summary["auto"], summary["token_ratio"], summary["oracle_share"]
+    decided, ratio, share = summary["decided"], summary["token_ratio"], summary["oracle_share"]
     drop = 100 * summary["quality_drop"]
     parts = [
-        f"On {split} the gate thinks about {100 * auto['think_rate']:.0f} % of "
+        f"On {split} {DECIDERS[mode].name} thinks about {100 * decided['think_rate']:.0f} % of "
         f"{summary['num_queries']} queries",
-        f"reaches a {summary['metric']} of {auto['quality']:.2f}, {abs(drop):.1f} points "
+        f"reaches a {summary['metric']} of {decided['quality']:.2f}, {abs(drop):.1f} points "
         f"{'below' if drop >= 0 else 'above'} always thinking",
     ]
     if ratio is not None:
