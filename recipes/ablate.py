@@ -31,7 +31,7 @@ from grpo_embed import GrpoScriptArguments
 from twn_rl.evaluation.ablation import plot_summary, summarize_runs, tables
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
-from twn_rl.stages import FINISHED_FILE, Stages
+from twn_rl.stages import Stages, forget
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) 
     if script.gate:
         flags = gate_flags(script, model, shared, seed)
         if stages.run("gate_embed.py", flags, model / GATE_FOLDER, is_cheap=True):
-            (evaluation / FINISHED_FILE).unlink(missing_ok=True)
+            forget(evaluation)
     flags = evaluation_flags(script, model, shared)
     stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
 

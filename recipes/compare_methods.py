@@ -45,7 +45,7 @@ from twn_rl.evaluation.comparison import (
 )
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
-from twn_rl.stages import FINISHED_FILE, Stages, seconds_of
+from twn_rl.stages import Stages, forget, seconds_of
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
                 flags = [f"--model={target}", *shared, f"--seed={seed}"]
                 if stages.run(decider, flags, target / folder, is_cheap=True):
                     # What was measured before was decided otherwise.
-                    (target / EVALUATION_FOLDER / FINISHED_FILE).unlink(missing_ok=True)
+                    forget(target / EVALUATION_FOLDER)
         modes = [method.mode for method in chosen if method.model == name]
         if modes:
             modes += ["always", "oracle"] if "policy" in modes else []

@@ -28,7 +28,7 @@ from typing import Any
 
 from twn_rl.evaluation.ablation import describe, plot_summary, summarize_runs, tables
 from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
-from twn_rl.stages import FINISHED_FILE, Stages
+from twn_rl.stages import Stages, forget
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
         thoughts, model = thoughts_folder(root, arm), root / arm
         flags = [*selection_flags(script, root, arm, seed), *shared]
         if stages.run("select_thoughts.py", flags, thoughts, is_cheap=True):
-            (model / FINISHED_FILE).unlink(missing_ok=True)  # it learned from other thoughts
+            forget(model)  # it learned from other thoughts
         taught = {
             "config": script.sft_config,
             "output_dir": str(model),

@@ -17,7 +17,7 @@ from twn_rl.evaluation.ablation import (
     tables,
 )
 from twn_rl.run import DataArguments, parse_arguments
-from twn_rl.stages import Stages
+from twn_rl.stages import FINISHED_FILE, Stages
 
 ALWAYS = "test/hop2/always/hit@1"
 NEVER = "test/all/never/hit@1"
@@ -212,7 +212,7 @@ def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(ablate, launch
     assert [words[0] for words in launched()] == ["gate_embed.py", "eval_embed.py"]
     ablate.measure(gated, model, [], 0)
     assert launched() == []
-    (model / "gate" / ablate.FINISHED_FILE).unlink()  # a gate fitted anew is measured anew
+    (model / "gate" / FINISHED_FILE).unlink()  # a gate fitted anew is measured anew
     ablate.measure(gated, model, [], 0)
     assert [words[0] for words in launched()] == ["gate_embed.py", "eval_embed.py"]
 
@@ -243,7 +243,7 @@ def test_training_anew_forgets_what_was_measured_and_other_flags_are_reported(
         assert not run_stage("sft_embed.py", ["--seed=1"], model)
     assert "other flags" in caplog.text
     assert len(launched()) == 3
-    (model / ablate.FINISHED_FILE).unlink()
+    (model / FINISHED_FILE).unlink()
     assert run_stage("sft_embed.py", ["--seed=1"], model)
     ablate.measure(script, model, [], 0)
     assert [words[0] for words in launched()] == ["sft_embed.py", "gate_embed.py", "eval_embed.py"]

@@ -11,9 +11,6 @@ from twn_rl.gating.threshold import (
     ThresholdRule,
     curve_rows,
     gate_curve,
-    pick_knee,
-    pick_min_quality,
-    pick_think_rate,
 )
 
 # Four inputs: helped, helped, unchanged, hurt; the gate ranks them rightly.
@@ -41,7 +38,7 @@ def test_every_threshold_of_a_small_case_has_its_quality_tokens_and_rate():
     assert (curve.never.think_rate, curve.always.think_rate) == (0.0, 1.0)
     assert (curve.oracle.quality, curve.oracle.think_tokens) == (1.0, 7.5)
     assert curve.oracle.threshold is None
-    assert pick_knee(curve.points).threshold == pytest.approx(0.55)
+    assert ThresholdRule().pick(curve.points).threshold == pytest.approx(0.55)
 
 
 def test_a_gate_that_ranks_the_wrong_way_round_is_worse_than_chance():
@@ -93,37 +90,41 @@ def test_bad_columns_are_refused():
 
 
 def test_the_knee_is_the_cheapest_point_near_the_best():
-    assert pick_knee(POINTS).think_rate == 0.4
-    assert pick_knee(POINTS, 0.0).think_rate == 0.9
-    assert pick_knee(POINTS, 0.2).think_rate == 0.2
-    assert pick_knee(POINTS, 1.0).think_rate == 0.0
+    assert ThresholdRule().pick(POINTS).think_rate == 0.4
+    assert ThresholdRule(max_quality_drop=0.0).pick(POINTS).think_rate == 0.9
+    assert ThresholdRule(max_quality_drop=0.2).pick(POINTS).think_rate == 0.2
+    assert ThresholdRule(max_quality_drop=1.0).pick(POINTS).think_rate == 0.0
     with pytest.raises(ValueError, match="max_quality_drop = -1"):
-        pick_knee(POINTS, -1)
+        ThresholdRule(max_quality_drop=-1)
 
 
 def test_where_thinking_hurts_the_knee_never_thinks():
-    assert pick_knee([point(0.8, 0, 0), point(0.6, 5, 0.5), point(0.5, 9, 1)]).think_rate == 0.0
+    assert (
+        ThresholdRule().pick([point(0.8, 0, 0), point(0.6, 5, 0.5), point(0.5, 9, 1)]).think_rate
+        == 0.0
+    )
 
 
 def test_equal_costs_are_broken_by_quality():
     free = [point(0.5, 0, 0), point(0.6, 0, 0.5), point(0.6, 0, 1.0)]
-    assert pick_min_quality(free, 0.1).think_rate == 0.5
+    assert ThresholdRule(min_quality=0.1).pick(free).think_rate == 0.5
 
 
 def test_a_rate_and_a_quality_can_be_asked_for_instead():
-    assert pick_think_rate(POINTS, 0.5).think_rate == 0.4
-    assert pick_think_rate(POINTS, 0.0).think_rate == 0.0
+    assert ThresholdRule(think_rate=0.5).pick(POINTS).think_rate == 0.4
+    assert ThresholdRule(think_rate=0.0).pick(POINTS).think_rate == 0.0
     # More thinking that gains nothing is not bought.
-    assert pick_think_rate([point(0.5, 0, 0), point(0.5, 3, 0.3)], 0.3).think_rate == 0.0
-    assert pick_min_quality(POINTS, 0.7).think_rate == 0.2
+    assert (
+        ThresholdRule(think_rate=0.3).pick([point(0.5, 0, 0), point(0.5, 3, 0.3)]).think_rate == 0.0
+    )
+    assert ThresholdRule(min_quality=0.7).pick(POINTS).think_rate == 0.2
     with pytest.raises(ValueError, match=r"min_quality = 0\.9; expected at most 0\.8000"):
-        pick_min_quality(POINTS, 0.9)
+        ThresholdRule(min_quality=0.9).pick(POINTS)
     with pytest.raises(ValueError, match="think_rate = 30"):
-        pick_think_rate(POINTS, 30)
+        ThresholdRule(think_rate=30)
 
 
 def test_one_rule_at_a_time():
-    assert ThresholdRule().pick(POINTS) == pick_knee(POINTS)
     assert ThresholdRule(think_rate=0.2).pick(POINTS).think_rate == 0.2
     assert ThresholdRule(min_quality=0.5).pick(POINTS).think_rate == 0.0
     with pytest.raises(ValueError, match=r"metric = .luck.*expected one of them"):

@@ -56,6 +56,7 @@ class ShardedPass:
         plan: What the rows depend on, as JSON; shards of another plan are never mixed in.
         count: Number of rows.
         shard_size: Rows between two writes; a kill loses at most one shard a process.
+        ranges: Positions of the rows of each shard.
     """
 
     def __init__(
@@ -71,17 +72,9 @@ class ShardedPass:
         """Plan a pass; `error` is raised with the name of `rebuild_flag` for another plan."""
         self.folder, self.count, self.shard_size = Path(folder), count, shard_size
         self.plan: dict[str, Any] = json.loads(json.dumps({**plan, "shard_size": shard_size}))
-        self.numbers = range(-(-count // shard_size))
+        self.ranges = shard_ranges(count, shard_size)
+        self.numbers = range(len(self.ranges))
         self._error, self._rebuild_flag = error, rebuild_flag
-
-    def rows(self, number: int) -> range:
-        """Return the positions of the rows of one shard.
-
-        >>> list(ShardedPass("folder", {}, count=5, shard_size=2).rows(2))
-        [4]
-        """
-        start = number * self.shard_size
-        return range(start, min(start + self.shard_size, self.count))
 
     def open(
         self,
@@ -133,6 +126,16 @@ class ShardedPass:
             f"records and settings; pass rebuild ({self._rebuild_flag} true) to start anew, or use "
             "another folder"
         )
+
+
+def shard_ranges(count: int, shard_size: int) -> list[range]:
+    """Return the positions of the rows of each shard.
+
+    >>> shard_ranges(5, 2)
+    [range(0, 2), range(2, 4), range(4, 5)]
+    """
+    starts = range(0, count, shard_size)
+    return [range(start, min(start + shard_size, count)) for start in starts]
 
 
 def _short(value: Any) -> str:

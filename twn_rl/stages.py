@@ -57,10 +57,10 @@ class Stages:
                 logger.warning("Kept %s, which was run with other flags: see %s", target, done)
                 return False
             logger.info("%s was run with other flags: running it again", target)
-            done.unlink()
+            forget(target)
         target.mkdir(parents=True, exist_ok=True)
         for outdated in target.glob(f"*/{FINISHED_FILE}"):  # measured on what was there
-            outdated.unlink()
+            forget(outdated.parent)
         command = [sys.executable, "-m", "accelerate.commands.launch", *self.launcher]
         command += [str(self.recipes / recipe), *flags]
         logger.info("Running %s, log in %s", target, target / "log.txt")
@@ -85,6 +85,11 @@ def finished_flags(done: Path, recipe: str) -> list[str]:
     command = json.loads(done.read_text(encoding="utf-8"))["command"]
     names = [Path(word).name for word in command]
     return command[names.index(recipe) + 1 :]
+
+
+def forget(target: Path) -> None:
+    """Let a stage run again, finished or not: what it rests on is no longer the same."""
+    (target / FINISHED_FILE).unlink(missing_ok=True)
 
 
 def seconds_of(target: Path) -> float:

@@ -125,8 +125,8 @@ def label_records(
         rebuild_flag="--rebuild_labels",
     )
     labelling.open(lambda: _clear(folder), rebuild=rebuild, processes=processes)
-    sizes = {number: len(labelling.rows(number)) for number in labelling.numbers}
-    missing = [number for number, size in sizes.items() if read_shard(folder, number, size) is None]
+    sizes = [len(rows) for rows in labelling.ranges]
+    missing = [n for n in labelling.numbers if read_shard(folder, n, sizes[n]) is None]
     mine = labelling.share(missing, processes)
     if not missing:
         return read_labels(folder)
@@ -147,7 +147,7 @@ def label_records(
         disable=not (show_progress_bar and is_main(processes)),
     ) as bar:
         for number in mine:
-            rows, states = labeller.label([examples[row] for row in labelling.rows(number)], bar)
+            rows, states = labeller.label([examples[row] for row in labelling.ranges[number]], bar)
             write_shard(folder, number, rows, states)
     wait(processes)
     return read_labels(folder)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from twn_rl.shards import PLAN_FILE
+from twn_rl.shards import PLAN_FILE, shard_ranges
 from twn_rl.whole_files import map_file, read_json, write_array
 
 LABEL_FORMAT = 1
@@ -184,26 +184,17 @@ def read_labels(directory: str | Path) -> GateLabels:
             f"{folder} has no readable {PLAN_FILE}; expected a folder of a label pass; run "
             "recipes/gate_embed.py"
         )
-    sizes = shard_sizes(plan["num_examples"], plan["shard_size"])
-    shards = [read_shard(folder, number, size) for number, size in enumerate(sizes)]
+    ranges = shard_ranges(plan["num_examples"], plan["shard_size"])
+    shards = [read_shard(folder, number, len(rows)) for number, rows in enumerate(ranges)]
     lost = [number for number, shard in enumerate(shards) if shard is None]
     if lost:
         raise LabelsError(
-            f"{folder} lacks shards {lost[:10]} ({len(lost)} of {len(sizes)}); expected all; run "
+            f"{folder} lacks shards {lost[:10]} ({len(lost)} of {len(ranges)}); expected all; run "
             "the label pass again, which writes only these"
         )
     parts = [shard for shard in shards if shard is not None]
     rows = [row for shard_rows, _ in parts for row in shard_rows]
     return GateLabels(rows, np.concatenate([states for _, states in parts]))
-
-
-def shard_sizes(num_examples: int, shard_size: int) -> list[int]:
-    """Return how many inputs each shard holds.
-
-    >>> shard_sizes(5, 2)
-    [2, 2, 1]
-    """
-    return [min(shard_size, num_examples - n) for n in range(0, num_examples, shard_size)]
 
 
 def read_shard(

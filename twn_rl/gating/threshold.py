@@ -16,7 +16,8 @@ from twn_rl.evaluation.results import INTERVAL_METRICS
 
 # Nearer probabilities are one: padding alone moves them by less.
 TIE_TOLERANCE = 1e-6
-DEFAULT_QUALITY_DROP = 0.005
+# Means that differ by less are equal.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -132,48 +133,6 @@ def _checked(*columns: ArrayLike) -> list[NDArray[np.float64]]:
     return arrays
 
 
-def pick_knee(
-    points: Sequence[CurvePoint], max_quality_drop: float = DEFAULT_QUALITY_DROP
-) -> CurvePoint:
-    """Return the cheapest point whose quality is within `max_quality_drop` of the best point's.
-
-    Cheapest is fewest think tokens; among equals the better quality, then the higher threshold.
-    """
-    if not max_quality_drop >= 0:
-        raise ValueError(f"max_quality_drop = {max_quality_drop}; expected at least 0; raise it")
-    best = max(point.quality for point in points)
-    return _cheapest([p for p in points if p.quality >= best - max_quality_drop - 1e-9])
-
-
-def pick_think_rate(points: Sequence[CurvePoint], think_rate: float) -> CurvePoint:
-    """Return the point of the highest quality among those that think at most at this rate."""
-    if not 0 <= think_rate <= 1:
-        raise ValueError(f"think_rate = {think_rate}; expected in [0, 1]; change it")
-    allowed = [point for point in points if point.think_rate <= think_rate + 1e-9]
-    best = max(point.quality for point in allowed)
-    return _cheapest([point for point in allowed if point.quality >= best - 1e-9])
-
-
-def pick_min_quality(points: Sequence[CurvePoint], min_quality: float) -> CurvePoint:
-    """Return the cheapest point with at least this quality.
-
-    Raises:
-        ValueError: If no threshold reaches it.
-    """
-    best = max(point.quality for point in points)
-    if not min_quality <= best + 1e-9:
-        raise ValueError(
-            f"min_quality = {min_quality}; expected at most {best:.4f}, the best any threshold "
-            "reaches; lower it"
-        )
-    return _cheapest([point for point in points if point.quality >= min_quality - 1e-9])
-
-
-def _cheapest(points: Sequence[CurvePoint]) -> CurvePoint:
-    # Points come by rising think rate, so that the first of equals has the highest threshold.
-    return min(points, key=lambda point: (point.think_tokens, -point.quality))
-
-
 def curve_rows(curve: GateCurve, **fixed: Any) -> list[dict[str, Any]]:
     """Return the rows of a CSV file: every point under the name "curve", then the references."""
     named = [("curve", point) for point in curve.points]
@@ -189,7 +148,7 @@ class ThresholdRule:
         default="hit@1", metadata={"help": f"Quality of the curve: {', '.join(INTERVAL_METRICS)}."}
     )
     max_quality_drop: float = field(
-        default=DEFAULT_QUALITY_DROP,
+        default=0.005,
         metadata={
             "help": "Threshold: the cheapest this close to the best quality (0.005: half a point)."
         },
@@ -221,11 +180,26 @@ class ThresholdRule:
     def pick(self, points: Sequence[CurvePoint]) -> CurvePoint:
         """Return the point of the rule asked for; the knee if neither rate nor quality is given.
 
+        The knee is the cheapest point whose quality is within `max_quality_drop` of the best;
+        `think_rate` takes the best point that thinks at most so often, `min_quality` the cheapest
+        point that reaches it. Cheapest is fewest think tokens; among equals the better quality,
+        then the higher threshold.
+
         Raises:
             ValueError: If no threshold reaches `min_quality`.
         """
+        best = max(point.quality for point in points)
+        drop, wanted = self.max_quality_drop, self.min_quality
         if self.think_rate is not None:
-            return pick_think_rate(points, self.think_rate)
-        if self.min_quality is not None:
-            return pick_min_quality(points, self.min_quality)
-        return pick_knee(points, self.max_quality_drop)
+            points = [p for p in points if p.think_rate <= self.think_rate + ROUNDING]
+            best, drop = max(point.quality for point in points), 0.0
+        elif wanted is not None:
+            if not wanted <= best + ROUNDING:
+                raise ValueError(
+                    f"min_quality = {wanted}; expected at most {best:.4f}, the best any threshold "
+                    "reaches; lower it"
+                )
+            best, drop = wanted, 0.0
+        good = [point for point in points if point.quality >= best - drop - ROUNDING]
+        # Points come by rising think rate, so that the first of equals has the highest threshold.
+        return min(good, key=lambda point: (point.think_tokens, -point.quality))

@@ -94,14 +94,14 @@ class RecordShards:
     def _todo(self, number: int, is_redone: Callable[[Row], bool] | None) -> list[int]:
         rows = self._read(number)
         again = [p for p, row in rows.items() if is_redone is not None and is_redone(row)]
-        return again if rows else list(self._pass.rows(number))
+        return again if rows else list(self._pass.ranges[number])
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.jsonl"
 
     def _read(self, number: int) -> dict[int, Row]:
         """Return position -> row, or nothing if the shard is absent, cut short or damaged."""
-        positions = self._pass.rows(number)
+        positions = self._pass.ranges[number]
         try:
             lines = self._path(number).read_text(encoding="utf-8").split("\n")[:-1]
             rows = [json.loads(line) for line in lines]
@@ -114,7 +114,7 @@ class RecordShards:
     def _write(self, number: int, rows: dict[int, Row]) -> None:
         lines = [
             json.dumps({"id": self.ids[p], **rows[p]}, ensure_ascii=False, allow_nan=False) + "\n"
-            for p in self._pass.rows(number)
+            for p in self._pass.ranges[number]
         ]
         write_text(self._path(number), "".join(lines))
 

@@ -18,7 +18,13 @@ from twn_rl.evaluation.mmeb_v2.runner import check_gate, encode_task, make_encod
 from twn_rl.evaluation.mmeb_v2.scoring import score_task
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.gating.threshold import CurvePoint, GateCurve, curve_rows, gate_curve, pick_knee
+from twn_rl.gating.threshold import (
+    CurvePoint,
+    GateCurve,
+    ThresholdRule,
+    curve_rows,
+    gate_curve,
+)
 from twn_rl.jobs.encode_settings import EncodeSettings
 from twn_rl.shards import Processes
 
@@ -79,7 +85,7 @@ def sweep_thresholds(
                 encoded[name] = read_vectors(encoder, task, data, output)
                 if len(encoded) == len(encoders):
                     curve = task_curve(task, data, encoded["no_think"], encoded["always"])
-                    curves[task.task] = (curve, pick_knee(curve.points))
+                    curves[task.task] = (curve, ThresholdRule().pick(curve.points))
     if curves:
         _write(output, curves)
     return failed
