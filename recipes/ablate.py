@@ -28,9 +28,10 @@ from pathlib import Path
 
 from grpo_embed import GrpoScriptArguments
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.evaluation.ablation import plot_summary, summarize_runs, tables
 from twn_rl.grpo import EmbedGRPOConfig
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.stages import Stages, forget
 
 logger = logging.getLogger(__name__)

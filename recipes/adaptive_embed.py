@@ -23,7 +23,7 @@ import grpo_embed
 
 from rewards import REWARDS
 from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from twn_rl.run import DataArguments, parse_arguments
+from twn_rl.arguments import DataArguments, parse_arguments
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_adaptive.yaml"
 

@@ -35,6 +35,7 @@ from typing import Any
 from safetensors import safe_open
 from tqdm import tqdm
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.encoding.options import Think
 from twn_rl.evaluation.comparison import (
@@ -44,7 +45,7 @@ from twn_rl.evaluation.comparison import (
     plot_comparison,
 )
 from twn_rl.evaluation.results import METRICS_FILE
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.stages import Stages, forget, seconds_of
 from twn_rl.whole_files import write_text
 

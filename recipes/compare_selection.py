@@ -26,8 +26,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.evaluation.ablation import describe, plot_summary, summarize_runs, tables
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.stages import Stages, forget
 from twn_rl.whole_files import write_text
 

@@ -37,6 +37,7 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.config import TwnConfig
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.encoding.options import ThinkMode
@@ -51,7 +52,7 @@ from twn_rl.evaluation.routing import (
 )
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.model import DualLoraModel
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)

@@ -21,6 +21,7 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
+from twn_rl.arguments import parse_arguments
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.runner import RunReport, check_data, run_tasks
@@ -28,7 +29,7 @@ from twn_rl.evaluation.mmeb_v2.score_files import TABLE_FILE, write_reports
 from twn_rl.evaluation.mmeb_v2.sweep import sweep_thresholds
 from twn_rl.evaluation.mmeb_v2.tasks import LABEL_SETS, load_tasks, select_tasks
 from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.run import parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 
 logger = logging.getLogger(__name__)
 

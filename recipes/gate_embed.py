@@ -33,6 +33,7 @@ import torch
 from accelerate import PartialState
 from transformers import set_seed
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.evaluation.results import query_values
 from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.gating.files import gate_fingerprints, save_gates, set_threshold
@@ -48,7 +49,7 @@ from twn_rl.gating.labels import (
 from twn_rl.gating.results import ChosenThreshold, describe, log_choice, write_results
 from twn_rl.gating.threshold import ThresholdRule, gate_curve
 from twn_rl.model import DualLoraModel
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -100,14 +101,32 @@ class GateScriptArguments:
     seed: int = field(default=0, metadata={"help": "Of the draw of inputs and of the fit."})
 
     def __post_init__(self) -> None:
-        """Collect what would only show after the labels are there."""
+        """Collect what would only show after data, model or labels are there."""
         problems = []
+        try:
+            self.label_settings()
+        except ValueError as error:
+            problems.append(str(error))
         if not self.sides or not set(self.sides) <= set(SIDES):
             problems.append(f"sides = {self.sides}, expected some of {list(SIDES)}")
         if self.margin < 0:
             problems.append(f"margin = {self.margin}, expected >= 0")
+        if self.lower_margin is not None and self.lower_margin > self.margin:
+            problems.append(f"lower_margin = {self.lower_margin}, expected <= margin {self.margin}")
+        if self.soft_label_temperature is not None and self.soft_label_temperature <= 0:
+            problems.append(f"soft_label_temperature = {self.soft_label_temperature}, expected > 0")
         if problems:
             raise ValueError("GateScriptArguments: " + "; ".join(problems) + "; change these")
+
+    def label_settings(self) -> LabelSettings:
+        """Return how inputs are labelled."""
+        return LabelSettings(
+            temperature=self.temperature,
+            max_think_tokens=self.max_think_tokens,
+            max_examples=self.max_examples,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
 
 
 def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) -> Path:
@@ -128,20 +147,13 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
         save_run(path / FOLDER, script, rule, data)
 
     # Labels
-    settings = LabelSettings(
-        temperature=script.temperature,
-        max_think_tokens=script.max_think_tokens,
-        max_examples=script.max_examples,
-        seed=script.seed,
-        batch_size=script.batch_size,
-    )
     labels = {
         (side, name): label_records(
             model,
             records[name],
             side,
             path / FOLDER / "labels" / side / name,
-            settings,
+            script.label_settings(),
             processes=processes,
             rebuild=script.rebuild_labels,
         )

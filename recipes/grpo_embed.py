@@ -30,6 +30,7 @@ from accelerate.state import AcceleratorState
 from transformers import set_seed
 
 from rewards import REWARDS
+from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.config import CONFIG_FILE
 from twn_rl.grpo import (
     ROLLOUT_COLUMNS,
@@ -41,14 +42,7 @@ from twn_rl.model import DualLoraModel
 from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
 from twn_rl.reward_loading import load_rewards
 from twn_rl.rollouts import RolloutScorer
-from twn_rl.run import (
-    DataArguments,
-    ModelArguments,
-    checkpoint_to_resume,
-    parse_arguments,
-    save_run,
-    set_up_logging,
-)
+from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
 from twn_rl.scoring import SCORING_COLUMNS
 from twn_rl.sft import SftConfig
 

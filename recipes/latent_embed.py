@@ -25,17 +25,11 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
+from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.latent_config import LatentConfig
 from twn_rl.latent_trainer import LatentTrainer
 from twn_rl.monitor import MetricsWriter
-from twn_rl.run import (
-    DataArguments,
-    ModelArguments,
-    checkpoint_to_resume,
-    parse_arguments,
-    save_run,
-    set_up_logging,
-)
+from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)

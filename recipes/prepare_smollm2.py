@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from twn_rl.arguments import parse_arguments
 from twn_rl.backbone import load_backbone
-from twn_rl.run import parse_arguments, set_up_logging
+from twn_rl.run import set_up_logging
 
 logger = logging.getLogger(__name__)
 

@@ -17,10 +17,11 @@ from pathlib import Path
 from accelerate import PartialState
 from transformers import set_seed
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.evaluation.modes import ABLATIONS, mode_name
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.model import DualLoraModel
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)

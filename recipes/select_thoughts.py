@@ -31,11 +31,12 @@ from typing import Any
 from accelerate import PartialState
 from transformers import set_seed
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.demo.dataset import noisy_teachers
 from twn_rl.mixtures import Mixture
 from twn_rl.model import DualLoraModel
 from twn_rl.records import RecordSet, write_records
-from twn_rl.run import DataArguments, parse_arguments, save_run, set_up_logging
+from twn_rl.run import save_run, set_up_logging
 from twn_rl.selection.candidates import ListedCots, Writer, read_candidate_file, unique_ids
 from twn_rl.selection.choosing import (
     Choice,

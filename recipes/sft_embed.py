@@ -21,16 +21,10 @@ from pathlib import Path
 from transformers import set_seed
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
+from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.model import DualLoraModel
 from twn_rl.monitor import MetricsWriter
-from twn_rl.run import (
-    DataArguments,
-    ModelArguments,
-    checkpoint_to_resume,
-    parse_arguments,
-    save_run,
-    set_up_logging,
-)
+from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
 from twn_rl.sft import SftConfig, SftTrainer
 
 logger = logging.getLogger(__name__)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.evaluation.ablation import (
     HEADLINE_GROUPS,
     HEADLINE_MODES,
@@ -16,7 +17,6 @@ from twn_rl.evaluation.ablation import (
     table,
     tables,
 )
-from twn_rl.run import DataArguments, parse_arguments
 from twn_rl.stages import FINISHED_FILE, Stages
 
 ALWAYS = "test/hop2/always/hit@1"

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
+from twn_rl.arguments import DataArguments
 from twn_rl.evaluation.comparison import Measured, compare, comparison_table, plot_comparison
-from twn_rl.run import DataArguments
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from launching import ROOT, TORCHRUN, launch
 
+from twn_rl.arguments import ModelArguments
 from twn_rl.gate import DOCUMENT_SIDE, QUERY_SIDE
 from twn_rl.gating.labels import read_labels
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
-from twn_rl.run import ModelArguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 FLAGS = ["--demo_scale=0.01", "--max_examples=40", "--batch_size=8", "--demo_dir=data"]

@@ -18,9 +18,9 @@ from test_sft import small_config
 from torch.utils.data import DataLoader
 from training import small_model, weights
 
+from twn_rl.arguments import DataArguments
 from twn_rl.mixtures import Mixture, MixtureSampler, load_mixture
 from twn_rl.records import Item, Record, RecordError, write_records
-from twn_rl.run import DataArguments
 from twn_rl.sft import SftTrainer
 
 

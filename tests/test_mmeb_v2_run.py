@@ -208,7 +208,7 @@ def test_two_processes_leave_the_score_files_of_one(embedder, tmp_path: Path) ->
     files.documents(root, "vidore/docvqa_test_subsampled_beir")
     files.nextqa(root)
     (root / "VLM2Vec/NExTQA/MC/test-00000-of-00001.parquet").write_bytes(b"PAR1")
-    from twn_rl.run import ModelArguments
+    from twn_rl.arguments import ModelArguments
 
     built = ModelArguments(reasoning_rank=2, embedding_rank=2, max_think_tokens=6).build(0)
     built.save_pretrained(model)

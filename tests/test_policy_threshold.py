@@ -8,11 +8,11 @@ from conftest import make_idefics3
 from launching import ROOT
 from training import small_model
 
+from twn_rl.arguments import DataArguments
 from twn_rl.evaluation.routing import RoutedQuery
 from twn_rl.gating.threshold import ThresholdRule
 from twn_rl.model import DualLoraModel
 from twn_rl.records import RecordSet
-from twn_rl.run import DataArguments
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-from twn_rl.run import ModelArguments
+from twn_rl.arguments import ModelArguments
 
 pytestmark = pytest.mark.slow
 

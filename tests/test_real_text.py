@@ -17,13 +17,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from wordnet_files import DATA, write_wordnet
 
 from twn_rl.adapters import REASONING_ADAPTER, use_adapter
+from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.evaluation.candidates import collect_candidates
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.gating.threshold import ThresholdRule
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
-from twn_rl.run import DataArguments, ModelArguments, parse_arguments
 from twn_rl.thoughts import evaluating
 
 ROOT = Path(__file__).parents[1]

@@ -10,17 +10,12 @@ import pytest
 import yaml
 
 from twn_rl.adaptive import AdaptiveGRPOConfig
+from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.gating.threshold import ThresholdRule
 from twn_rl.grpo import EmbedGRPOConfig
 from twn_rl.latent_config import LatentConfig
 from twn_rl.records import Item, Record, write_records
-from twn_rl.run import (
-    DataArguments,
-    ModelArguments,
-    checkpoint_to_resume,
-    parse_arguments,
-    save_run,
-)
+from twn_rl.run import checkpoint_to_resume, save_run
 from twn_rl.sft import SftConfig
 
 ROOT = Path(__file__).parents[1]
@@ -92,6 +87,13 @@ def test_values_that_cannot_work_are_named_together(
     with pytest.raises(ValueError, match="change these fields") as caught:
         config(output_dir=str(tmp_path), use_cpu=True, report_to=[], **values)
     assert all(name in str(caught.value) for name in names)
+
+
+def test_all_settings_are_refused_together(tmp_path: Path) -> None:
+    path = write_yaml(tmp_path, temperature=0, reasoning_rank=5)
+    with pytest.raises(ValueError, match="SftConfig: temperature") as caught:
+        parse((ModelArguments, ThresholdRule, SftConfig), path, "--think_rate", "30")
+    assert "ThresholdRule: think_rate = 30.0" in str(caught.value)
 
 
 @pytest.mark.usefixtures("recipes")

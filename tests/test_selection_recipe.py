@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.config import LoraSettings, TwnConfig
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.model import DualLoraModel
 from twn_rl.records import load_records
-from twn_rl.run import DataArguments, ModelArguments, parse_arguments
 from twn_rl.selection.endpoint import EndpointSettings
 from twn_rl.sft import SftConfig
 
