@@ -85,8 +85,8 @@ class EvalScriptArguments:
     before: str | None = field(
         default=None, metadata={"help": "Model it was trained from; the report shows both."}
     )
-    output_dir: str = field(
-        default="outputs/demo/grpo/evaluation", metadata={"help": "Where metrics and report go."}
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where metrics and report go; default: MODEL/evaluation."}
     )
     splits: list[str] = field(
         default_factory=lambda: list(REPORTED_SPLITS), metadata={"help": "Splits to measure."}
@@ -140,12 +140,17 @@ class EvalScriptArguments:
                 "the modes; add it or drop the threshold"
             )
 
+    @property
+    def output(self) -> Path:
+        """Where results go."""
+        return Path(self.model) / "evaluation" if self.output_dir is None else Path(self.output_dir)
+
 
 def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     """Evaluate, write, and return the folder of the results."""
     set_up_logging()
     set_seed(script.seed)
-    output = Path(script.output_dir)
+    output = script.output
     if script.benchmark is not None:
         return measure_benchmark(script, data)
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
@@ -208,7 +213,7 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     from twn_rl.evaluation.mteb_summary import format_table
     from twn_rl.evaluation.mteb_tasks import EMOJI_SCENES
 
-    output = Path(script.output_dir) / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
+    output = script.output / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
     names = script.splits if script.benchmark == EMOJI_SCENES and data.is_demo() else []
     splits = {name: data.load(name) for name in names}  # pyright: ignore[reportArgumentType]
     save_run(output, script, data)

@@ -155,7 +155,6 @@ def main(
             eval_embed.EvalScriptArguments(
                 model=str(output),
                 before=script.warm_start,
-                output_dir=str(output / "evaluation"),
                 num_thoughts=2,
             ),
             data,

@@ -53,12 +53,12 @@ def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(tmp_pat
 
     done = launch(
         "eval_embed.py",
-        ["--model=latent", "--splits=test", "--output_dir=evaluation", *DATA],
+        ["--model=latent", "--splits=test", *DATA],
         config=None,
         cwd=tmp_path / "one",
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    folder = tmp_path / "one" / "evaluation"
+    folder = tmp_path / "one/latent/evaluation"
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["test/all/latent/think_tokens"] == 0
     assert "test/all/always/hit@1" not in metrics

@@ -252,7 +252,6 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     files = {f"{name}_file": f"outputs/wordnet/{name}.jsonl" for name in ("train", "test", "ood")}
     script = eval_embed.EvalScriptArguments(
         model=str(policy),
-        output_dir=str(policy / "evaluation"),
         modes=["never", "always", "auto", "random", "oracle", "gold", "foreign"],
         report=False,
     )
