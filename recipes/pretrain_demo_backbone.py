@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from transformers import Idefics3ForConditionalGeneration
 from trl import TrlParser
 
-from twn_rl.demo import pretraining, tiny_vlm
+from twn_rl.demo import lessons, pretraining, tiny_vlm
 from twn_rl.demo.scenes import STYLES
 
 
@@ -59,7 +59,7 @@ def main(arguments: PretrainArguments) -> None:
         model = Idefics3ForConditionalGeneration.from_pretrained(arguments.start_from)
 
     # Data
-    store = pretraining.PictureStore.build(
+    store = lessons.PictureStore.build(
         processor, num_scenes=arguments.num_scenes, num_singles=512, seed=arguments.seed
     )
 
@@ -71,7 +71,7 @@ def main(arguments: PretrainArguments) -> None:
 
     # Stage 2
     progress = tqdm(total=arguments.steps, desc="scene facts")
-    lessons = pretraining.learn_scenes(
+    learning = pretraining.learn_scenes(
         model,
         processor,
         store,
@@ -81,7 +81,7 @@ def main(arguments: PretrainArguments) -> None:
         find_share=arguments.find_share,
     )
     report: dict[str, dict[str, float]] = {}
-    for step, loss, right in lessons:
+    for step, loss, right in learning:
         progress.update()
         progress.set_postfix(loss=f"{loss:.3f}", right=f"{right:.3f}")
         if step % 50 == 0:

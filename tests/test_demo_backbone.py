@@ -6,15 +6,8 @@ import pytest
 import torch
 
 from twn_rl.demo import tiny_vlm
-from twn_rl.demo.pretraining import (
-    LessonTokenizer,
-    PictureStore,
-    examine,
-    picture_features,
-    process_pictures,
-    scene_facts,
-    word_logits,
-)
+from twn_rl.demo.lessons import LessonTokenizer, PictureStore, process_pictures, scene_facts
+from twn_rl.demo.pretraining import examine, picture_features, word_logits
 from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
