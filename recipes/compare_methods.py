@@ -211,7 +211,7 @@ def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
                     forget(target / EVALUATION_FOLDER)
         modes = [method.mode for method in chosen if method.model == name]
         if modes:
-            modes += ["always", "oracle"] if "policy" in modes else []
+            modes += ["never", "always", "oracle"] if "policy" in modes else []
             modes += ["random", "oracle"] if "auto" in modes else []
             evaluation = target / EVALUATION_FOLDER
             flags = [f"--model={target}", f"--output_dir={evaluation}", *shared, "--report=false"]

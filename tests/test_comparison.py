@@ -109,6 +109,7 @@ def test_every_stage_of_a_seed_sees_the_same_records_and_only_what_is_needed_run
     evaluations = [stage for stage in started if stage[0] == "eval_embed.py"]
     modes = {place: flags[flags.index("--modes") + 1 :] for _, place, flags in evaluations}
     assert modes["grpo/evaluation"] == ["never", "always", "auto", "random", "oracle"]
+    assert modes["adaptive/evaluation"] == ["policy", "never", "always", "oracle"]
     assert modes["latent/evaluation"] == ["latent"]
 
     started.clear()
