@@ -13,6 +13,8 @@ from twn_rl.shards import Processes, ShardedPass, is_main, wait
 from twn_rl.whole_files import digest, write_text
 
 SHARD_FORMAT = 1
+# Records between two signs of progress; a shard may take minutes.
+RECORDS_PER_STEP = 64
 Row = dict[str, Any]
 
 
@@ -50,7 +52,7 @@ class RecordShards:
         """Make what is missing and return self; a kill loses at most one shard a process.
 
         Args:
-            make: Positions of records -> their rows, without `id`.
+            make: Positions of some records of a shard -> their rows, without `id`.
             is_redone: Stored rows for which it is True are made again.
             rebuild: Make all rows again, whatever is stored.
             processes: `PartialState` or `Accelerator` when several processes share the work.
@@ -70,9 +72,12 @@ class RecordShards:
             disable=not (show_progress_bar and is_main(processes)),
         ) as bar:
             for number in mine:
-                rows = dict(zip(todo[number], make(todo[number]), strict=True))
-                self._write(number, {**self._read(number), **rows})
-                bar.update(len(rows))
+                rows = self._read(number)
+                for start in range(0, len(todo[number]), RECORDS_PER_STEP):
+                    positions = todo[number][start : start + RECORDS_PER_STEP]
+                    rows |= zip(positions, make(positions), strict=True)
+                    bar.update(len(positions))
+                self._write(number, rows)
         wait(processes)
         return self
 
