@@ -16,6 +16,9 @@ from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parame
 from twn_rl.config import TwnConfig
 from twn_rl.encode import ThinkingEmbedder
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
+from twn_rl.gate import DOCUMENT_SIDE
+from twn_rl.gating.examples import gate_examples
+from twn_rl.gating.labelling import label_records
 from twn_rl.latent import LatentDecoder, LatentLearner, target_text, vector_losses, word_losses
 from twn_rl.latent_config import LatentConfig
 from twn_rl.latent_trainer import DECODER_FILE, LatentCollator, LatentTrainer
@@ -346,6 +349,19 @@ def test_documents_are_read_as_in_training(latent_documents: bool) -> None:
     for think in ("never", "auto"):
         vectors = embedder.encode_document(documents, think=think)
         np.testing.assert_allclose(vectors, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("latent_documents", [False, True])
+def test_a_gate_learns_from_documents_as_they_are_served(
+    latent_documents: bool, records: RecordSet, tmp_path: Path
+) -> None:
+    model = latent_model(latent_documents=latent_documents).eval()
+    labels = label_records(model, records, DOCUMENT_SIDE, tmp_path)
+    documents = [example.item for example in gate_examples(records, DOCUMENT_SIDE)]
+    served = ThinkingEmbedder(model).encode_document(documents, normalize_embeddings=False)
+    np.testing.assert_allclose(labels.states, served, atol=1e-4)
+    plan = json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))
+    assert plan.get("is_latent", False) == latent_documents
 
 
 def test_no_reason_tokens_are_a_clear_error_everywhere(records: RecordSet, tmp_path: Path) -> None:

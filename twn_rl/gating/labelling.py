@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from twn_rl.gate import DOCUMENT_SIDE
 from twn_rl.gating.examples import GateExample, bank_items, choose_examples, gate_examples
 from twn_rl.gating.files import gate_fingerprints
 from twn_rl.gating.labels import (
@@ -139,7 +140,7 @@ def label_records(
         processes=processes,
         show_progress_bar=show_progress_bar,
     )
-    labeller = _Labeller(model, bank, settings)
+    labeller = _Labeller(model, bank, settings, is_latent=_is_latent(model, side))
     with tqdm(
         total=sum(sizes[number] for number in mine),
         desc=f"{side} labels",
@@ -172,7 +173,13 @@ def _plan(
         "max_think_tokens": settings.max_think_tokens or model.config.max_think_tokens,
         "num_examples": len(examples),
         "records": digest([keys, competitors]),
+        **({"is_latent": True} if _is_latent(model, side) else {}),
     }
+
+
+def _is_latent(model: DualLoraModel, side: str) -> bool:
+    """Tell whether an input that does not think is served with its latent thought."""
+    return side == DOCUMENT_SIDE and model.config.latent_documents
 
 
 def _clear(folder: Path) -> None:
@@ -185,8 +192,11 @@ def _clear(folder: Path) -> None:
 class _Labeller:
     """Measures examples against a bank."""
 
-    def __init__(self, model: DualLoraModel, bank: TargetBank, settings: LabelSettings) -> None:
+    def __init__(
+        self, model: DualLoraModel, bank: TargetBank, settings: LabelSettings, *, is_latent: bool
+    ) -> None:
         self.model, self.bank, self.settings = model, bank, settings
+        self.is_latent = is_latent
 
     def label(
         self, examples: Sequence[GateExample], bar: tqdm
@@ -216,7 +226,7 @@ class _Labeller:
         model = self.model
         prompts = model.prepare(model.collate(items))
         prefix = model.read(prompts)
-        no_think = model.read_out(prefix)
+        no_think = model.read_out(prefix, is_latent=self.is_latent)
         written = model.reason(prompts, max_think_tokens=self.settings.max_think_tokens)
         usable = [model.completion_for_embedding(ids) for ids in written]
         think = model.read_out(prefix, usable)
