@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 from transformers import Idefics3ForConditionalGeneration
-from trl import TrlParser
 
+from twn_rl.arguments import parse_arguments
 from twn_rl.demo import lessons, pretraining, tiny_vlm
 from twn_rl.demo.scenes import STYLES
 
@@ -130,5 +130,4 @@ The artwork's licences are in `NOTICE`.
 
 
 if __name__ == "__main__":
-    (parsed,) = TrlParser(PretrainArguments).parse_args_and_config()
-    main(parsed)
+    main(*parse_arguments((PretrainArguments,), description=__doc__))
