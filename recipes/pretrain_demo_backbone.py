@@ -1,10 +1,12 @@
-"""Train the tiny vision-language backbone that ships as the embedded default.
+r"""Train the tiny vision-language backbone that ships as the embedded default.
 
 Stage 1 aligns each picture tile with the word of its object (tower and connector only); stage 2
 trains the language model to state scene facts in random order. It learns to see and to name, not
-to reason: no lesson contains a hop.
+to reason: no lesson contains a hop. (--hop_share asks how much of that answers alone can teach.)
 
     python recipes/pretrain_demo_backbone.py --output_dir outputs/demo_backbone
+    python recipes/pretrain_demo_backbone.py --start_from twn_rl/demo/backbone --hop_share 0.7 \
+        --steps 1500 --output_dir outputs/hops_in_one_pass
 
 The shipped weights were made in several legs, told in twn_rl/demo/backbone/README.md with the
 figures they reach; a later leg starts from an earlier one with --start_from. About half a second a
@@ -39,6 +41,10 @@ class PretrainArguments:
     find_share: float = field(
         default=0.4,
         metadata={"help": "Share of scene facts that give an object and ask for its cell."},
+    )
+    hop_share: float = field(
+        default=0.0,
+        metadata={"help": "Share of lessons that ask one or two hops for the answer alone."},
     )
     start_from: str | None = field(
         default=None,
@@ -79,6 +85,7 @@ def main(arguments: PretrainArguments) -> None:
         batch_size=batch_size,
         seed=seed,
         find_share=arguments.find_share,
+        hop_share=arguments.hop_share,
     )
     report: dict[str, dict[str, float]] = {}
     for step, loss, right in learning:
@@ -89,12 +96,15 @@ def main(arguments: PretrainArguments) -> None:
         if step % arguments.examine_every == 0 or step == arguments.steps:
             report = {style: pretraining.examine(model, processor, style=style) for style in STYLES}
             tqdm.write(f"step {step}: {json.dumps(report)}")
-            save(model, processor, output, report, time.perf_counter() - started, step)
+            seconds = time.perf_counter() - started
+            save(model, processor, output, report, seconds, step, arguments.hop_share)
             model.train()
     progress.close()
 
 
-def save(model, processor, output: Path, report: dict, seconds: float, step: int) -> None:
+def save(
+    model, processor, output: Path, report: dict, seconds: float, step: int, hop_share: float
+) -> None:
     """Save weights, processor and the model card with the measured figures."""
     model.save_pretrained(output)
     processor.save_pretrained(output)
@@ -104,6 +114,8 @@ def save(model, processor, output: Path, report: dict, seconds: float, step: int
         for style in report
     )
     header = " | ".join(next(iter(report.values())))
+    hops = f"the bare answers of hop questions ({hop_share:.0%} of lessons)"
+    hops = hops if hop_share else "no hop question"
     (output / "README.md").write_text(
         f"""---
 license: apache-2.0
@@ -115,7 +127,7 @@ Idefics3 architecture, {parameters / 1e6:.2f} million parameters, word-level tok
 scratch by `recipes/pretrain_demo_backbone.py` ({step} steps, {seconds / 60:.0f} minutes on two CPU
 cores, torch {torch.__version__}) on generated 3x3 emoji scenes in two artwork styles. It names what
 is in a cell, finds the cell of an object, knows categories and neighbouring cells. It was shown no
-chain of thought and no hop question.
+chain of thought and {hops}.
 
 Per cent right on 128 fresh scenes per style:
 

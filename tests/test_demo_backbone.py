@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from twn_rl.demo import tiny_vlm
-from twn_rl.demo.lessons import LessonTokenizer, PictureStore, process_pictures, scene_facts
+from twn_rl.demo.lessons import (
+    LessonTokenizer,
+    PictureStore,
+    lesson,
+    process_pictures,
+    scene_facts,
+)
 from twn_rl.demo.pretraining import examine, picture_features, word_logits
 from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts
 from twn_rl.model import DualLoraModel
@@ -132,6 +138,19 @@ def test_scene_facts_are_true() -> None:
                 assert scene.objects[PLACES.index(place)] == name
             if len(words) == 3 and words[1] == "is":
                 assert concepts()[words[0]] == words[2]
+
+
+@pytest.mark.parametrize("hop_share", [0.0, 1.0])
+def test_hops_are_asked_in_the_share_of_lessons_that_is_wanted(processor, hop_share: float) -> None:
+    store = PictureStore.build(processor, num_scenes=2, num_singles=1, seed=0)
+    features = torch.arange(2.0)[:, None, None], torch.zeros(1, 1, 1)
+    rng = random.Random(0)
+    for _ in range(60):
+        picture, asked, answer = lesson(store, features, rng, find_share=0.4, hop_share=hop_share)
+        is_hop = any(f"{word} the" in asked for word in ("left of", "right of", "above", "below"))
+        assert is_hop == bool(hop_share)
+        if is_hop:
+            assert [words in store.scenes[int(picture)].objects for words, _ in answer] == [True]
 
 
 def test_the_store_draws_both_styles_and_repeats_by_seed(processor) -> None:

@@ -119,9 +119,22 @@ def lesson(
     rng: random.Random,
     *,
     find_share: float,
+    hop_share: float = 0.0,
 ) -> Lesson:
-    """Draw one lesson; ``features`` are those of the store's scenes and of its single pictures."""
+    """Draw one lesson.
+
+    Args:
+        store: Scenes and single pictures.
+        features: Those of the scenes and of the single pictures.
+        rng: Decides everything.
+        find_share: As of `scene_facts`.
+        hop_share: Share of lessons that ask one or two hops for the answer alone.
+    """
     of_scenes, of_singles = features
+    if hop_share and rng.random() < hop_share:
+        i = rng.randrange(len(store.scenes))
+        question = questions.ask_hops(store.scenes[i], rng.choice((1, 1, 2)), rng, held_out=False)
+        return of_scenes[i], question.text, [(question.answer, 1.0)]
     kind = rng.random()
     if kind < 0.12:
         i = rng.randrange(len(store.single_names))

@@ -99,6 +99,7 @@ def learn_scenes(
     batch_size: int,
     seed: int,
     find_share: float,
+    hop_share: float = 0.0,
 ) -> Iterator[tuple[int, float, float]]:
     """Train the language model on lessons; yield (step, loss, share of asked words right)."""
     write = LessonTokenizer(processor)
@@ -110,7 +111,10 @@ def learn_scenes(
     optimizer, schedule = _optimizer(parameters, steps, peak=1.5e-3)
     for step in range(1, steps + 1):
         batch = write.batch(
-            [lesson(store, features, rng, find_share=find_share) for _ in range(batch_size)]
+            [
+                lesson(store, features, rng, find_share=find_share, hop_share=hop_share)
+                for _ in range(batch_size)
+            ]
         )
         weights = batch.pop("weights")[:, 1:]
         targets = batch["input_ids"][:, 1:]
