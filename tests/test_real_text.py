@@ -269,6 +269,53 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
 
 
 @pytest.mark.usefixtures("recipes")
+def test_planted_thoughts_are_wrong_and_what_is_made_of_them_is_counted() -> None:
+    import evaluators
+
+    words = {"cone": ("funnel",), "bird": (), "tool": ()}
+    records = [
+        Record(
+            id=word,
+            source="wordnet",
+            query=Item(text=f"about a {word}"),
+            positive=Item(text=word),
+            negatives=tuple(Item(text=f"{other}, a kind of thing") for other in others),
+            query_cot=f"kind: thing; word: {word}",
+            metadata={"task": "artifact", "word": word},
+        )
+        for word, others in words.items()
+    ]
+    rows = evaluators.plant(records)
+    assert [row["id"] for row in rows] == list(words)
+    for row in rows:
+        own, near, foreign = (candidate["cot"] for candidate in row["candidates"])
+        assert own == f"kind: thing; word: {row['id']}"
+        assert near != own
+        assert near.startswith("kind: thing; word: ")
+        assert foreign != own
+    assert rows[0]["candidates"][1]["cot"] == "kind: thing; word: funnel"
+    with pytest.raises(ValueError, match="expected two or more records"):
+        evaluators.plant(records[:1])
+
+    worth = {"own": [1.0, 0.2, 3.0], "near_miss": [0.5, -1.0, 0.0], "foreign": [-1.0, -2.0, None]}
+    for position, row in enumerate(rows):
+        for candidate in row["candidates"]:
+            value = worth[candidate["source"]][position]
+            candidate |= {"worth": value, "problem": "too_long" if value is None else None}
+    assert evaluators.measured(rows, 0.0) == pytest.approx(
+        {
+            "kept": 1.0,
+            "rejected_near_miss": 1 / 3,
+            "auc_near_miss": 8 / 9,
+            "rejected_foreign": 1.0,
+            "auc_foreign": 1.0,
+        }
+    )
+    nothing = [{**row, "candidates": row["candidates"][:1]} for row in rows]
+    assert evaluators.measured(nothing, 0.0)["rejected_foreign"] is None
+
+
+@pytest.mark.usefixtures("recipes")
 def test_the_peer_is_ranked_among_the_candidates_of_each_record_only(tiny_smollm2: Path) -> None:
     import wordnet
 

@@ -1,0 +1,132 @@
+r"""Which evaluator tells right thoughts from wrong ones? Planted errors on WordNet's definitions.
+
+    python benchmarks/evaluators.py --model outputs/wordnet_smollm2/seed0/warm_start \
+        --train_file outputs/wordnet/train.jsonl --rl_file outputs/wordnet/rl.jsonl
+
+Every record has three candidates: its own CoT, the same with the word of a hard negative at its end
+(`near_miss`), and another record's (`foreign`). Records should be such as the model was not trained
+on. AUC is of the own CoTs' worth against the wrong ones'; rejected and kept are shares of the wrong
+and of the own CoTs at the threshold. Scores are kept below output_dir: a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twn_rl.arguments import DataArguments, parse_arguments
+from twn_rl.calibration import roc_auc
+from twn_rl.model import DualLoraModel
+from twn_rl.records import Record
+from twn_rl.run import set_up_logging
+from twn_rl.selection.candidates import Candidate
+from twn_rl.selection.evaluators import EVALUATORS, Evaluator, MarginEvaluator, YesNoEvaluator
+from twn_rl.selection.judging import judge
+
+OWN, WRONG = "own", ("near_miss", "foreign")
+
+
+@dataclass
+class BenchmarkArguments:
+    """Who judges what."""
+
+    model: str = field(
+        default="outputs/wordnet_smollm2/seed0/warm_start", metadata={"help": "Model that judges."}
+    )
+    split: str = field(default="rl", metadata={"help": "Records it was not trained on."})
+    evaluators: list[str] = field(
+        default_factory=lambda: list(EVALUATORS), metadata={"help": "margin, yes_no, or both."}
+    )
+    threshold: float = field(default=0.0, metadata={"help": "Smallest worth that is kept."})
+    num_records: int | None = field(default=None, metadata={"help": "First records; null: all."})
+    batch_size: int = field(default=16, metadata={"help": "Candidates a forward."})
+    seed: int = field(default=0, metadata={"help": "Of the planted errors."})
+    output_dir: str = field(default="outputs/evaluators", metadata={"help": "Where scores go."})
+
+    def __post_init__(self) -> None:
+        """Refuse evaluators that do not exist."""
+        if not self.evaluators or not set(self.evaluators) <= set(EVALUATORS):
+            raise ValueError(
+                f"evaluators = {self.evaluators}; expected some of {EVALUATORS}; correct the list"
+            )
+
+
+def main(script: BenchmarkArguments, data: DataArguments) -> list[dict[str, Any]]:
+    """Judge, print a table, and return its rows."""
+    set_up_logging()
+    records = list(data.load(script.split))[: script.num_records]  # pyright: ignore[reportArgumentType]
+    rows = plant(records, seed=script.seed)
+    model = DualLoraModel.from_pretrained(script.model)
+    output, table = Path(script.output_dir), []
+    for name in script.evaluators:
+        evaluator: Evaluator = (
+            MarginEvaluator(model, records, output / "bank", batch_size=script.batch_size)
+            if name == "margin"
+            else YesNoEvaluator(model, records, batch_size=script.batch_size, seed=script.seed)
+        )
+        scores = judge(rows, evaluator, model, output / name, batch_size=script.batch_size)
+        table.append({"evaluator": name, **measured(list(scores.rows()), script.threshold)})
+    print("| " + " | ".join(table[0]) + " |")
+    print("| --- |" + " ---: |" * (len(table[0]) - 1))
+    for row in table:
+        print(
+            "| " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()) + " |"
+        )
+    return table
+
+
+def plant(records: Sequence[Record], *, seed: int = 0) -> list[dict[str, Any]]:
+    """Return one row a record with its own CoT and two wrong ones, as sources of candidates do.
+
+    Raises:
+        ValueError: For fewer than two records, or one whose CoT does not end in its word.
+    """
+    die = random.Random(seed)
+    words = {record.id: str(record.metadata.get("word")) for record in records}
+    rows = []
+    for position, record in enumerate(records):
+        own, word = record.query_cot or "", words[record.id]
+        if len(records) < 2 or not own.endswith(word):
+            raise ValueError(
+                f"record {record.id!r} of {len(records)}: query_cot = {own!r}; expected two or "
+                f"more records whose CoTs end in their word, here {word!r}; use those of "
+                "recipes/prepare_wordnet.py"
+            )
+        others = [records[p] for p in range(len(records)) if p != position]
+        like = [other for other in others if other.metadata.get("task") == record.metadata["task"]]
+        wrong = words[die.choice(like or others).id]
+        if record.negatives:
+            wrong = re.split(", a ", record.negatives[0].text or "")[0]
+        cots = {
+            OWN: own,
+            WRONG[0]: own.removesuffix(word) + wrong,
+            WRONG[1]: die.choice(others).query_cot or "",
+        }
+        candidates = [Candidate(cot, source).to_dict() for source, cot in cots.items()]
+        rows.append({"id": record.id, "candidates": candidates})
+    return rows
+
+
+def measured(rows: Sequence[dict[str, Any]], threshold: float) -> dict[str, float | None]:
+    """Return how well worth tells own from wrong CoTs, None where none could be judged."""
+    worth: dict[str, list[float]] = {source: [] for source in (OWN, *WRONG)}
+    for row in rows:
+        for candidate in row["candidates"]:
+            if candidate["problem"] is None:
+                worth[candidate["source"]].append(candidate["worth"])
+    kept = {s: sum(w >= threshold for w in v) / len(v) if v else None for s, v in worth.items()}
+    found: dict[str, float | None] = {"kept": kept[OWN]}
+    for source in WRONG:
+        share = kept[source]
+        labels = [1] * len(worth[OWN]) + [0] * len(worth[source])
+        found[f"rejected_{source}"] = None if share is None else 1 - share
+        found[f"auc_{source}"] = roc_auc([*worth[OWN], *worth[source]], labels)
+    return found
+
+
+if __name__ == "__main__":
+    main(*parse_arguments((BenchmarkArguments, DataArguments), description=__doc__))
