@@ -338,7 +338,7 @@ def test_serving_decides_as_the_evaluation_does(
     assert [sum(row["think_tokens"]) for row in rows] == details.think_tokens
     assert evaluation.metrics["test/all/policy/think_rate"] == 0.5
     assert details.gate_probabilities == [None] * len(records)
-    table = routing_table("test", evaluation)
+    table = routing_table("test", evaluation, "policy")
     assert table["columns"] == ["no thinking", "own thoughts", "policy decides"]
     assert table["rows"][-1][1][-1].detail == "50 % think"
     page = write_report(tmp_path / "report.html", evaluation).read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ mteb = pytest.importorskip("mteb", reason=REASON)
 from mteb.types import PromptType  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
-from twn_rl.arguments import DataArguments  # noqa: E402
+from twn_rl.arguments import DataArguments, ModelArguments  # noqa: E402
 from twn_rl.encode import ThinkingEmbedder  # noqa: E402
 from twn_rl.evaluation import EvaluationSettings, evaluate  # noqa: E402
 from twn_rl.evaluation import mteb_runs as runs  # noqa: E402
@@ -31,7 +31,6 @@ from twn_rl.evaluation.mteb_tasks import (  # noqa: E402
     tie_averse_scores,
 )
 from twn_rl.evaluation.usage import Account, Usage, UsageBook  # noqa: E402
-from twn_rl.run import ModelArguments  # noqa: E402
 
 # mteb and what it calls warn of their own data.
 pytestmark = pytest.mark.filterwarnings("ignore:::(mteb|sklearn|scipy|datasets|dill|numpy).*")
