@@ -55,13 +55,13 @@ def quality_table(split: str, after: Evaluation, before: Evaluation | None) -> d
 
 def routing_table(split: str, evaluation: Evaluation, mode: str) -> dict[str, Any]:
     """Return quality and cost of every group where `mode` decides, and where nothing does."""
-    columns = [mode for mode in ROUTING_MODES[mode] if _has_mode(evaluation, split, mode)]
+    columns = [name for name in ROUTING_MODES[mode] if _has_mode(evaluation, split, name)]
     rows = [
-        (group, [_cost_cell(evaluation, f"{split}/{group}/{mode}") for mode in columns])
+        (group, [_cost_cell(evaluation, f"{split}/{group}/{name}") for name in columns])
         for group in groups_of(evaluation, split)
     ]
     caption = f"{split}: hit@1, and what a query costs on average"
-    return {"caption": caption, "columns": [MODE_NAMES[mode] for mode in columns], "rows": rows}
+    return {"caption": caption, "columns": [MODE_NAMES[name] for name in columns], "rows": rows}
 
 
 def further_table(split: str, evaluation: Evaluation) -> dict[str, Any] | None:
