@@ -12,7 +12,6 @@ and of the own CoTs at the threshold. Scores are kept below output_dir: a killed
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
 from twn_rl.run import set_up_logging
 from twn_rl.selection.candidates import Candidate
-from twn_rl.selection.evaluators import EVALUATORS, Evaluator, MarginEvaluator, YesNoEvaluator
+from twn_rl.selection.evaluators import EVALUATORS, build_evaluator
 from twn_rl.selection.judging import judge
 
 OWN, WRONG = "own", ("near_miss", "foreign")
@@ -63,19 +62,21 @@ def main(script: BenchmarkArguments, data: DataArguments) -> list[dict[str, Any]
     model = DualLoraModel.from_pretrained(script.model)
     output, table = Path(script.output_dir), []
     for name in script.evaluators:
-        evaluator: Evaluator = (
-            MarginEvaluator(model, records, output / "bank", batch_size=script.batch_size)
-            if name == "margin"
-            else YesNoEvaluator(model, records, batch_size=script.batch_size, seed=script.seed)
+        evaluator = build_evaluator(
+            name,
+            model,
+            records,
+            output / "bank",
+            batch_size=script.batch_size,
+            seed=script.seed,
         )
         scores = judge(rows, evaluator, model, output / name, batch_size=script.batch_size)
         table.append({"evaluator": name, **measured(list(scores.rows()), script.threshold)})
     print("| " + " | ".join(table[0]) + " |")
     print("| --- |" + " ---: |" * (len(table[0]) - 1))
     for row in table:
-        print(
-            "| " + " | ".join(v if isinstance(v, str) else f"{v:.3f}" for v in row.values()) + " |"
-        )
+        cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
+        print("| " + " | ".join(cells) + " |")
     return table
 
 
@@ -97,10 +98,12 @@ def plant(records: Sequence[Record], *, seed: int = 0) -> list[dict[str, Any]]:
                 "recipes/prepare_wordnet.py"
             )
         others = [records[p] for p in range(len(records)) if p != position]
-        like = [other for other in others if other.metadata.get("task") == record.metadata["task"]]
+        like = [
+            other for other in others if other.metadata.get("task") == record.metadata.get("task")
+        ]
         wrong = words[die.choice(like or others).id]
         if record.negatives:
-            wrong = re.split(", a ", record.negatives[0].text or "")[0]
+            wrong = (record.negatives[0].text or "").split(", a ")[0]
         cots = {
             OWN: own,
             WRONG[0]: own.removesuffix(word) + wrong,

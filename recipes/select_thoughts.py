@@ -47,7 +47,7 @@ from twn_rl.selection.choosing import (
     taught_records,
 )
 from twn_rl.selection.endpoint import FAILURES, EndpointSettings, EndpointWriter
-from twn_rl.selection.evaluators import EVALUATORS, Evaluator, MarginEvaluator, YesNoEvaluator
+from twn_rl.selection.evaluators import EVALUATORS, build_evaluator
 from twn_rl.selection.judging import judge, unjudged
 from twn_rl.selection.shards import RecordShards, SelectionError
 from twn_rl.selection.writing import AdapterWriter
@@ -184,7 +184,16 @@ def main(script: SelectScriptArguments, endpoint: EndpointSettings, data: DataAr
         if script.rebuild and processes.is_main_process:
             shutil.rmtree(output / "bank", ignore_errors=True)
         processes.wait_for_everyone()
-        evaluator = build_evaluator(script, model, records, output)
+        evaluator = build_evaluator(
+            script.evaluator,
+            model,
+            records,
+            output / "bank",
+            num_negatives=script.num_negatives,
+            batch_size=script.batch_size,
+            seed=script.seed,
+            processes=processes,
+        )
         scores = judge(
             rows,
             evaluator,
@@ -265,22 +274,6 @@ def demo_cots(
 def has_failed(row: dict[str, Any]) -> bool:
     """Tell whether an endpoint gave no answer for a record."""
     return any(candidate["problem"] in FAILURES for candidate in row["candidates"])
-
-
-def build_evaluator(
-    script: SelectScriptArguments, model: DualLoraModel, records: RecordSet, output: Path
-) -> Evaluator:
-    """Return the evaluator asked for."""
-    if script.evaluator == "yes_no":
-        return YesNoEvaluator(model, records, num_negatives=script.num_negatives, seed=script.seed)
-    return MarginEvaluator(
-        model,
-        records,
-        output / "bank",
-        num_negatives=script.num_negatives,
-        batch_size=script.batch_size,
-        processes=PartialState(),
-    )
 
 
 def save(

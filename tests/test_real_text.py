@@ -207,6 +207,7 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     tiny_smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import eval_embed
+    import evaluators
     import gate_embed
     import grpo_embed
     import prepare_wordnet
@@ -263,6 +264,12 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     table = wordnet.main(compare, DataArguments(**files))
     assert [row["mode"] for row in table] == 2 * ["never", "never", "always", "auto", "gold"]
     assert table[3]["hit@1"] == metrics["test/all/auto/hit@1"]
+    # The budget of eight tokens is too short for every CoT: nothing is judged, and that is said.
+    planted = evaluators.BenchmarkArguments(model=str(warm), evaluators=["margin"])
+    files["rl_file"] = "outputs/wordnet/rl.jsonl"
+    (row,) = evaluators.main(planted, DataArguments(**files))
+    assert row.pop("evaluator") == "margin"
+    assert set(row.values()) == {None}
     (folder / "per_query.jsonl").write_text("", encoding="utf-8")
     with pytest.raises(ValueError, match="measured on 0 queries of test"):
         wordnet.main(compare, DataArguments(**files))

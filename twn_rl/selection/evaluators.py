@@ -209,6 +209,30 @@ class YesNoEvaluator:
         return torch.cat(parts)
 
 
+def build_evaluator(
+    name: str,
+    model: DualLoraModel,
+    records: Sequence[Record],
+    directory: str | Path,
+    *,
+    num_negatives: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    processes: Processes | None = None,
+) -> Evaluator:
+    """Return one of `EVALUATORS`; `directory` and `batch_size` are those of the margin."""
+    if name == "yes_no":
+        return YesNoEvaluator(model, records, num_negatives=num_negatives, seed=seed)
+    return MarginEvaluator(
+        model,
+        records,
+        directory,
+        num_negatives=num_negatives,
+        batch_size=batch_size,
+        processes=processes,
+    )
+
+
 def question_item(query: Item, target: Item, cot: str | None) -> Item:
     """Return one item that asks whether `target` is what `query` looks for.
 
