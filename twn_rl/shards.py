@@ -54,8 +54,6 @@ class ShardedPass:
     Attributes:
         folder: Where the shards are; all processes must see the same one.
         plan: What the rows depend on, as JSON; shards of another plan are never mixed in.
-        count: Number of rows.
-        shard_size: Rows between two writes; a kill loses at most one shard a process.
         ranges: Positions of the rows of each shard.
     """
 
@@ -69,12 +67,25 @@ class ShardedPass:
         error: type[ValueError] = ValueError,
         rebuild_flag: str = "--rebuild",
     ) -> None:
-        """Plan a pass; `error` is raised with the name of `rebuild_flag` for another plan."""
-        self.folder, self.count, self.shard_size = Path(folder), count, shard_size
+        """Plan a pass.
+
+        Args:
+            folder: Where the shards are.
+            plan: What the rows depend on.
+            count: Number of rows.
+            shard_size: Rows between two writes; a kill loses at most one shard a process.
+            error: What is raised for another plan.
+            rebuild_flag: Flag its message names.
+        """
+        self.folder = Path(folder)
         self.plan: dict[str, Any] = json.loads(json.dumps({**plan, "shard_size": shard_size}))
         self.ranges = shard_ranges(count, shard_size)
-        self.numbers = range(len(self.ranges))
         self._error, self._rebuild_flag = error, rebuild_flag
+
+    @property
+    def numbers(self) -> range:
+        """Number of every shard."""
+        return range(len(self.ranges))
 
     def open(
         self,

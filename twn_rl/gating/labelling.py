@@ -127,7 +127,7 @@ def label_records(
     )
     labelling.open(lambda: _clear(folder), rebuild=rebuild, processes=processes)
     sizes = [len(rows) for rows in labelling.ranges]
-    missing = [n for n in labelling.numbers if read_shard(folder, n, sizes[n]) is None]
+    missing = [n for n, size in enumerate(sizes) if read_shard(folder, n, size) is None]
     mine = labelling.share(missing, processes)
     if not missing:
         return read_labels(folder)
