@@ -34,7 +34,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.arguments import DataArguments, parse_arguments
@@ -52,6 +51,7 @@ from twn_rl.evaluation.routing import (
 )
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
 from twn_rl.run import save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
@@ -154,7 +154,7 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     if script.benchmark is not None:
         return measure_benchmark(script, data)
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
-    if PartialState().is_main_process:
+    if join_processes().is_main_process:
         save_run(output, script, data)
         after = measure(script, splits, script.model, script.modes)
         after.save(output)
@@ -172,7 +172,7 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
             )
             logger.info("Report: %s", output / "report.html")
         log_summary(before, after)
-    PartialState().wait_for_everyone()
+    join_processes().wait_for_everyone()
     return output
 
 
@@ -228,7 +228,7 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
         batch_size=script.batch_size,
         data_root=data.data_root,
     )
-    embedder = ThinkingEmbedder.from_pretrained(script.model, device=PartialState().device)
+    embedder = ThinkingEmbedder.from_pretrained(script.model, device=join_processes().device)
     summary = run_benchmark(embedder, settings, name=Path(script.model).name, splits=splits)
     logger.info("%s:\n%s", output, format_table(summary))
     return output

@@ -18,7 +18,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.arguments import parse_arguments
@@ -29,6 +28,7 @@ from twn_rl.evaluation.mmeb_v2.score_files import TABLE_FILE, write_reports
 from twn_rl.evaluation.mmeb_v2.sweep import sweep_thresholds
 from twn_rl.evaluation.mmeb_v2.tasks import LABEL_SETS, load_tasks, select_tasks
 from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.processes import join_processes
 from twn_rl.run import save_run, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def main(script: MmebScriptArguments) -> RunReport:
     """Measure, write the reports, and return what became of the tasks."""
     set_up_logging()
     set_seed(script.seed)
-    state = PartialState()
+    state = join_processes()
 
     # Tasks and data
     table = load_tasks(script.task_file)

@@ -30,7 +30,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.arguments import DataArguments, parse_arguments
@@ -49,6 +48,7 @@ from twn_rl.gating.labels import (
 from twn_rl.gating.results import ChosenThreshold, describe, log_choice, write_results
 from twn_rl.gating.threshold import ThresholdRule, gate_curve
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
 from twn_rl.run import save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
@@ -133,7 +133,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
     """Label, fit, choose, save; return the folder of the model."""
     set_up_logging()
     set_seed(script.seed)
-    path, processes = Path(script.model), PartialState()
+    path, processes = Path(script.model), join_processes()
 
     # Data first: bad records must show before a model is loaded.
     records = {

@@ -25,8 +25,6 @@ from typing import Any
 
 import eval_embed
 import sft_embed
-from accelerate import PartialState
-from accelerate.state import AcceleratorState
 from transformers import set_seed
 
 from rewards import REWARDS
@@ -40,6 +38,7 @@ from twn_rl.grpo import (
 )
 from twn_rl.model import DualLoraModel
 from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
+from twn_rl.processes import join_processes
 from twn_rl.reward_loading import load_rewards
 from twn_rl.rollouts import RolloutScorer
 from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
@@ -112,7 +111,7 @@ def main(
     )
 
     # Model and adapters
-    ensure_warm_start(script, data)
+    ensure_warm_start(script, data, training)
     set_seed(training.seed)
     model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
     freeze_scorer(model)
@@ -125,7 +124,7 @@ def main(
         training.bank_dir or output / "bank",
         num_negatives=training.num_negatives,
         batch_size=training.scorer_batch_size,
-        processes=PartialState(),
+        processes=join_processes(),
     )
 
     # Trainer
@@ -162,10 +161,12 @@ def main(
     return output
 
 
-def ensure_warm_start(script: GrpoScriptArguments, data: DataArguments) -> None:
+def ensure_warm_start(
+    script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOConfig
+) -> None:
     """Run the warm start in this process group if its model is not there yet."""
     is_there = (Path(script.warm_start) / CONFIG_FILE).is_file()
-    PartialState().wait_for_everyone()  # all have looked before one of them writes
+    join_processes().wait_for_everyone()  # all have looked before one of them writes
     if is_there:
         return
     if script.warm_start_config is None:
@@ -176,12 +177,12 @@ def ensure_warm_start(script: GrpoScriptArguments, data: DataArguments) -> None:
         )
     logger.info("No warm-started model in %s: running the warm start first", script.warm_start)
     config = ["--config", script.warm_start_config, "--output_dir", script.warm_start]
-    sft_script, model_args, _, training = parse_arguments(
+    if training.deepspeed:
+        config += ["--deepspeed", training.deepspeed]
+    sft_script, model_args, _, sft_training = parse_arguments(
         (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig), arguments=config
     )
-    sft_embed.main(sft_script, model_args, data, training)
-    # The next trainer reads its own DeepSpeed settings; the process group stays.
-    AcceleratorState._reset_state()
+    sft_embed.main(sft_script, model_args, data, sft_training)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
@@ -29,6 +28,7 @@ from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.latent_config import LatentConfig
 from twn_rl.latent_trainer import LatentTrainer
 from twn_rl.monitor import MetricsWriter
+from twn_rl.processes import join_processes
 from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
@@ -100,7 +100,7 @@ def main(
         count = min(script.check_records, len(held_out))
         check = trainer.check_reconstruction([held_out[i] for i in range(count)])
         trainer.log(dict(check))
-        if PartialState().is_main_process:
+        if join_processes().is_main_process:
             write_text(output / CHECK_FILE, json.dumps(check, indent=1) + "\n")
         logger.info("Reconstruction of %d held-out targets: %s", count, check)
 

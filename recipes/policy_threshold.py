@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.arguments import DataArguments, parse_arguments
@@ -31,6 +30,7 @@ from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.gating.results import ChosenThreshold, describe, log_choice, write_results
 from twn_rl.gating.threshold import ThresholdRule, gate_curve
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
 from twn_rl.run import save_run, set_up_logging
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
     set_seed(script.seed)
     path = Path(script.model)
     records = data.load(script.validation_split)  # pyright: ignore[reportArgumentType]
-    if PartialState().is_main_process:
+    if join_processes().is_main_process:
         model = DualLoraModel.from_pretrained(path)
         save_run(path / FOLDER, script, rule, data)
         settings = EvaluationSettings(
@@ -75,7 +75,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
         model.config.policy_threshold = found.chosen.threshold
         model.config.save(path)
         logger.info("policy_threshold = %.3f saved to %s", found.chosen.threshold, path)
-    PartialState().wait_for_everyone()
+    join_processes().wait_for_everyone()
     return path
 
 

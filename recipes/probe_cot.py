@@ -14,13 +14,13 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.evaluation.modes import ABLATIONS, mode_name
 from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
 from twn_rl.run import save_run, set_up_logging
 from twn_rl.whole_files import write_text
 
@@ -53,7 +53,7 @@ def main(script: ProbeScriptArguments, data: DataArguments) -> Path:
     set_seed(script.seed)
     output = Path(script.output_dir or Path(script.model) / "probe_cot")
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
-    if PartialState().is_main_process:
+    if join_processes().is_main_process:
         save_run(output, script, data)
         model = DualLoraModel.from_pretrained(script.model)
         tables = []
@@ -70,7 +70,7 @@ def main(script: ProbeScriptArguments, data: DataArguments) -> Path:
             tables.append(table(name, result.metrics))
         write_text(output / "probe_cot.md", "\n".join(tables))
         print("\n".join(tables))
-    PartialState().wait_for_everyone()
+    join_processes().wait_for_everyone()
     return output
 
 

@@ -28,13 +28,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from transformers import set_seed
 
 from twn_rl.arguments import DataArguments, parse_arguments
 from twn_rl.demo.dataset import noisy_teachers
 from twn_rl.mixtures import Mixture
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
 from twn_rl.records import RecordSet, write_records
 from twn_rl.run import save_run, set_up_logging
 from twn_rl.selection.candidates import ListedCots, Writer, read_candidate_file, unique_ids
@@ -146,7 +146,7 @@ def main(script: SelectScriptArguments, endpoint: EndpointSettings, data: DataAr
     """Write candidates, judge them, choose; return the file of selected records."""
     set_up_logging()
     set_seed(script.seed)
-    output, processes = Path(script.output_dir), PartialState()
+    output, processes = Path(script.output_dir), join_processes()
 
     # Data first: bad records must show before a model is loaded.
     records = data.load(script.split)  # pyright: ignore[reportArgumentType]
@@ -248,7 +248,7 @@ def writers(
     if script.own_temperatures and model is not None:
         yield AdapterWriter(model, "own", **settings)
     for number, path in enumerate(script.checkpoints):
-        other = DualLoraModel.from_pretrained(path).to(PartialState().device)
+        other = DualLoraModel.from_pretrained(path).to(join_processes().device)
         yield AdapterWriter(other, f"checkpoint{number}", **settings)
     if endpoint.endpoint_url is not None:
         writer = EndpointWriter(endpoint, renderer)

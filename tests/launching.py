@@ -35,7 +35,7 @@ def launch(
     return subprocess.run(
         [*command, str(ROOT / "recipes" / recipe), *flags],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=600,

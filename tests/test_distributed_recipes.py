@@ -65,7 +65,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict
     return train(tmp_path_factory.mktemp("one"), None, 1)
 
 
-@pytest.mark.parametrize("config", [TORCHRUN, "zero2.yaml", "zero3.yaml"])
+@pytest.mark.parametrize("config", [TORCHRUN, "zero2_cpu.yaml", "zero3_cpu.yaml"])
 def test_two_processes_train_like_one_and_leave_a_model_that_one_process_loads(
     config: str, one_process: dict[str, list[dict]], tmp_path: Path
 ) -> None:

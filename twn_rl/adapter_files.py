@@ -14,39 +14,25 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from twn_rl.adapters import adapter_parameters, stored_key
+from twn_rl.processes import is_sharded
 
 
-def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Make parameters whole in the body under ZeRO-3, where every process must enter."""
+    if not any(is_sharded(parameter) for parameter in parameters):
         return nullcontext()
     import deepspeed
 
     return deepspeed.zero.GatheredParameters(parameters)
 
 
-def adapter_state(
-    peft_model: PeftModel, name: str, state_dict: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
+def adapter_state(peft_model: PeftModel, name: str) -> dict[str, Tensor]:
     """Return one adapter's weights on the CPU under PEFT's stored keys.
 
-    Args:
-        peft_model: The model.
-        name: The adapter.
-        state_dict: Weights by full-model keys, with or without a leading `peft_model.`, as
-            `accelerator.get_state_dict` gathers them; None reads the model itself, and under ZeRO-3
-            gathers its shards, which every process must then take part in.
+    Under ZeRO-3 its shards are gathered, which every process must take part in.
     """
     parameters = adapter_parameters(peft_model, name)
-    if state_dict is not None:
-        plain = {key.removeprefix("peft_model."): value for key, value in state_dict.items()}
-        absent = sorted(set(parameters) - set(plain))
-        if absent:
-            raise KeyError(
-                f"state_dict lacks {len(absent)} keys of adapter {name!r}: {absent}; expected all "
-                "of them; pass the gathered state of the whole model"
-            )
-        return {_stored(key, name): plain[key].detach().cpu().clone() for key in parameters}
-    with _gathered(list(parameters.values())):
+    with gathered(list(parameters.values())):
         return {_stored(key, name): p.detach().cpu().clone() for key, p in parameters.items()}
 
 
@@ -56,19 +42,13 @@ def _stored(key: str, name: str) -> str:
     return stored
 
 
-def save_adapter(
-    peft_model: PeftModel,
-    name: str,
-    directory: str | Path,
-    *,
-    state_dict: dict[str, Tensor] | None = None,
-) -> None:
+def save_adapter(peft_model: PeftModel, name: str, directory: str | Path) -> None:
     """Write one adapter as a plain PEFT folder: `adapter_config.json` and safetensors.
 
     PEFT's own saving refuses two adapters of which only one has trainable tokens. Of several
-    processes only the first writes; without `state_dict` all of them must call this under ZeRO-3.
+    processes only the first writes; under ZeRO-3 all of them must call this.
     """
-    state = adapter_state(peft_model, name, state_dict)
+    state = adapter_state(peft_model, name)
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)

@@ -2,40 +2,169 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
-from collections.abc import Sequence
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.checkpoint import load_weights
 from twn_rl.mixtures import Mixture, MixtureSampler
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import check_engaged, deepspeed_dtype, is_sharded, join_processes
 from twn_rl.records import Record
+from twn_rl.whole_files import read_json, write_json
+
+logger = logging.getLogger(__name__)
+ENGINE_FILE = "deepspeed.json"
 
 
 class AdapterCheckpoints:
     """Mixin, before an HF trainer: checkpoints hold adapters and settings, never the backbone.
+
+    It also sees to it that what the launch asked for is what runs.
 
     Attributes:
         dual_model: The model the trainer trains, unwrapped.
     """
 
     args: Any
+    accelerator: Any
+    is_deepspeed_enabled: bool
+    model_wrapped: Any
     dual_model: DualLoraModel
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let HF make the accelerator of this trainer, not of one that ran before it."""
+        AcceleratorState._reset_state()
+        if self.args.deepspeed:
+            set_hf_deepspeed_config(self.args.hf_deepspeed_config)
+        super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
+        check_engaged(self)
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether every process holds a part of each parameter only."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin is not None and plugin.zero_stage == 3
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Gather the weights in the body, so that the model can be called outside of the engine.
+
+        Inside, the processes need not stay in step. Without ZeRO-3 nothing happens.
+        """
+        if not self.is_zero3:
+            yield
+            return
+        with unwrap_model_for_generation(
+            cast(Any, self.model_wrapped),
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ):
+            yield
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write both adapters and the settings; every process must call this.
+
+        Under ZeRO-3 the adapters alone are gathered, never the backbone.
+        """
+        self._save(output_dir)
+        join_processes().wait_for_everyone()  # what comes next may read it
+        if self.args.push_to_hub and not _internal_call:
+            trainer: Any = self
+            trainer.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
     ) -> None:
         directory = Path(output_dir or self.args.output_dir or ".")
-        self.dual_model.save_pretrained(directory, state_dict=state_dict)
-        torch.save(self.args, directory / "training_args.bin")
+        self.dual_model.save_pretrained(directory)
+        if self.args.should_save:
+            torch.save(self.args, directory / "training_args.bin")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.dual_model, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write what resuming needs besides the adapters, and what an engine's files are of."""
+        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.is_deepspeed_enabled and self.args.should_save:
+            write_json(Path(output_dir) / ENGINE_FILE, self._engine_layout())
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Let HF wrap the model; an engine goes on from its own files, which hold no backbone."""
+        resume = resume_from_checkpoint
+        if resume is not None:
+            self._check_layout(Path(resume))
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume)  # pyright: ignore[reportAttributeAccessIssue]
+        if resume is not None:
+            self._load_from_checkpoint(resume)  # also what is frozen, before it is taken apart
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # pyright: ignore[reportAttributeAccessIssue]
+        engine = self.model_wrapped
+        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        logger.info("%s", describe_engine(engine))
+        if resume is None:
+            return prepared
+        loaded, _ = engine.load_checkpoint(resume, load_module_strict=False)
+        if loaded is None:
+            raise ValueError(
+                f"{resume} holds no readable state of a DeepSpeed engine; expected a checkpoint-N "
+                "folder that a killed run left; resume from an older one"
+            )
+        trainer: Any = self
+        trainer._load_optimizer_and_scheduler(resume)
+        trainer._load_scaler(resume)
+        return prepared
+
+    def _engine_layout(self) -> dict[str, Any]:
+        """Return what the files of an engine depend on; {} without DeepSpeed."""
+        if not self.is_deepspeed_enabled:
+            return {}
+        plugin = self.accelerator.state.deepspeed_plugin
+        return {
+            "zero_stage": int(plugin.zero_stage),
+            "num_processes": self.accelerator.num_processes,
+            "dtype": str(deepspeed_dtype(self.args)).removeprefix("torch."),
+        }
+
+    def _check_layout(self, checkpoint: Path) -> None:
+        stored, own = read_json(checkpoint / ENGINE_FILE) or {}, self._engine_layout()
+        if stored != own:
+            raise ValueError(
+                f"resume_from_checkpoint = {checkpoint} was saved by {_layout_name(stored)} and "
+                f"this run is {_layout_name(own)}; expected the same, an optimizer's state fits no "
+                "other; launch as before, or start anew from its adapters, which any launch can "
+                "load (--checkpoint or --warm_start), without the optimizer's state"
+            )
+
+
+def describe_engine(engine: Any) -> str:
+    """Return in words what an engine keeps in parts; under ZeRO-3 that should be everything big."""
+    parameters = list(engine.module.parameters())
+    parts = sum(is_sharded(p) and not p.ds_persist for p in parameters)
+    stage = engine.zero_optimization_stage()
+    return (
+        f"{type(engine).__name__}, ZeRO-{int(stage)} on {engine.dp_world_size} processes, "
+        f"{parts} of {len(parameters)} parameters partitioned"
+    )
+
+
+def _layout_name(layout: Mapping[str, Any]) -> str:
+    if not layout:
+        return "a run without DeepSpeed"
+    return "ZeRO-{zero_stage} on {num_processes} processes in {dtype}".format(**layout)
 
 
 class RecordTraining:

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from accelerate import PartialState
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
 from twn_rl.config import LoraSettings, TwnConfig
@@ -17,8 +16,8 @@ from twn_rl.demo.questions import TeacherNoise
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.mixtures import Mixture, is_mixture, load_mixture
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
 from twn_rl.records import RecordSet, load_records
-from twn_rl.run import join_processes
 from twn_rl.templates import Renderer
 
 Split = Literal["train", "rl", "validation", "test", "ood"]
@@ -161,7 +160,7 @@ class DataArguments:
                     f".parquet or mixture .yaml file; pass --{split}_file"
                 )
         # One process of a machine decodes the images, the others read what it found.
-        with PartialState().local_main_process_first():
+        with join_processes().one_first():
             load = load_mixture if is_mixture(path) else load_records
             return load(
                 path,
@@ -194,7 +193,7 @@ class DataArguments:
         return DemoSettings(seed=self.demo_seed, noise=noise, **sizes)
 
     def _write_demo(self) -> dict[str, Path]:
-        with PartialState().local_main_process_first():
+        with join_processes().one_first():
             return write_demo(Path(self.demo_dir), self.demo_settings())
 
 
@@ -213,7 +212,6 @@ def parse_arguments(
     Raises:
         ValueError: With the problems of all dataclasses together.
     """
-    join_processes()
     words: list[str] = []
     for word in sys.argv[1:] if arguments is None else arguments:
         # TrlParser knows the two-word form only.
@@ -222,13 +220,15 @@ def parse_arguments(
         words = ["--config", str(default_config), *words]
     parser = TrlParser(types, description=description)  # pyright: ignore[reportArgumentType]
     try:
-        return parser.parse_args_and_config(args=words)
+        parsed = parser.parse_args_and_config(args=words)
     except ValueError as error:
         # The parser stops at the first dataclass that refuses its settings.
         problems = [problem for kind in types if (problem := _refusal(kind, words))]
         if len(problems) < 2:
             raise
         raise ValueError("\n".join(problems)) from error
+    join_processes()  # for recipes without training arguments, which have joined by now
+    return parsed
 
 
 def _refusal(kind: type, words: Sequence[str]) -> str | None:

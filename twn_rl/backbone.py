@@ -60,6 +60,7 @@ class Backbone:
         uses_mrope: Whether positions are 3-D (Qwen-VL family) and come from `get_rope_index`.
         name: Name or path it was loaded from; empty if built in code.
         revision: Commit it was loaded at.
+        blank_picture: Processor's tensors of a blank picture, made when first needed.
     """
 
     model: PreTrainedModel
@@ -71,6 +72,7 @@ class Backbone:
     uses_mrope: bool
     name: str = ""
     revision: str | None = None
+    blank_picture: dict[str, Any] | None = None
 
     @property
     def inner_model(self) -> nn.Module:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from twn_rl.processes import Processes, is_main, wait
 from twn_rl.records import Item
-from twn_rl.shards import PLAN_FILE, Processes, is_main, wait
+from twn_rl.shards import PLAN_FILE
 from twn_rl.whole_files import map_file, read_json, write_array, write_json
 
 logger = logging.getLogger(__name__)

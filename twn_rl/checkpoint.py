@@ -3,13 +3,12 @@
 Knows no training state: optimizers and schedulers belong to the trainer.
 """
 
-from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
 
 from twn_rl.adapter_files import load_adapter, save_adapter
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
@@ -25,26 +24,24 @@ EMBEDDING_DIR = "embedding"
 _PACKAGES = ("torch", "transformers", "peft")
 
 
-def save_model(
-    model: "DualLoraModel", path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
-) -> None:
+def save_model(model: "DualLoraModel", path: str | Path) -> None:
     """Write `reasoning/`, `embedding/` (read-out rows inside), gates and `twn_config.json`.
 
     A `gate.safetensors` that an earlier model left there is removed if this one has no gates.
 
+    Of several processes only the first writes; under ZeRO-3 all of them must call this.
+
     Args:
         model: The model.
         path: Folder; created if needed.
-        state_dict: Gathered weights by full-model keys, for sharded training.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
-    state = dict(state_dict) if state_dict is not None else None
     for name, folder in ((REASONING_ADAPTER, REASONING_DIR), (EMBEDDING_ADAPTER, EMBEDDING_DIR)):
-        save_adapter(model.peft_model, name, path / folder, state_dict=state)
-    save_gates(model, path, state_dict=state)
+        save_adapter(model.peft_model, name, path / folder)
+    save_gates(model, path)
     model.config.versions = {package: version(package) for package in _PACKAGES}
-    model.config.save(path)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        model.config.save(path)
 
 
 def load_model(

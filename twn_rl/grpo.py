@@ -22,12 +22,14 @@ from twn_rl.mixtures import Mixture, MixtureSampler, ReorderedSampler
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
 from twn_rl.rollouts import RolloutScorer
+from twn_rl.training_settings import LaunchSettings
+from twn_rl.vision import encoding_first
 
 ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
 
 
 @dataclass
-class EmbedGRPOConfig(GRPOConfig):
+class EmbedGRPOConfig(LaunchSettings, GRPOConfig):
     """TRL's GRPO settings plus what the retrieval reward needs."""
 
     num_negatives: int = field(
@@ -138,6 +140,11 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
         places.num_samples, places.shuffle = len(order), False
         return ReorderedSampler(places, order)
 
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what TRL computes, pictures encoded first under ZeRO-3."""
+        with encoding_first(self.dual_model.backbone):
+            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
+
     def _calculate_rewards(
         self,
         inputs: list[dict[str, Any]],
@@ -147,7 +154,8 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
     ) -> Tensor:
         """Add the similarity columns to the examples, then let TRL call the rewards."""
         indices = [example["record_index"] for example in inputs]
-        columns = self._rollout_columns(indices, completion_ids_list)
+        with self.whole_model():
+            columns = self._rollout_columns(indices, completion_ids_list)
         self._log_rollouts(columns)
         scored = [
             {**example, **{name: values[row] for name, values in columns.items()}}

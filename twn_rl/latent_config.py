@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from twn_rl.training_settings import LaunchSettings
+
 
 @dataclass
-class LatentConfig(TrainingArguments):
+class LatentConfig(LaunchSettings, TrainingArguments):
     """Hyper-parameters of LaME; the paper publishes no weights, these are our reading of it."""
 
     temperature: float = field(

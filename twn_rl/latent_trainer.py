@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from twn_rl.adapter_files import gathered
 from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
 from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
 from twn_rl.gating.files import drop_gates
@@ -209,7 +210,7 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
             `word_accuracy_own`, `_shuffled`, `regression_own`, `_shuffled` (1 - cosine, without).
         """
         found: dict[str, list[Tensor]] = {}
-        with evaluating(self.learner):
+        with self.whole_model(), evaluating(self.learner):
             for start in range(0, len(records), batch_size):
                 chunk = [records[i] for i in range(start, min(start + batch_size, len(records)))]
                 batch: Any = self._prepare_inputs(self.data_collator(chunk))  # pyright: ignore[reportArgumentType]
@@ -242,13 +243,12 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         """Save the model; its head only in checkpoints to resume from, serving needs none."""
         directory = Path(output_dir or self.args.output_dir or ".")
         decoder = self.learner.decoder
-        own = None
-        if state_dict is not None:
-            own = {key.removeprefix("dual."): value for key, value in state_dict.items()}
-        super()._save(str(directory), own)
-        if decoder is not None and directory.name.startswith(PREFIX_CHECKPOINT_DIR):
-            weights = decoder.state_dict() if own is None else _decoder_part(own)
-            weights = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        super()._save(str(directory))
+        if decoder is None or not directory.name.startswith(PREFIX_CHECKPOINT_DIR):
+            return
+        with gathered(list(decoder.parameters())):
+            weights = {key: value.cpu().clone() for key, value in decoder.state_dict().items()}
+        if self.args.should_save:
             save_file(weights, directory / DECODER_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -262,8 +262,3 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
                 "checkpoint-N folder of this recipe, not from a model saved for serving"
             )
         self.learner.decoder.load_state_dict(load_file(path))
-
-
-def _decoder_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "decoder."
-    return {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

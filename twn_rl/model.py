@@ -92,13 +92,11 @@ class DualLoraModel(DualLoraInference):
 
         return load_model(cls, path, backbone=backbone, dtype=dtype, is_trainable=is_trainable)
 
-    def save_pretrained(
-        self, path: str | Path, *, state_dict: dict[str, Tensor] | None = None
-    ) -> None:
+    def save_pretrained(self, path: str | Path) -> None:
         """Write adapters and settings; see `twn_rl.checkpoint.save_model`."""
         from twn_rl.checkpoint import save_model
 
-        save_model(self, path, state_dict=state_dict)
+        save_model(self, path)
 
     def embed(self, batch: Batch, *, is_latent: bool = False) -> Tensor:
         """Return unit-norm float32 vectors (N, D), local, of a batch from `collate`.
@@ -154,8 +152,8 @@ class DualLoraModel(DualLoraInference):
         """Return every vector and token loss of one training step in one forward.
 
         DDP and DeepSpeed must see exactly one forward of the wrapped module per backward. Batches
-        that hold the very same pixel tensor share one pass of the vision tower; those that hold the
-        very same prompt tensor share its key/value cache, gradient included.
+        that hold the very same prompt tensor share one pass of the vision tower and, where they are
+        embedded, one key/value cache, gradient included.
 
         Args:
             embed: Batches by name, each given to `embed`.

@@ -86,6 +86,8 @@ def prepare_prompts(backbone: Backbone, batch: Mapping[str, Any]) -> Prompts:
     batch = {key: value for key, value in batch.items() if key not in _COMPLETION_KEYS}
     positions = position_ids(backbone, batch)
     encoded = encode_images(backbone, batch)
+    if encoded.get(FEATURES_KEY, batch) is None:  # encoded, and there were no pictures
+        del encoded[FEATURES_KEY]
     kept = ("input_ids", "attention_mask", *TOKEN_ALIGNED_KEYS)
     inputs = {key: encoded.pop(key) for key in kept if key in encoded}
     counts: list[int] | None = [0] * len(inputs["input_ids"])

@@ -12,30 +12,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from transformers.trainer_utils import get_last_checkpoint
+
+from twn_rl.processes import join_processes
 
 logger = logging.getLogger(__name__)
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "numpy")
 
 
-def join_processes() -> None:
-    """Join the process group that a launcher has announced, also on machines without accelerator.
-
-    accelerate alone would leave CPU processes started by torchrun on their own.
-    """
-    if not PartialState._shared_state:
-        wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU")
-        PartialState(cpu=wants_cpu or not torch.accelerator.is_available())
-
-
 def set_up_logging() -> None:
     """Log at INFO on the first process and at WARNING on the others."""
-    level = logging.INFO if PartialState().is_main_process else logging.WARNING
+    level = logging.INFO if join_processes().is_main_process else logging.WARNING
     logging.basicConfig(
         level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
@@ -45,7 +34,7 @@ def set_up_logging() -> None:
 
 def save_run(directory: str | Path, *arguments: Any) -> None:
     """Write `run.yaml` (resolved settings) and `environment.json` (versions, commit, command)."""
-    if not PartialState().is_main_process:
+    if not join_processes().is_main_process:
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -57,7 +46,7 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "num_processes": PartialState().num_processes,
+        "num_processes": join_processes().num_processes,
     }
     (directory / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
 

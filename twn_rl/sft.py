@@ -9,23 +9,23 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
-from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
 from twn_rl.gating.files import drop_gates
 from twn_rl.losses import GatheredPairs, gather_with_grad, key_ids
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
+from twn_rl.training_settings import LaunchSettings
 
 
 @dataclass
-class SftConfig(TrainingArguments):
+class SftConfig(LaunchSettings, TrainingArguments):
     """Hyper-parameters of the warm start; weights 1 and temperature 0.02: UME-R1 (2511.00405)."""
 
     temperature: float = field(
@@ -287,8 +287,7 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
     def _own_thoughts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
         """Let the reasoning adapter write the CoTs (greedy); malformed ones become no-think."""
         dual = self.dual_model
-        # Under ZeRO-3 the weights are gathered in here; the unwrapped model is `dual` itself.
-        with unwrap_model_for_generation(cast(Any, self.model_wrapped), self.accelerator):
+        with self.whole_model():
             ids = dual.reason(inputs["query"])
         usable = [dual.completion_for_embedding(row) for row in ids]
         malformed = sum(not row for row in usable)

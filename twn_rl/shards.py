@@ -9,41 +9,14 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from twn_rl.processes import Processes, is_main, wait
 from twn_rl.whole_files import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 PLAN_FILE = "plan.json"
-
-
-class Processes(Protocol):
-    """What a pass needs of `accelerate.Accelerator` or `PartialState`."""
-
-    @property
-    def process_index(self) -> int:
-        """This process's number, 0 is the main process."""
-        ...
-
-    @property
-    def num_processes(self) -> int:
-        """How many processes work together."""
-        ...
-
-    def wait_for_everyone(self) -> None:
-        """Wait until all processes are here."""
-
-
-def wait(processes: Processes | None) -> None:
-    """Wait for the other processes, if there are any."""
-    if processes is not None:
-        processes.wait_for_everyone()
-
-
-def is_main(processes: Processes | None) -> bool:
-    """Return whether this process shows progress and changes what is shared."""
-    return processes is None or processes.process_index == 0
 
 
 class ShardedPass:

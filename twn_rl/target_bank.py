@@ -19,8 +19,8 @@ from twn_rl.bank_building import (
     ScorerMismatchError,
     check_finite,
 )
+from twn_rl.processes import Processes, wait
 from twn_rl.records import Item
-from twn_rl.shards import Processes, wait
 from twn_rl.whole_files import digest, map_file, read_json
 
 BANK_FORMAT = 1

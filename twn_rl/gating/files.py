@@ -39,30 +39,23 @@ def set_threshold(config: TwnConfig, side: str, threshold: float | None) -> None
     setattr(config, THRESHOLD_FIELDS[side], threshold)
 
 
-def gate_fingerprints(
-    model: DualLoraModel, state_dict: Mapping[str, Tensor] | None = None
-) -> dict[str, str]:
+def gate_fingerprints(model: DualLoraModel) -> dict[str, str]:
     """Return sha256 digests of what a gate depends on: `embedding` (what it reads) and `reasoning`.
 
     `embedding` covers samples of the backbone's weights, the embedding adapter, read-out, interface
     and renderer, with "kv_detach" also the reasoning adapter; `reasoning` is the adapter that
     writes the thoughts. Other than in `scoring.scorer_fingerprint`, which guards stored vectors,
     weights count rounded to bfloat16 and the backbone by its weights, not its name: loading it from
-    elsewhere or in another precision changes nothing.
-
-    Args:
-        model: The model, unsharded.
-        state_dict: Gathered weights to look at instead, see `adapter_state`.
+    elsewhere or in another precision changes nothing. The model must be unsharded.
     """
-    state = None if state_dict is None else dict(state_dict)
     config = model.config
-    reasoning = _digest(adapter_state(model.peft_model, REASONING_ADAPTER, state))
+    reasoning = _digest(adapter_state(model.peft_model, REASONING_ADAPTER))
     described = {
         "interface": config.interface,
         **config.readout_settings,
         "renderer": config.renderer.to_dict(),
         "backbone": _digest(_backbone_probe(model)),
-        "embedding": _digest(adapter_state(model.peft_model, EMBEDDING_ADAPTER, state)),
+        "embedding": _digest(adapter_state(model.peft_model, EMBEDDING_ADAPTER)),
         "reasoning": reasoning if config.interface == "kv_detach" else "",
     }
     text = json.dumps(described, sort_keys=True)
@@ -92,16 +85,14 @@ def _backbone_probe(model: DualLoraModel) -> dict[str, Tensor]:
     return probe
 
 
-def save_gates(
-    model: DualLoraModel, path: str | Path, *, state_dict: Mapping[str, Tensor] | None = None
-) -> None:
+def save_gates(model: DualLoraModel, path: str | Path) -> None:
     """Write the model's gates into a checkpoint folder, or remove the file if it has none.
 
     Gates that no longer fit the model are dropped with a warning. Of several processes only the
     first writes.
     """
     if model.gates:
-        now = gate_fingerprints(model, state_dict)
+        now = gate_fingerprints(model)
         stale = [side for side, gate in model.gates.items() if _fitted_to(gate) != now]
         if stale:
             drop_gates(model, f"the adapters have changed since gates {stale} were fitted", path)

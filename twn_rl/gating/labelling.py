@@ -31,10 +31,11 @@ from twn_rl.gating.labels import (
     write_shard,
 )
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import Processes, is_main, wait
 from twn_rl.records import Item, Record
 from twn_rl.rollouts import embed_items
 from twn_rl.scoring import scorer_fingerprint, similarity_columns
-from twn_rl.shards import Processes, ShardedPass, is_main, wait
+from twn_rl.shards import ShardedPass
 from twn_rl.target_bank import TargetBank
 from twn_rl.whole_files import digest
 

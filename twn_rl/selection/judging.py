@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.model import DualLoraModel
+from twn_rl.processes import Processes
 from twn_rl.selection.evaluators import Evaluator
 from twn_rl.selection.shards import RecordShards, SelectionError
-from twn_rl.shards import Processes
 from twn_rl.whole_files import digest
 
 Row = dict[str, Any]

@@ -9,7 +9,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from twn_rl.shards import Processes, ShardedPass, is_main, wait
+from twn_rl.processes import Processes, is_main, wait
+from twn_rl.shards import ShardedPass
 from twn_rl.whole_files import digest, write_text
 
 SHARD_FORMAT = 1

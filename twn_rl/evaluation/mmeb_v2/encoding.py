@@ -24,8 +24,8 @@ from twn_rl.jobs.encode_files import Embedder, encode_file
 from twn_rl.jobs.encode_settings import EncodeSettings
 from twn_rl.jobs.item_rows import ItemRow, Side
 from twn_rl.jobs.stored_vectors import open_vectors, read_details
+from twn_rl.processes import Processes
 from twn_rl.record_schema import Item, RecordError
-from twn_rl.shards import Processes
 from twn_rl.whole_files import read_json, write_json
 
 Fingerprints = Mapping[Side, Mapping[str, str | None]]

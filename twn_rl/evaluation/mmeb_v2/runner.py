@@ -27,7 +27,7 @@ from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 from twn_rl.jobs.encode_files import fingerprints
 from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.shards import Processes, wait
+from twn_rl.processes import Processes, wait
 from twn_rl.whole_files import write_json
 
 logger = logging.getLogger(__name__)

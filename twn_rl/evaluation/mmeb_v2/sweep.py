@@ -26,7 +26,7 @@ from twn_rl.gating.threshold import (
     gate_curve,
 )
 from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.shards import Processes
+from twn_rl.processes import Processes
 
 logger = logging.getLogger(__name__)
 
