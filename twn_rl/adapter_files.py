@@ -4,26 +4,16 @@ A folder is a plain PEFT adapter (`adapter_config.json`, safetensors) that PEFT 
 """
 
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from twn_rl.adapters import adapter_parameters, stored_key
-from twn_rl.processes import is_sharded
-
-
-def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-    """Make parameters whole in the body under ZeRO-3, where every process must enter."""
-    if not any(is_sharded(parameter) for parameter in parameters):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(parameters)
+from twn_rl.zero import gathered
 
 
 def adapter_state(peft_model: PeftModel, name: str) -> dict[str, Tensor]:

@@ -19,9 +19,10 @@ from trl.models.utils import unwrap_model_for_generation
 from twn_rl.checkpoint import load_weights
 from twn_rl.mixtures import Mixture, MixtureSampler
 from twn_rl.model import DualLoraModel
-from twn_rl.processes import check_engaged, deepspeed_dtype, is_sharded, join_processes
+from twn_rl.processes import check_engaged, join_processes
 from twn_rl.records import Record
 from twn_rl.whole_files import read_json, write_json
+from twn_rl.zero import deepspeed_dtype, describe_engine, fill_auto_sizes
 
 logger = logging.getLogger(__name__)
 ENGINE_FILE = "deepspeed.json"
@@ -109,6 +110,9 @@ class AdapterCheckpoints:
             self._check_layout(Path(resume))
         if not self.is_deepspeed_enabled:
             return super()._prepare_for_training(max_steps, train_dataloader, resume)  # pyright: ignore[reportAttributeAccessIssue]
+        fill_auto_sizes(
+            self.accelerator.state.deepspeed_plugin.deepspeed_config, self.dual_model.hidden_size
+        )
         if resume is not None:
             self._load_from_checkpoint(resume)  # also what is frozen, before it is taken apart
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # pyright: ignore[reportAttributeAccessIssue]
@@ -148,17 +152,6 @@ class AdapterCheckpoints:
                 "other; launch as before, or start anew from its adapters, which any launch can "
                 "load (--checkpoint or --warm_start), without the optimizer's state"
             )
-
-
-def describe_engine(engine: Any) -> str:
-    """Return in words what an engine keeps in parts; under ZeRO-3 that should be everything big."""
-    parameters = list(engine.module.parameters())
-    parts = sum(is_sharded(p) and not p.ds_persist for p in parameters)
-    stage = engine.zero_optimization_stage()
-    return (
-        f"{type(engine).__name__}, ZeRO-{int(stage)} on {engine.dp_world_size} processes, "
-        f"{parts} of {len(parameters)} parameters partitioned"
-    )
 
 
 def _layout_name(layout: Mapping[str, Any]) -> str:

@@ -123,6 +123,8 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
         )
         # TRL may have added a reference adapter, and PEFT makes every new adapter trainable.
         set_trainable(model.peft_model, [REASONING_ADAPTER])
+        # TRL gathers pictures for its logs from the processes that have some: others would wait.
+        self.log_multimodal = self.log_multimodal and self.accelerator.num_processes == 1
         self.dual_model = model
         self.scorer = scorer
 
@@ -140,8 +142,18 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
         places.num_samples, places.shuffle = len(order), False
         return ReorderedSampler(places, order)
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """Let TRL tokenize; a prompt without pictures beside others has an empty list of them."""
+        ids, images, fields = super()._tokenize_prompts(prompts)
+        if images is not None and not self.use_vllm:
+            images = [row or [] for row in images]
+        return ids, images, fields
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """Return what TRL computes, pictures encoded first under ZeRO-3."""
+        pixels = kwargs.get("pixel_values")
+        if pixels is not None and pixels.ndim == 5:  # padded to one row a prompt, not a picture
+            kwargs["num_images"] = [1] * len(pixels)
         with encoding_first(self.dual_model.backbone):
             return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from twn_rl.adapter_files import gathered
 from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
 from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
 from twn_rl.gating.files import drop_gates
@@ -34,8 +33,10 @@ from twn_rl.model import DualLoraModel
 from twn_rl.records import Record
 from twn_rl.sft import RecordDataset, SftCollator
 from twn_rl.thoughts import evaluating
+from twn_rl.zero import forget_moments, gathered
 
 DECODER_FILE = "latent_decoder.safetensors"
+LORA_GROUP = "lora"
 
 
 class LatentCollator(SftCollator):
@@ -128,6 +129,8 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         done = self.state.global_step / max(1, self.state.max_steps)
         is_warm_up = self.learner.decoder is not None and done < self.args.warm_up_share
         self._freeze_lora(is_warm_up)
+        if self.is_deepspeed_enabled and self.learner.decoder is not None and model.training:
+            self._hold_lora(is_warm_up)
         outputs = model(
             inputs["query"],
             inputs["target"],
@@ -167,10 +170,35 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
                 # Without a gradient the optimizer passes over it: no decay, no momentum.
                 parameter.requires_grad_(not is_frozen)
 
+    def _hold_lora(self, is_held: bool) -> None:
+        """Make a ZeRO optimizer pass over LoRA in the warm-up as a plain one does.
+
+        It steps frozen parameters with zero gradients: no decay while it does, and no memory of it
+        at the first step that LoRA takes part in.
+        """
+        inner = self.model_wrapped.optimizer.optimizer
+        group = next(i for i, g in enumerate(inner.param_groups) if g.get("name") == LORA_GROUP)
+        inner.param_groups[group]["weight_decay"] = 0.0 if is_held else self.args.weight_decay
+        before = (self.state.global_step - 1) / max(1, self.state.max_steps)
+        if not is_held and 0 <= before < self.args.warm_up_share:
+            forget_moments(self.model_wrapped, group)
+
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Give the optimizer LoRA too; what is frozen when it is made would never be trained."""
+        """Give the optimizer LoRA too, as a group of its own.
+
+        What is frozen when it is made would never be trained.
+        """
         self._freeze_lora(False)
-        return super().create_optimizer(*args, **kwargs)
+        is_new = self.optimizer is None
+        optimizer: Any = super().create_optimizer(*args, **kwargs)
+        if is_new and self.learner.decoder is not None and hasattr(optimizer, "add_param_group"):
+            adapter = adapter_parameters(self.dual_model.peft_model, EMBEDDING_ADAPTER)
+            lora = {id(p): p for name, p in adapter.items() if "lora_" in name}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in lora]
+            shared = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+            optimizer.add_param_group({**shared, "params": list(lora.values()), "name": LORA_GROUP})
+        return optimizer
 
     def _contrastive_losses(
         self, outputs: dict[str, Tensor], inputs: dict[str, Any]

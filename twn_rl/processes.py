@@ -201,27 +201,6 @@ def has_hidden_gpu() -> bool:
     return os.path.exists("/dev/nvidia0")
 
 
-def is_sharded(parameter: Any) -> bool:
-    """Return whether a parameter belongs to ZeRO-3, which keeps a part of it on each process."""
-    return hasattr(parameter, "ds_id")
-
-
-def deepspeed_dtype(args: Any) -> torch.dtype | None:
-    """Return the type a DeepSpeed engine casts every parameter to; None without DeepSpeed.
-
-    Args:
-        args: HF training arguments.
-    """
-    if getattr(args, "deepspeed_plugin", None) is None:
-        return None
-    config = args.deepspeed_plugin.deepspeed_config
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        enabled = config.get(name, {}).get("enabled", False)
-        if getattr(args, name) if enabled == "auto" else enabled:
-            return dtype
-    return torch.float32
-
-
 def check_engaged(trainer: Any) -> None:
     """Refuse to train when DeepSpeed was asked for and accelerate did something else.
 

@@ -47,14 +47,15 @@ class LaunchSettings:
             )
         if args.deepspeed:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        join_processes(use_cpu=bool(args.use_cpu), timeout_seconds=args.ddp_timeout)
+        processes = join_processes(use_cpu=bool(args.use_cpu), timeout_seconds=args.ddp_timeout)
         config = args.accelerator_config
         if config is None or isinstance(config, dict):
             args.accelerator_config = {**(config or {}), "use_configured_state": True}
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            args.use_cpu = False  # accelerate skips DeepSpeed otherwise; the device is decided
+        is_on_cpu = processes.device.type == "cpu"
+        args.use_cpu = args.use_cpu or is_on_cpu  # transformers allows bfloat16 there if told so
         super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue]
-        if args.deepspeed_plugin is not None and args.device.type == "cpu":
+        if args.deepspeed_plugin is not None and is_on_cpu:
+            args.use_cpu = False  # accelerate would skip DeepSpeed; the device is decided
             # A run on the CPU rehearses one on GPUs, where every matrix of a backbone is above the
             # threshold below which DeepSpeed keeps parameters whole: here it partitions them all.
             zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]

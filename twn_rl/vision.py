@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from twn_rl.backbone import Backbone
-from twn_rl.processes import is_sharded
+from twn_rl.zero import is_sharded
 
 FEATURES_KEY = "mm_encoder_outputs"  # transformers' own argument for features made beforehand
 _PIXEL_KEYS = ("pixel_values", "pixel_attention_mask")

@@ -1,0 +1,291 @@
+"""One process of a distributed run of every trainer; tests/test_zero.py launches it.
+
+Every first half of a global batch has pictures in queries and targets, every second half has none,
+so that of two processes one has pictures and the other has not. What happened goes to JSON.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import picture
+from training import small_model
+from transformers import TrainerCallback
+
+from rewards import REWARDS
+from twn_rl.adapter_trainer import AdapterCheckpoints
+from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
+from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from twn_rl.backbone import whole_parameters
+from twn_rl.grpo import ROLLOUT_COLUMNS, EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
+from twn_rl.latent_config import LatentConfig
+from twn_rl.latent_trainer import LatentTrainer
+from twn_rl.model import DualLoraModel
+from twn_rl.processes import join_processes
+from twn_rl.records import Item, Record, RecordSet, load_records, write_records
+from twn_rl.reward_loading import load_rewards
+from twn_rl.rollouts import RolloutScorer
+from twn_rl.scoring import SCORING_COLUMNS
+from twn_rl.sft import SftConfig, SftTrainer
+from twn_rl.zero import is_sharded
+
+BATCH = 8
+GENERATIONS = 4
+STEPS = 4
+KILLED_AT = 3
+WORDS = ("camel", "pizza", "zebra", "tree")
+SIDES = ("left", "right", "above", "below")
+
+
+def write_data(folder: Path) -> tuple[RecordSet, RecordSet]:
+    """Return records in the order of the warm start's batches, and in that of RL's groups."""
+    with_pictures, without = [], []
+    for i in range(16):
+        for name in (f"scene{i}", f"object{i}"):
+            picture(100 * i + len(name)).save(folder / f"{name}.png")
+        word = Item(text=f"{WORDS[i % 4]} {SIDES[i // 4]}")
+        shared: dict[str, Any] = {
+            "source": "test",
+            "query_cot": f"{WORDS[i % 4]} {SIDES[i // 4]}",
+            "negatives": (Item(text=f"row {SIDES[i % 4]}"),),
+            "metadata": {"pool": "all", "caption": f"{WORDS[i % 4]}"},
+        }
+        scene = Item("find the object", f"{SIDES[i % 4]} of", (f"scene{i}.png",))
+        target = Item(images=(f"object{i}.png",))
+        with_pictures.append(Record(id=f"p{i}", query=scene, positive=target, **shared))
+        question = Item("which object is it", f"{WORDS[i // 4]} {SIDES[i % 4]}")
+        without.append(Record(id=f"t{i}", query=question, positive=word, **shared))
+    half = BATCH // 2
+    batches = [
+        record
+        for start in range(0, 16, half)
+        for record in (*with_pictures[start : start + half], *without[start : start + half])
+    ]
+    groups = [record for pair in zip(with_pictures, without, strict=True) for record in pair]
+    write_records(folder / "batches.jsonl", batches)
+    write_records(folder / "groups.jsonl", groups)
+    return load_records(folder / "batches.jsonl"), load_records(folder / "groups.jsonl")
+
+
+class FixedRollouts:
+    """Mixin: TRL generates for real, then the thoughts are those of a table, on any layout."""
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        written, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)  # type: ignore[misc]
+        trainer: Any = self
+        assert len(written) == len(prompt_ids)
+        for row, ids in enumerate(prompt_ids):
+            first = sum(ids) + row % GENERATIONS
+            thought = f"<think> {WORDS[first % 4]} {SIDES[row % GENERATIONS]} </think>"
+            written[row] = trainer.dual_model.completion_ids(thought, add_eos=True)
+        return written, logprobs
+
+
+class FixedGRPO(FixedRollouts, EmbedGRPOTrainer):
+    """GRPO on fixed thoughts."""
+
+
+class FixedAdaptive(AdaptiveGRPOTrainer, FixedGRPO):
+    """Adaptive control on fixed thoughts."""
+
+
+class Kill(TrainerCallback):
+    """Ends the process without a word, as a machine that goes away does."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Die after a checkpoint has been written and another step has been done."""
+        if state.global_step == KILLED_AT:
+            os._exit(9)
+
+
+def whole_model(**settings: Any) -> DualLoraModel:
+    """Return a model of which every process has all, as `load_backbone` gives it."""
+    with whole_parameters():
+        return small_model(**settings)
+
+
+def shared_settings(folder: Path, processes: int, **extra: Any) -> dict[str, Any]:
+    """Return settings of a run of `STEPS` steps that leaves a checkpoint in the middle."""
+    return {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "per_device_train_batch_size": BATCH // processes,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "ddp_find_unused_parameters": True,
+        **extra,
+    }
+
+
+def make_sft(folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any) -> AdapterCheckpoints:
+    """Return the trainer of the warm start, with and without thoughts of its own."""
+    args = SftConfig(
+        **{
+            **shared_settings(folder, join_processes().num_processes),
+            "train_sampling_strategy": "sequential",
+            "self_written_from": 0.5,
+            "self_written_share": 1.0,
+            **extra,
+        }
+    )
+    return SftTrainer(whole_model(), args, data[0])
+
+
+def make_latent(
+    folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any
+) -> AdapterCheckpoints:
+    """Return the trainer of latent thoughts."""
+    args = LatentConfig(
+        **{
+            **shared_settings(folder, join_processes().num_processes),
+            "train_sampling_strategy": "sequential",
+            "decoder_width": 16,
+            "warm_up_share": 0.5,
+            **extra,
+        }
+    )
+    model = whole_model(num_reason_tokens=2)
+    set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
+    return LatentTrainer(model, args, data[0])
+
+
+def make_rl(
+    folder: Path,
+    data: tuple[RecordSet, RecordSet],
+    *,
+    trainer_class: Any = FixedGRPO,
+    config_class: Any = EmbedGRPOConfig,
+    columns: Any = SCORING_COLUMNS,
+    **extra: Any,
+) -> AdapterCheckpoints:
+    """Return a trainer of RL whose rewards leave their columns beside the run."""
+    processes = join_processes()
+    args = config_class(
+        **{
+            **shared_settings(folder, processes.num_processes),
+            "num_generations": GENERATIONS,
+            "max_completion_length": 8,
+            "shuffle_dataset": False,
+            "beta": 0.1,
+            "gradient_checkpointing": False,
+            **extra,
+        }
+    )
+    model = whole_model()
+    freeze_scorer(model)
+    scorer = RolloutScorer(
+        model, data[1], folder / "bank", num_negatives=3, processes=join_processes()
+    )
+
+    def margin(completions: list[Any], **seen: Any) -> list[float | None]:
+        kept = {name: seen[name] for name in ("record_id", *SCORING_COLUMNS)}
+        path = folder / f"columns-{processes.process_index}.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(kept) + "\n")
+        return REWARDS["margin"](completions, **seen)
+
+    rewards = load_rewards(
+        ["kept"], {"kept": margin}, available_columns=[*columns, *ROLLOUT_COLUMNS]
+    )
+    return trainer_class(model, rewards, args, data[1], scorer)
+
+
+def make_grpo(folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any) -> AdapterCheckpoints:
+    """Return GRPO's trainer, with a reference adapter."""
+    return make_rl(folder, data, **extra)
+
+
+def make_adaptive(
+    folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any
+) -> AdapterCheckpoints:
+    """Return the trainer whose policy decides."""
+    return make_rl(
+        folder,
+        data,
+        trainer_class=FixedAdaptive,
+        config_class=AdaptiveGRPOConfig,
+        columns=ADAPTIVE_COLUMNS,
+        **extra,
+    )
+
+
+STAGES: dict[str, Callable[..., AdapterCheckpoints]] = {
+    "sft": make_sft,
+    "grpo": make_grpo,
+    "adaptive": make_adaptive,
+    "latent": make_latent,
+}
+
+
+def run(
+    stage: str,
+    folder: Path,
+    data: tuple[RecordSet, RecordSet],
+    *,
+    resume: bool,
+    kill: bool,
+    **extra: Any,
+) -> None:
+    """Train one stage, save it, and write down which engine ran and what it logged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer: Any = STAGES[stage](folder, data, **extra)
+    if kill:
+        trainer.add_callback(Kill())
+    checkpoint = str(folder / "checkpoint-2") if resume else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model(str(folder))
+    engine = trainer.model_wrapped
+    parameters = list(trainer.model.parameters())
+    local = [p for p in parameters if is_sharded(p) and p.numel() == 0]
+    report = {
+        "engine": type(engine).__name__,
+        "stage": int(engine.zero_optimization_stage())
+        if hasattr(engine, "zero_optimization_stage")
+        else 0,
+        "parameters": len(parameters),
+        "partitioned": len(local),
+        "logs": trainer.state.log_history,
+    }
+    if join_processes().is_main_process:
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+
+
+def main() -> None:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--stages", nargs="+", default=list(STAGES))
+    parser.add_argument("--resume", nargs="*", default=[])
+    parser.add_argument("--kill", nargs="*", default=[])
+    parser.add_argument("--settings", type=json.loads, default={})
+    options = parser.parse_args()
+    processes = join_processes()
+    torch.manual_seed(0)
+    folder: Path = options.folder / "data"
+    if processes.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_data(folder)
+    processes.wait_for_everyone()
+    data = load_records(folder / "batches.jsonl"), load_records(folder / "groups.jsonl")
+    for stage in options.stages:
+        run(
+            stage,
+            options.folder / stage,
+            data,
+            resume=stage in options.resume,
+            kill=stage in options.kill,
+            **options.settings,
+        )
+
+
+if __name__ == "__main__":
+    main()
