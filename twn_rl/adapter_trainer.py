@@ -6,7 +6,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from twn_rl.model import DualLoraModel
 from twn_rl.processes import check_engaged, join_processes
 from twn_rl.records import Record
 from twn_rl.whole_files import read_json, write_json
-from twn_rl.zero import deepspeed_dtype, describe_engine, fill_auto_sizes
+from twn_rl.zero import deepspeed_dtype, describe_engine, fill_auto_sizes, save_trained_only
 
 logger = logging.getLogger(__name__)
 ENGINE_FILE = "deepspeed.json"
@@ -117,7 +117,7 @@ class AdapterCheckpoints:
             self._load_from_checkpoint(resume)  # also what is frozen, before it is taken apart
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # pyright: ignore[reportAttributeAccessIssue]
         engine = self.model_wrapped
-        engine.save_checkpoint = partial(engine.save_checkpoint, exclude_frozen_parameters=True)
+        save_trained_only(engine)
         logger.info("%s", describe_engine(engine))
         if resume is None:
             return prepared
