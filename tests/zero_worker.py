@@ -21,6 +21,7 @@ from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from twn_rl.backbone import whole_parameters
+from twn_rl.config import LoraSettings
 from twn_rl.grpo import ROLLOUT_COLUMNS, EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
 from twn_rl.latent_config import LatentConfig
 from twn_rl.latent_trainer import LatentTrainer
@@ -37,6 +38,7 @@ BATCH = 8
 GENERATIONS = 4
 STEPS = 4
 KILLED_AT = 3
+DROPOUT = float(os.environ.get("WORKER_DROPOUT", "0"))
 WORDS = ("camel", "pizza", "zebra", "tree")
 SIDES = ("left", "right", "above", "below")
 
@@ -104,6 +106,8 @@ class Kill(TrainerCallback):
 
 def whole_model(**settings: Any) -> DualLoraModel:
     """Return a model of which every process has all, as `load_backbone` gives it."""
+    for name, rank in (("reasoning_lora", 2), ("embedding_lora", 3)):
+        settings[name] = LoraSettings(r=rank, alpha=2 * rank, dropout=DROPOUT)
     with whole_parameters():
         return small_model(**settings)
 

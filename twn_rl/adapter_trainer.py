@@ -181,6 +181,13 @@ class RecordTraining:
         """Keep a value for the next log, which shows the mean."""
         self._noted[name].append(value)
 
+    def _log_parts(self, parts: Mapping[str, Tensor]) -> None:
+        """Note each loss for the log; the mean over processes, since one has its own rows only."""
+        own = torch.stack([part.detach() for part in parts.values()])
+        logged: Any = self.accelerator.reduce(own, "mean")
+        for name, part in zip(parts, logged.tolist(), strict=True):
+            self._note(f"loss_{name}", part)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         """Draw a mixture's sources by weight, one a global batch; else as HF does."""
         records = self.records

@@ -5,8 +5,8 @@ changes what is trainable.
 """
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -186,6 +186,10 @@ def _activate(peft_model: PeftModel, name: str, flags: list[tuple[nn.Parameter, 
     layers = (m for m in peft_model.modules() if isinstance(m, BaseTunerLayer))
     if active_adapter(peft_model) != name or any(m.active_adapters != [name] for m in layers):
         peft_model.set_adapter(name)
+    _restore(flags)
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, flag in flags:
         if parameter.requires_grad != flag:
             parameter.requires_grad_(flag)
@@ -203,12 +207,49 @@ def without_adapters(peft_model: PeftModel) -> Iterator[None]:
         _activate(peft_model, previous, flags)
 
 
-def checkpoint_contexts(
-    peft_model: PeftModel,
-) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the forward and recompute contexts of one gradient-checkpointed layer.
+def under_own_adapter(checkpoint: Callable[..., Any], peft_model: PeftModel) -> Callable[..., Any]:
+    """Return a checkpointing function that recomputes a layer under the adapter of its forward.
 
-    Recomputation happens in the backward pass, when another adapter may be active; the layer must
-    be recomputed under the adapter of its forward.
+    Recomputation happens in the backward pass, when another adapter may be active. Only the layer
+    itself is switched, so that it costs no walk through the whole model.
+
+    Args:
+        checkpoint: transformers' function: (layer's forward, *inputs) -> outputs.
+        peft_model: Whose active adapter counts.
     """
-    return nullcontext(), use_adapter(peft_model, active_adapter(peft_model))
+
+    def run(forward: Any, *inputs: Any) -> Any:
+        name, layer = active_adapter(peft_model), _owner(forward, peft_model)
+        tuners = [m for m in layer.modules() if isinstance(m, BaseTunerLayer)]
+
+        def again(*inner: Any) -> Any:
+            with _switched(tuners, name):
+                return forward(*inner)
+
+        return checkpoint(again, *inputs)
+
+    return run
+
+
+def _owner(forward: Any, default: nn.Module) -> nn.Module:
+    """Return the module whose forward this is, bound or as the first argument of a partial."""
+    inside = getattr(forward, "func", forward)
+    owners = (*getattr(forward, "args", ()), getattr(inside, "__self__", None))
+    return next((owner for owner in owners if isinstance(owner, nn.Module)), default)
+
+
+@contextmanager
+def _switched(tuners: Sequence[BaseTunerLayer], name: str) -> Iterator[None]:
+    others = [(tuner, list(tuner.active_adapters)) for tuner in tuners]
+    others = [(tuner, names) for tuner, names in others if names != [name]]
+    modules: list[Any] = [tuner for tuner, _ in others]
+    flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
+    try:
+        for tuner, _ in others:
+            tuner.set_adapter(name)
+        _restore(flags)
+        yield
+    finally:
+        for tuner, names in others:
+            tuner.set_adapter(names)
+        _restore(flags)

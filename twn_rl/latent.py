@@ -97,29 +97,37 @@ class LatentLearner(nn.Module):
 
     def forward(
         self,
-        query: Mapping[str, Any],
-        target: Mapping[str, Any],
-        text: Mapping[str, Tensor],
+        query: Mapping[str, Any] | None = None,
+        target: Mapping[str, Any] | None = None,
+        text: Mapping[str, Tensor] | None = None,
         *,
         with_no_think: bool = False,
     ) -> dict[str, Tensor]:
         """Return vectors and, with a head, what it makes of the queries' reason states.
 
         Args:
-            query: N prompts.
-            target: M prompts of distinct targets.
-            text: `ids`, `mask` (N, T): the words to say, 1 on real ones; rows may be empty.
+            query: N prompts, if they are wanted.
+            target: M prompts of distinct targets, if they are wanted.
+            text: `ids`, `mask` (N, T): the words to say, 1 on real ones; rows may be empty. None
+                asks the head for nothing.
             with_no_think: Also embed the queries without reason tokens.
 
         Returns:
             `query`, `target` vectors, `no_think` if asked for; `nll` (N,) in nats a word, 0 where
             there are none, `is_right` (N,) share of words, `vector` (N, D).
         """
-        if self.decoder is None:
-            return self.dual(embed={"query": query, "target": target})["embeds"]
-        latent, embed = {"query": query}, {"no_think": query} if with_no_think else {}
-        (latent if self.dual.config.latent_documents else embed)["target"] = target
+        latent: dict[str, Any] = {}
+        embed: dict[str, Any] = {}
+        if query is not None:
+            (embed if self.decoder is None else latent)["query"] = query
+            if self.decoder is not None and with_no_think:
+                embed["no_think"] = query
+        if target is not None:
+            thinks = self.decoder is not None and self.dual.config.latent_documents
+            (latent if thinks else embed)["target"] = target
         output = self.dual(embed=embed, latent=latent)
+        if self.decoder is None or query is None or text is None:
+            return output["embeds"]
         return output["embeds"] | self.decode(output["reason_states"]["query"], text)
 
     def decode(self, reason_states: Tensor, text: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,13 +142,22 @@ class LatentLearner(nn.Module):
         nll, is_right = word_losses(logits, text["ids"], text["mask"])
         return {"nll": nll, "is_right": is_right, "vector": vector}
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass."""
+        return self.dual.is_gradient_checkpointing
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Recompute the backbone's layers; see `DualLoraModel`."""
+        self.dual.activation_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Do it under its old name, which TRL still calls."""
         self.dual.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self.dual.gradient_checkpointing_disable()
+        self.dual.activation_checkpointing_disable()
 
 
 def word_losses(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from twn_rl.chunking import check_chunking
 from twn_rl.training_settings import LaunchSettings
 
 
 @dataclass
-class LatentConfig(LaunchSettings, TrainingArguments):
+class LatentConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Hyper-parameters of LaME; the paper publishes no weights, these are our reading of it."""
 
     temperature: float = field(
@@ -19,6 +20,14 @@ class LatentConfig(LaunchSettings, TrainingArguments):
     num_hard_negatives: int = field(
         default=1,
         metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
+    )
+    contrastive_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a chunk: the contrastive batch goes through the model chunk by "
+            "chunk, twice, and gives the gradient of the whole at the memory of one; raise "
+            "per_device_train_batch_size with it. null: the whole batch at once."
+        },
     )
     warm_up_share: float = field(
         default=0.15,
@@ -82,6 +91,7 @@ class LatentConfig(LaunchSettings, TrainingArguments):
                 f"decoder_width = {self.decoder_width}, expected a multiple of decoder_heads = "
                 f"{self.decoder_heads}"
             )
+        problems += check_chunking(self, self.contrastive_chunk_tokens)
         if problems:
             raise ValueError("LatentConfig: " + "; ".join(problems) + "; change these fields")
         self.remove_unused_columns = False

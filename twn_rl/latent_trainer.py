@@ -5,12 +5,13 @@ Knows no decoder weights by name and no data format beyond `Record`; never reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer
@@ -18,6 +19,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
 from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters
+from twn_rl.chunked_trainer import ChunkedContrast
+from twn_rl.chunking import Chunk, Chunks
 from twn_rl.gating.files import drop_gates
 from twn_rl.latent import (
     LatentDecoder,
@@ -42,9 +45,13 @@ LORA_GROUP = "lora"
 class LatentCollator(SftCollator):
     """Records -> queries, distinct targets, and the words of each query's target."""
 
-    def __init__(self, model: DualLoraModel, args: LatentConfig) -> None:
-        """Keep what renders and tokenizes."""
-        super().__init__(model, num_hard_negatives=args.num_hard_negatives)
+    def __init__(self, model: DualLoraModel, args: LatentConfig, *, is_cut: bool = False) -> None:
+        """Keep what renders and tokenizes; `is_cut` makes chunks if the settings ask for them."""
+        super().__init__(
+            model,
+            num_hard_negatives=args.num_hard_negatives,
+            chunk_tokens=args.contrastive_chunk_tokens if is_cut else None,
+        )
         self.caption_field, self.max_tokens = args.caption_field, args.max_target_tokens
         self.needs_text = args.is_reconstructing and args.regression_weight == 0
 
@@ -53,22 +60,35 @@ class LatentCollator(SftCollator):
         if self.needs_text:
             check_texts(records, self.caption_field)
         bare = [replace(record, query_cot=None, positive_cot=None) for record in records]
-        batch = self._targets(bare)
+        targets, _, shared = self._targets(bare)
+        shared = {key: shared[key] for key in ("target_rows", "target_keys", "query_keys")}
+        queries = [record.query for record in records]
         eos = self.model.backbone.eos_token_id
         words = []
         for record in records:
             text = target_text(record, self.caption_field)
             ids = self.model.completion_ids(text)[: self.max_tokens - 1] if text else []
             words.append([*ids, eos] if ids else [])
-        collated = self.model.collate_completions(words)
+        if self.chunk_tokens is not None:
+            none: list[list[int]] = [[] for _ in targets]
+            cut = {
+                "query": self.cut(queries, {"text": words}),
+                "target": self.cut(targets, {"text": none}),
+            }
+            return {**shared, "chunks": Chunks(cut)}
         return {
-            "query": self.model.collate([record.query for record in records]),
-            "text": {"ids": collated["completion_ids"], "mask": collated["completion_mask"]},
-            **{key: batch[key] for key in ("target", "target_rows", "target_keys", "query_keys")},
+            "query": self.model.collate(queries),
+            "text": _as_text(self.model.collate_completions(words)),
+            "target": self.model.collate(targets),
+            **shared,
         }
 
 
-class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
+def _as_text(completions: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"ids": completions["completion_ids"], "mask": completions["completion_mask"]}
+
+
+class LatentTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
     """HF Trainer over `LatentLearner`; without reason tokens it is the baseline, InfoNCE alone."""
 
     args: LatentConfig
@@ -114,7 +134,7 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
             model=self.learner,
             args=args,
             train_dataset=RecordDataset(records),
-            data_collator=LatentCollator(model, args),
+            data_collator=LatentCollator(model, args, is_cut=True),
             **kwargs,
         )
 
@@ -126,11 +146,7 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Return the weighted sum of the losses, the same however many processes hold the batch."""
-        done = self.state.global_step / max(1, self.state.max_steps)
-        is_warm_up = self.learner.decoder is not None and done < self.args.warm_up_share
-        self._freeze_lora(is_warm_up)
-        if self.is_deepspeed_enabled and self.learner.decoder is not None and model.training:
-            self._hold_lora(is_warm_up)
+        self._enter_stage()
         outputs = model(
             inputs["query"],
             inputs["target"],
@@ -139,27 +155,82 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         )
         parts = self._contrastive_losses(outputs, inputs)
         if "nll" in outputs:
-            parts["reconstruction"] = self._reconstruction_loss(outputs, inputs)
-        weights = self._weights(is_warm_up)
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        own = torch.stack(list(parts.values())).detach()
-        logged: Any = self.accelerator.reduce(own, "mean")
-        for name, part in zip(parts, logged.tolist(), strict=True):
-            self._note(f"loss_{name}", part)
-        self._note("is_warm_up", float(is_warm_up))
+            targets = outputs["target"][inputs["target_rows"][: len(outputs["query"])]]
+            parts["reconstruction"] = self._reconstruction_loss(outputs, targets, inputs["text"])
+        self._log_parts(parts)
+        loss = self._weighted(parts)
         return (loss, outputs) if return_outputs else loss
 
-    def _weights(self, is_warm_up: bool) -> dict[str, float]:
+    @property
+    def _is_warm_up(self) -> bool:
+        done = self.state.global_step / max(1, self.state.max_steps)
+        return self.learner.decoder is not None and done < self.args.warm_up_share
+
+    def _enter_stage(self) -> None:
+        """Let LoRA learn or not, as this step's stage has it."""
+        self._freeze_lora(self._is_warm_up)
+        if self.is_deepspeed_enabled and self.learner.decoder is not None:
+            self._hold_lora(self._is_warm_up)
+        self._note("is_warm_up", float(self._is_warm_up))
+
+    def _weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
         args = self.args
         contrastive, reconstruction = args.contrastive_weight, args.reconstruction_weight
-        if is_warm_up:
+        if self._is_warm_up:
             contrastive = args.warm_up_contrastive_weight
             reconstruction = args.warm_up_reconstruction_weight
-        return {
+        weights = {
             "contrastive": contrastive,
             "reconstruction": reconstruction,
             "no_think": args.no_think_weight,
         }
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+
+    def _prepare_chunks(self, inputs: dict[str, Any], chunks: Chunks) -> None:
+        self._enter_stage()
+
+    def _chunk_call(
+        self,
+        kind: str,
+        chunk: Chunk,
+        prompt: dict[str, Any],
+        inputs: dict[str, Any],
+        *,
+        is_second: bool,
+    ) -> dict[str, Any]:
+        if kind == "target":
+            return {"target": prompt}
+        text = send_to_device(_as_text(chunk.completions["text"]), self.args.device)
+        return {
+            "query": prompt,
+            "text": text if is_second else None,
+            "with_no_think": self.args.no_think_weight > 0,
+        }
+
+    def _chunk_vectors(self, kind: str, outputs: Any) -> dict[str, Tensor]:
+        names = ("query", "no_think", "target")
+        return {name: outputs[name] for name in names if name in outputs}
+
+    def _vector_losses(
+        self, vectors: dict[str, Tensor], inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        return self._contrastive_losses(vectors, inputs)
+
+    def _row_losses(
+        self,
+        kind: str,
+        outputs: Any,
+        chunk: Chunk,
+        vectors: Mapping[str, Tensor],
+        inputs: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        if "nll" not in outputs:
+            return {}
+        rows = chunk.rows.to(vectors["query"].device)
+        targets = vectors["target"][inputs["target_rows"][rows]]
+        text = {"mask": chunk.completions["text"]["completion_mask"].to(rows.device)}
+        share = len(rows) / len(vectors["query"])
+        return {"reconstruction": share * self._reconstruction_loss(outputs, targets, text)}
 
     def _freeze_lora(self, is_frozen: bool) -> None:
         """Let the embedding adapter's LoRA learn or not; rows of reason and read-out always do."""
@@ -213,14 +284,15 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
                 self._note(f"in_batch_hit@1_{part}", float(pairs.accuracy(queries, targets)))
         return parts
 
-    def _reconstruction_loss(self, outputs: dict[str, Tensor], inputs: dict[str, Any]) -> Tensor:
+    def _reconstruction_loss(
+        self, outputs: dict[str, Tensor], targets: Tensor, text: dict[str, Tensor]
+    ) -> Tensor:
         """Return the mean over queries of words' NLL, or of the regression where there are none.
 
         All processes hold as many queries, so DDP's mean over them is the mean over all.
         """
-        rows = inputs["target_rows"][: len(outputs["query"])]
-        regression = vector_losses(outputs["vector"], outputs["target"][rows])
-        has_text = inputs["text"]["mask"].any(1)
+        regression = vector_losses(outputs["vector"], targets)
+        has_text = text["mask"].any(1)
         weight = self.args.regression_weight
         return torch.where(has_text, outputs["nll"], weight * regression).mean()
 
@@ -238,10 +310,11 @@ class LatentTrainer(AdapterCheckpoints, RecordTraining, Trainer):
             `word_accuracy_own`, `_shuffled`, `regression_own`, `_shuffled` (1 - cosine, without).
         """
         found: dict[str, list[Tensor]] = {}
+        collate = LatentCollator(self.dual_model, self.args)
         with self.whole_model(), evaluating(self.learner):
             for start in range(0, len(records), batch_size):
-                chunk = [records[i] for i in range(start, min(start + batch_size, len(records)))]
-                batch: Any = self._prepare_inputs(self.data_collator(chunk))  # pyright: ignore[reportArgumentType]
+                part = [records[i] for i in range(start, min(start + batch_size, len(records)))]
+                batch: Any = self._prepare_inputs(collate(part))  # pyright: ignore[reportArgumentType]
                 self._check_batch(batch, found)
         return {name: float(torch.cat(v).mean()) for name, v in found.items() if sum(map(len, v))}
 

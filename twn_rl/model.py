@@ -15,7 +15,7 @@ from twn_rl.adapters import (
     EMBEDDING_ADAPTER,
     REASONING_ADAPTER,
     attach_adapters,
-    checkpoint_contexts,
+    under_own_adapter,
     use_adapter,
 )
 from twn_rl.backbone import Backbone, load_backbone
@@ -201,17 +201,43 @@ class DualLoraModel(DualLoraInference):
         """Whether activations are recomputed in the backward pass; trainers ask for it."""
         return bool(self.backbone.model.is_activation_checkpointing)
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Trade time for memory; each layer is recomputed under the adapter of its forward."""
-        kwargs = {**(gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        kwargs["context_fn"] = lambda: checkpoint_contexts(self.peft_model)
-        self.backbone.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        """Trade time for memory; each layer is recomputed under the adapter of its forward.
+
+        Arguments are those of `transformers.PreTrainedModel`.
+        """
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.backbone.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+        )
+        if kwargs["use_reentrant"]:
+            self.backbone.model.enable_input_require_grads()
+        for module in self.backbone.model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                checkpoint: Any = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = under_own_adapter(  # type: ignore[assignment]
+                    checkpoint, self.peft_model
+                )
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.backbone.model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Do `activation_checkpointing_enable` under its old name, which TRL still calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
-        self.backbone.model.gradient_checkpointing_disable()
+        """Do `activation_checkpointing_disable` under its old name."""
+        self.activation_checkpointing_disable()
 
 
 def _by_prompt(batches: Mapping[str, Batch]) -> list[list[str]]:

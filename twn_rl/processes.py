@@ -70,7 +70,9 @@ class RunProcesses:
     @property
     def device(self) -> torch.device:
         """Device of this process."""
-        return PartialState().device
+        device = PartialState().device
+        assert device is not None  # only before the processes have been joined
+        return device
 
     def wait_for_everyone(self) -> None:
         """Wait until all processes are here, up to `WAIT_TIMEOUT`."""

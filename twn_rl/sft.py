@@ -12,11 +12,21 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
+from twn_rl.chunked_trainer import ChunkedContrast
+from twn_rl.chunking import (
+    Chunk,
+    Chunks,
+    check_chunking,
+    join_prompts,
+    num_patches,
+    pack,
+)
 from twn_rl.gating.files import drop_gates
 from twn_rl.losses import GatheredPairs, gather_with_grad, key_ids
 from twn_rl.model import DualLoraModel
@@ -25,7 +35,7 @@ from twn_rl.training_settings import LaunchSettings
 
 
 @dataclass
-class SftConfig(LaunchSettings, TrainingArguments):
+class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Hyper-parameters of the warm start; weights 1 and temperature 0.02: UME-R1 (2511.00405)."""
 
     temperature: float = field(
@@ -56,6 +66,14 @@ class SftConfig(LaunchSettings, TrainingArguments):
         default=0.0,
         metadata={"help": "Share of the steps after which the contrastive terms join; 1 is never."},
     )
+    contrastive_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a chunk: the contrastive batch goes through the model chunk by "
+            "chunk, twice, and gives the gradient of the whole at the memory of one; raise "
+            "per_device_train_batch_size with it. null: the whole batch at once."
+        },
+    )
     self_written_from: float = field(
         default=0.5,
         metadata={
@@ -85,6 +103,7 @@ class SftConfig(LaunchSettings, TrainingArguments):
             )
         if self.num_hard_negatives < 0:
             problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
+        problems += check_chunking(self, self.contrastive_chunk_tokens)
         if problems:
             raise ValueError("SftConfig: " + "; ".join(problems) + "; change these fields")
         self.remove_unused_columns = False
@@ -111,12 +130,25 @@ class SftCollator:
     """Records -> the tensors of one step. Every distinct target is encoded once."""
 
     def __init__(
-        self, model: DualLoraModel, *, num_hard_negatives: int, has_targets: bool = True
+        self,
+        model: DualLoraModel,
+        *,
+        num_hard_negatives: int,
+        has_targets: bool = True,
+        chunk_tokens: int | None = None,
     ) -> None:
-        """Keep what renders and tokenizes; without targets there is only the token loss."""
+        """Keep what renders and tokenizes.
+
+        Args:
+            model: Whose prompts they are.
+            num_hard_negatives: Listed negatives per query.
+            has_targets: Without them there is only the token loss.
+            chunk_tokens: Cut the batch into chunks of so many tokens; None leaves it whole.
+        """
         self.model = model
         self.num_hard_negatives = num_hard_negatives
         self.has_targets = has_targets
+        self.chunk_tokens = chunk_tokens
 
     def __call__(self, records: list[Record]) -> dict[str, Any]:
         """Return prompts, CoT ids with and without end of turn, and the distinct targets.
@@ -125,38 +157,78 @@ class SftCollator:
         negatives; the same number on every process, so that vectors can be gathered. `target_keys`
         (as `target_rows`) and `query_keys` (N,) are int64 content keys, equal for equal content.
         `has_cot` (N,) is True where the record's query has a CoT; the others learn directly.
+
+        With `chunk_tokens` there are `chunks` of kinds "query" and "target" in place of prompts and
+        CoT ids.
         """
         cots = [self._completion(record.query_cot) for record in records]
         eos = self.model.backbone.eos_token_id
-        batch = {
-            "query": self.model.collate([record.query for record in records]),
-            "taught": self.model.collate_completions([[*ids, eos] if ids else [] for ids in cots]),
-        }
+        taught = [[*ids, eos] if ids else [] for ids in cots]
+        queries = [record.query for record in records]
         if not self.has_targets:
-            return batch
-        return batch | {"think": self.model.collate_completions(cots)} | self._targets(records)
+            return {
+                "query": self.model.collate(queries),
+                "taught": self.model.collate_completions(taught),
+            }
+        targets, target_cots, shared = self._targets(records)
+        if self.chunk_tokens is not None:
+            chunks = {
+                "query": self.cut(queries, {"think": cots, "taught": taught}),
+                "target": self.cut(targets, {"think": target_cots}),
+            }
+            return {**shared, "chunks": Chunks(chunks)}
+        return {
+            "query": self.model.collate(queries),
+            "taught": self.model.collate_completions(taught),
+            "think": self.model.collate_completions(cots),
+            "target": self.model.collate(targets),
+            "target_think": self.model.collate_completions(target_cots),
+            **shared,
+        }
 
-    def _targets(self, records: list[Record]) -> dict[str, Any]:
+    def _targets(
+        self, records: list[Record]
+    ) -> tuple[list[Item], list[list[int]], dict[str, Tensor]]:
+        """Return the distinct targets, their CoT ids, and what losses must know of the batch."""
         positives = [(record.positive, record.positive_cot) for record in records]
         negatives = [(item, None) for record in records for item in self._negatives(record)]
         distinct: dict[tuple[Item, str | None], int] = {}
         rows = [distinct.setdefault(target, len(distinct)) for target in [*positives, *negatives]]
         keys = key_ids([content_key(item) for item, _ in distinct])
         target_cots = [self._completion(cot) for _, cot in distinct]
-        has_target_cot = any(target_cots)
-        target = self.model.collate([item for item, _ in distinct])
-        empty: list[list[int]] = [[] for _ in distinct]
-        return {
-            "target": target,
-            "target_think": self.model.collate_completions(
-                target_cots if has_target_cot else empty
-            ),
-            "has_target_cot": torch.tensor([has_target_cot]),
+        shared = {
+            "has_target_cot": torch.tensor([any(target_cots)]),
             "target_rows": torch.tensor(rows),
             "target_keys": keys[rows],
             "query_keys": key_ids([content_key(record.query) for record in records]),
             "has_cot": torch.tensor([record.query_cot is not None for record in records]),
         }
+        return [item for item, _ in distinct], target_cots, shared
+
+    def cut(
+        self, items: Sequence[Item], completions: Mapping[str, Sequence[list[int]]]
+    ) -> list[Chunk]:
+        """Return the chunks of some items and of what is written after each of them."""
+        assert self.chunk_tokens is not None
+        backbone = self.model.backbone
+        alone = [self.model.collate([item]) for item in items]
+        tail = len(self.model.readout_ids) + len(self.model.reason_ids)
+        lengths = [
+            batch["input_ids"].shape[1] + tail + max(len(ids[row]) for ids in completions.values())
+            for row, batch in enumerate(alone)
+        ]
+        patches = [num_patches(backbone, batch) for batch in alone]
+        return [
+            Chunk(
+                rows=torch.tensor(rows),
+                prompt=join_prompts(backbone, [alone[row] for row in rows]),
+                completions={
+                    name: self.model.collate_completions([ids[row] for row in rows])
+                    for name, ids in completions.items()
+                },
+            )
+            for rows in pack(lengths, self.chunk_tokens, patches)
+        ]
 
     def _completion(self, cot: str | None) -> list[int]:
         return [] if cot is None else self.model.completion_ids(self.model.renderer.completion(cot))
@@ -176,7 +248,7 @@ def content_key(item: Item) -> str:
     return item.content_key()
 
 
-class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
+class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
     """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step gives all losses."""
 
     args: SftConfig
@@ -190,6 +262,7 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
             model,
             num_hard_negatives=args.num_hard_negatives,
             has_targets=args.contrastive_from < 1,
+            chunk_tokens=args.contrastive_chunk_tokens,
         )
         super().__init__(
             model=model,
@@ -212,18 +285,18 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         A record without a CoT trains the direct path only (MMEmb-R1, 2604.06156: pairs for which no
         candidate was worth it): no token loss, and no row in the think terms, whoever writes.
         """
-        done = self.state.global_step / max(1, self.state.max_steps)
+        done = self._done
         taught = {**inputs["query"], **inputs["taught"]} if self.args.token_weight else None
         if done < self.args.contrastive_from:
             outputs = model(token_nll=taught)
             parts = {"token": self._token_loss(outputs)}
         else:
-            think = self._own_thoughts(inputs) if self._is_self_written(done) else inputs["think"]
-            embed = {
-                "no_think": inputs["query"],
-                "think": {**inputs["query"], **think},
-                "target": inputs["target"],
-            }
+            think = inputs["think"]
+            if self._is_self_written(done):
+                think = self._own_thoughts(inputs["query"])
+            embed = {"no_think": inputs["query"], "target": inputs["target"]}
+            if bool(gather_with_grad(inputs["has_cot"].long()).any()):
+                embed["think"] = {**inputs["query"], **think}
             # All processes take part in the same gathers, also those without a target CoT.
             if bool(gather_with_grad(inputs["has_target_cot"]).any()):
                 embed["target_think"] = {**inputs["target"], **inputs["target_think"]}
@@ -231,24 +304,95 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
             parts = self._contrastive_losses(outputs["embeds"], inputs)
             if taught is not None:
                 parts["token"] = self._token_loss(outputs)
+        self._log_parts(parts)
+        loss = self._weighted(parts)
+        return (loss, outputs) if return_outputs else loss
+
+    @property
+    def _done(self) -> float:
+        """Share of the steps that are behind us."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def _weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
         weights = {
             "token": self.args.token_weight,
             "think": self.args.think_weight,
             "no_think": self.args.no_think_weight,
             "cross": self.args.cross_weight,
         }
-        loss = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-        # The token part of one process covers its own rows; only the mean over processes is a loss.
-        own = torch.stack(list(parts.values())).detach()
-        logged: Any = self.accelerator.reduce(own, "mean")
-        for name, part in zip(parts, logged.tolist(), strict=True):
-            self._note(f"loss_{name}", part)
-        return (loss, outputs) if return_outputs else loss
+        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
     def _token_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Return the mean NLL over the tokens of all processes, scaled for DDP's mean over them."""
         count: Any = self.accelerator.reduce(outputs["token_count"].sum().float(), reduction="sum")
         return outputs["token_nll"].sum() * self.accelerator.num_processes / count.clamp(min=1)
+
+    def _prepare_chunks(self, inputs: dict[str, Any], chunks: Chunks) -> None:
+        """Count the taught tokens of all processes, and let the model write where it is due."""
+        done, queries = self._done, chunks.kinds["query"]
+        inputs["only_taught"] = done < self.args.contrastive_from
+        if inputs["only_taught"]:
+            del chunks.kinds["target"]
+        elif self._is_self_written(done):
+            written: list[list[int]] = []
+            with self.whole_model():
+                for chunk in queries:
+                    prompt = send_to_device(chunk.prompt, self.args.device)
+                    written += self.dual_model.reason(prompt)
+            parts = iter(self._usable(written))
+            for chunk in queries:
+                own = [next(parts) for _ in chunk.rows]
+                chunk.completions["think"] = self.dual_model.collate_completions(own)
+        inputs["thinks"] = bool(gather_with_grad(inputs["has_cot"].long()).any())
+        inputs["targets_think"] = bool(gather_with_grad(inputs["has_target_cot"]).any())
+        masks = [chunk.completions["taught"]["completion_mask"].sum() for chunk in queries]
+        count = torch.stack(masks).sum().float().to(self.args.device)
+        inputs["token_count"] = self.accelerator.reduce(count, reduction="sum")
+
+    def _chunk_call(
+        self,
+        kind: str,
+        chunk: Chunk,
+        prompt: dict[str, Any],
+        inputs: dict[str, Any],
+        *,
+        is_second: bool,
+    ) -> dict[str, Any] | None:
+        written = send_to_device(chunk.completions, self.args.device)
+        if kind == "target":
+            embed = {"target": prompt}
+            if inputs["targets_think"]:
+                embed["target_think"] = {**prompt, **written["think"]}
+            return {"embed": embed}
+        embed = {"no_think": prompt}
+        if inputs["thinks"]:
+            embed["think"] = {**prompt, **written["think"]}
+        if inputs["only_taught"]:
+            embed = {}
+        has_tokens = is_second and self.args.token_weight
+        taught = {**prompt, **written["taught"]} if has_tokens else None
+        return {"embed": embed, "token_nll": taught} if embed or taught else None
+
+    def _chunk_vectors(self, kind: str, outputs: Any) -> dict[str, Tensor]:
+        return outputs["embeds"]
+
+    def _vector_losses(
+        self, vectors: dict[str, Tensor], inputs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        return self._contrastive_losses(vectors, inputs)
+
+    def _row_losses(
+        self,
+        kind: str,
+        outputs: Any,
+        chunk: Chunk,
+        vectors: Mapping[str, Tensor],
+        inputs: dict[str, Any],
+    ) -> dict[str, Tensor]:
+        if "token_nll" not in outputs:
+            return {}
+        scale = self.accelerator.num_processes / inputs["token_count"].clamp(min=1)
+        return {"token": outputs["token_nll"].sum() * scale}
 
     def _contrastive_losses(
         self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]
@@ -256,25 +400,26 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         rows, temperature = inputs["target_rows"], self.args.temperature
         every = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
         has_cot = gather_with_grad(inputs["has_cot"].long()).bool()
-        thinking = every.only(has_cot)
-        think = gather_with_grad(embeds["think"])[has_cot]
         no_think = gather_with_grad(embeds["no_think"])
         target = every.gather_targets(embeds["target"][rows])
         think_target = target
         if "target_think" in embeds:
             think_target = every.gather_targets(embeds["target_think"][rows])
-        parts = {
-            "think": thinking.loss(think, think_target, temperature=temperature),
-            "no_think": every.loss(no_think, target, temperature=temperature),
-        }
+        parts: dict[str, Tensor] = {}
+        cross: list[Tensor] = []
+        if "think" in embeds:  # some record of some process has a CoT
+            thinking = every.only(has_cot)
+            think = gather_with_grad(embeds["think"])[has_cot]
+            parts["think"] = thinking.loss(think, think_target, temperature=temperature)
+            if "target_think" in embeds:
+                cross.append(thinking.loss(think, target, temperature=temperature))
+            self._note("in_batch_hit@1_think", float(thinking.accuracy(think, target)))
+        parts["no_think"] = every.loss(no_think, target, temperature=temperature)
         if "target_think" in embeds:
-            cross = thinking.loss(think, target, temperature=temperature)
-            back = every.loss(no_think, think_target, temperature=temperature)
-            parts["cross"] = (cross + back) / 2
+            cross.append(every.loss(no_think, think_target, temperature=temperature))
+            parts["cross"] = torch.stack(cross).sum() / 2
         self._note("direct_only_ratio", 1 - float(has_cot.float().mean()))
         self._note("in_batch_hit@1_no_think", float(every.accuracy(no_think, target)))
-        if has_cot.any():
-            self._note("in_batch_hit@1_think", float(thinking.accuracy(think, target)))
         return parts
 
     def _is_self_written(self, done: float) -> bool:
@@ -284,13 +429,16 @@ class SftTrainer(AdapterCheckpoints, RecordTraining, Trainer):
         die = random.Random(f"{self.args.seed}/{self.state.global_step}").random()
         return die < self.args.self_written_share
 
-    def _own_thoughts(self, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        """Let the reasoning adapter write the CoTs (greedy); malformed ones become no-think."""
-        dual = self.dual_model
+    def _own_thoughts(self, query: dict[str, Any]) -> dict[str, Tensor]:
+        """Let the reasoning adapter write the CoTs of a batch of prompts (greedy)."""
         with self.whole_model():
-            ids = dual.reason(inputs["query"])
-        usable = [dual.completion_for_embedding(row) for row in ids]
+            written = self.dual_model.reason(query)
+        batch = self.dual_model.collate_completions(self._usable(written))
+        return {key: value.to(self.args.device) for key, value in batch.items()}
+
+    def _usable(self, written: Sequence[list[int]]) -> list[list[int]]:
+        """Return what may be embedded of the written; malformed thoughts become no-think."""
+        usable = [self.dual_model.completion_for_embedding(row) for row in written]
         malformed = sum(not row for row in usable)
         self._note("self_written_malformed_ratio", malformed / len(usable))
-        batch = dual.collate_completions(usable)
-        return {key: value.to(self.args.device) for key, value in batch.items()}
+        return usable

@@ -20,7 +20,7 @@ class LaunchSettings:
     it anew, without DeepSpeed on a machine without accelerator.
     """
 
-    bf16: bool | None = field(
+    bf16: bool | None = field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=None,
         metadata={
             "help": "bfloat16 training; null takes what the launch file says (mixed_precision)."
