@@ -10,6 +10,7 @@ from twn_rl.encoding.batches import Row, collate_rows, in_batches
 from twn_rl.encoding.cot_cache import CACHE_FILE, CotCache, cache_key
 from twn_rl.encoding.inputs import InputError, InputRules, as_list, is_single, parse_input
 from twn_rl.encoding.shortlist import Shortlist
+from twn_rl.limits import PromptLimits
 from twn_rl.records import Item
 from twn_rl.templates import Renderer
 
@@ -130,7 +131,7 @@ def test_a_picture_the_processor_refuses_is_named_and_the_others_stay(make_backb
     backbone = make_backbone("qwen3_vl")
     strip = Item(images=(picture(1, 4000, 2),))
     rows = [Row(3, Item(text="camel")), Row(5, strip), Row(9, Item(images=(picture(2, 64, 64),)))]
-    batch, kept, cut, errors = collate_rows(backbone, Renderer(), rows, None)
+    batch, kept, cut, errors = collate_rows(backbone, Renderer(), rows, PromptLimits())
     assert [row.position for row in kept] == [3, 9]
     assert len(batch["input_ids"]) == 2
     assert cut == []

@@ -99,10 +99,14 @@ def test_the_scorer_is_frozen_although_the_policy_moved(records: RecordSet, tmp_
         assert trainer.scorer.columns([0, 1], [thought, thought]) == before
 
 
+@pytest.mark.parametrize("is_limited", [False, True])
 def test_trl_reads_the_prompts_that_the_model_embeds(
-    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_limited: bool
 ) -> None:
     model = small_model()
+    if is_limited:
+        whole = model.collate([record.query for record in records])["attention_mask"].sum(1)
+        model.config.max_length, model.config.max_image_pixels = int(whole.min()) - 1, 300
     trainer = make_trainer(model, records, tmp_path, max_steps=1)
     seen: list[tuple[list[int], dict[str, torch.Tensor]]] = []
     inner = trainer._calculate_rewards
@@ -129,6 +133,8 @@ def test_trl_reads_the_prompts_that_the_model_embeds(
         assert output["prompt_ids"][row][mask].tolist() == expected["input_ids"][0].tolist()
     pixels = model.collate([records[index].query for index in rows])["pixel_values"]
     torch.testing.assert_close(output["pixel_values"].view_as(pixels), pixels)
+    counts = model.limits.counts.totals()
+    assert bool(counts["cut_texts"]) == bool(counts["resized_pictures"]) == is_limited
 
 
 def test_rollouts_see_every_column_in_their_own_row(records: RecordSet, tmp_path: Path) -> None:

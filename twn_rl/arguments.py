@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
-from twn_rl.config import LoraSettings, TwnConfig
+from twn_rl.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
 from twn_rl.demo.dataset import DemoSettings, write_demo
 from twn_rl.demo.questions import TeacherNoise
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
@@ -64,6 +64,16 @@ class ModelArguments:
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 is off."})
     max_think_tokens: int = field(default=256, metadata={"help": "Longest CoT in tokens."})
+    max_length: int | None = field(
+        default=MAX_LENGTH,
+        metadata={
+            "help": "Longest prompt in tokens, pictures included; longer texts are cut; 0 is off."
+        },
+    )
+    max_image_pixels: int | None = field(
+        default=MAX_IMAGE_PIXELS,
+        metadata={"help": "Largest picture or frame in pixels; others are scaled down; 0 is off."},
+    )
     system_prompt: str | None = field(
         default=None,
         metadata={"help": "System message of every prompt; default: what the chat template adds."},
@@ -84,6 +94,8 @@ class ModelArguments:
             embedding_lora=LoraSettings(embedding, 2 * embedding, self.lora_dropout),
             renderer=Renderer(system_prompt=self.system_prompt),
             max_think_tokens=self.max_think_tokens,
+            max_length=self.max_length or None,
+            max_image_pixels=self.max_image_pixels or None,
         )
 
     def build(self, seed: int) -> DualLoraModel:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from twn_rl.backbone import Backbone
+from twn_rl.limits import PromptLengthError, PromptLimits, item_name
 from twn_rl.records import Item
 from twn_rl.templates import Renderer
 
@@ -26,7 +27,11 @@ def prompt_texts(backbone: Backbone, renderer: Renderer, items: Sequence[Item]) 
 
 
 def collate_prompts(
-    backbone: Backbone, renderer: Renderer, items: Sequence[Item], *, max_length: int | None = None
+    backbone: Backbone,
+    renderer: Renderer,
+    items: Sequence[Item],
+    *,
+    limits: PromptLimits | None = None,
 ) -> dict[str, Tensor]:
     """Return left-padded prompts and their pixels.
 
@@ -34,28 +39,76 @@ def collate_prompts(
         backbone: Whose processor to use.
         renderer: How items become messages.
         items: N items; images may be PIL images or paths.
-        max_length: Largest prompt, in tokens, image tokens included; None is unlimited.
+        limits: What to cut texts and scale pictures to; None is unlimited.
 
     Returns:
         `input_ids`, `attention_mask` (N, P) and the processor's other tensors.
 
     Raises:
-        ValueError: If a prompt is longer than `max_length`. Cutting it would cut image tokens or
-            the end of the turn, so the caller must shorten the item.
+        ValueError: If a prompt is too long even without its text.
     """
+    return _fit(backbone, renderer, items, limits or PromptLimits())[0]
+
+
+def fit_item(backbone: Backbone, renderer: Renderer, item: Item, limits: PromptLimits) -> Item:
+    """Return what `collate_prompts` shows of an item: pictures opened and scaled, text cut.
+
+    Raises:
+        ValueError: If its prompt is too long even without its text.
+    """
+    return _fit(backbone, renderer, [item], limits)[1][0]
+
+
+def _fit(
+    backbone: Backbone, renderer: Renderer, items: Sequence[Item], limits: PromptLimits
+) -> tuple[dict[str, Tensor], list[Item]]:
+    """Return the prompts of items within the limits, and those items."""
     if not items:
         raise ValueError("items is empty; expected at least one item; skip empty batches")
-    loaded = [item.load() for item in items]
-    texts = prompt_texts(backbone, renderer, loaded)
-    batch = _process(backbone, texts, [renderer.images(item) for item in loaded])
-    lengths = batch["attention_mask"].sum(1)
-    if max_length is not None and int(lengths.max()) > max_length:
-        worst = int(lengths.argmax())
-        raise ValueError(
-            f"prompt of item {worst} has {int(lengths[worst])} tokens; expected at most "
-            f"max_length = {max_length}; shorten its text, shrink its images or raise max_length"
-        )
-    return batch
+    fitted = [limits.open(item) for item in items]
+    batch = collate_opened(backbone, renderer, fitted)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    too_long = [row for row, tokens in enumerate(lengths) if limits.is_too_long(tokens)]
+    for row in too_long:
+        try:
+            fitted[row] = cut_item(backbone, renderer, fitted[row], lengths[row], limits)
+        except PromptLengthError as error:
+            raise error.of(f"item {row} ({item_name(items[row])})") from error
+    if too_long:
+        batch = collate_opened(backbone, renderer, fitted)
+    example = item_name(items[too_long[0]]) if too_long else ""
+    limits.count_prompts(len(items), len(too_long), example)
+    return batch, fitted
+
+
+def cut_item(
+    backbone: Backbone, renderer: Renderer, item: Item, tokens: int, limits: PromptLimits
+) -> Item:
+    """Return an item, its pictures opened, with as much of its text as the limits leave room for.
+
+    Args:
+        backbone: Whose processor to use.
+        renderer: How items become messages.
+        item: The item.
+        tokens: Tokens of its prompt.
+        limits: What to cut to.
+
+    Raises:
+        PromptLengthError: If it does not fit without its text either.
+    """
+
+    def count_tokens(shorter: Item) -> int:
+        return int(collate_opened(backbone, renderer, [shorter])["attention_mask"].sum())
+
+    return limits.cut(backbone, item, tokens, count_tokens)
+
+
+def collate_opened(
+    backbone: Backbone, renderer: Renderer, items: Sequence[Item]
+) -> dict[str, Tensor]:
+    """Return left-padded prompts of items as they are, their pictures opened; no limits."""
+    texts = prompt_texts(backbone, renderer, items)
+    return _process(backbone, texts, [renderer.images(item) for item in items])
 
 
 def _process(backbone: Backbone, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:

@@ -10,6 +10,10 @@ from twn_rl.templates import Renderer
 
 CONFIG_FILE = "twn_config.json"
 INTERFACES = ("reencode", "kv_detach")
+# As Qwen3-VL-Embedding.
+MAX_LENGTH = 8192
+# About 1024 tokens of 32 x 32 pixels, as Qwen3-VL makes them.
+MAX_IMAGE_PIXELS = 1_048_576
 ThinkingDecision = Literal["gate", "policy"]
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -74,6 +78,10 @@ class TwnConfig:
         reasoning_lora: Adapter that writes CoTs.
         embedding_lora: Adapter that makes vectors.
         renderer: How items become prompts.
+        max_length: Longest prompt in tokens, picture tokens included: longer ones lose the end of
+            their text. A model lowers it to what its backbone's context leaves. None is unlimited.
+        max_image_pixels: Largest picture or video frame in pixels; larger ones are scaled down,
+            aspect kept. None is unlimited.
         max_think_tokens: Default budget of one CoT, in tokens.
         gate_threshold: Gate probability above which a query thinks; None while no gate was fitted.
         document_gate_threshold: The same for documents.
@@ -94,6 +102,8 @@ class TwnConfig:
     reasoning_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=32, alpha=64))
     embedding_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=64, alpha=128))
     renderer: Renderer = field(default_factory=Renderer)
+    max_length: int | None = MAX_LENGTH
+    max_image_pixels: int | None = MAX_IMAGE_PIXELS
     max_think_tokens: int = 256
     gate_threshold: float | None = None
     document_gate_threshold: float | None = None
@@ -115,6 +125,10 @@ class TwnConfig:
                 problems.append(f"{name} = True with num_reason_tokens = 0, expected >= 1 of them")
         if self.max_think_tokens < 1:
             problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
+        for name in ("max_length", "max_image_pixels"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                problems.append(f"{name} = {limit}, expected None or >= 1")
         for name in ("gate_threshold", "document_gate_threshold"):
             threshold = getattr(self, name)
             if threshold is not None and not 0.0 <= threshold <= 1.0:
@@ -139,19 +153,25 @@ class TwnConfig:
             settings["latent_documents"] = self.latent_documents
         return settings
 
+    @property
+    def limit_settings(self) -> dict[str, int]:
+        """What limits a prompt, for fingerprints; nothing without limits, as ever."""
+        limits = {"max_length": self.max_length, "max_image_pixels": self.max_image_pixels}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-ready dict; `from_dict` is its inverse."""
         return {**asdict(self), "renderer": self.renderer.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "TwnConfig":
-        """Return the config of a `to_dict` result.
+        """Return the config of a `to_dict` result; one older than the limits of prompts has none.
 
         Raises:
             ValueError: For keys this version does not know.
         """
         _check_keys(CONFIG_FILE, data, [f.name for f in fields(cls)])
-        values = dict(data)
+        values = {"max_length": None, "max_image_pixels": None, **data}
         lora_keys = [f.name for f in fields(LoraSettings)]
         for name in ("reasoning_lora", "embedding_lora"):
             if name in values:

@@ -7,6 +7,7 @@ thinking, and let queries think when the gate says so. Those are the defaults.
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from twn_rl.backbone import Backbone
+from twn_rl.config import TwnConfig
 from twn_rl.encoding.cot_cache import CotCache
 from twn_rl.encoding.inputs import InputError, InputRules, as_list, is_single, parse_input
 from twn_rl.encoding.ledger import Ledger
@@ -22,6 +24,7 @@ from twn_rl.encoding.results import as_float_rows, finish
 from twn_rl.encoding.run import Chooser, EncodeRun
 from twn_rl.encoding.thought_pool import ThoughtCache
 from twn_rl.fingerprints import reasoner_fingerprint
+from twn_rl.limits import prompt_room
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item
 
@@ -135,7 +138,7 @@ class ThinkingEmbedder:
                 settings,
                 chooser,
                 ledger,
-                max_length=self._prompt_limit(settings),
+                limits=replace(self.model.limits, max_length=self._prompt_limit(settings)),
                 cache=self._cache,
             )
             run.run()
@@ -180,47 +183,33 @@ class ThinkingEmbedder:
 
     @property
     def max_seq_length(self) -> int | None:
-        """Longest prompt in tokens; longer texts are cut. None if the backbone names no limit.
+        """Longest prompt in tokens; longer texts are cut. None if nothing names a limit.
 
-        By default the backbone's context, less the model's longest thought and the read-outs.
+        By default the model's `max_length`, but at most the backbone's context, less the model's
+        longest thought and the read-outs.
         """
-        if self._max_seq_length is not None or self._context is None:
+        if self._max_seq_length is not None:
             return self._max_seq_length
-        return self._room(self.model.config.max_think_tokens)
+        return _least(self.model.config.max_length, prompt_room(*self._parts))
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int | None) -> None:
         if tokens is not None and tokens < 1:
             raise ValueError(
-                f"max_seq_length = {tokens}; expected at least 1, or None for the backbone's "
-                "context; set another number"
+                f"max_seq_length = {tokens}; expected at least 1, or None for the model's "
+                "max_length; set another number"
             )
         self._max_seq_length = tokens
 
     @property
-    def _context(self) -> int | None:
-        text_config = self.model.backbone.model.config.get_text_config(decoder=True)
-        return getattr(text_config, "max_position_embeddings", None)
-
-    def _room(self, think_tokens: int) -> int:
-        """Return what the backbone's context leaves for a prompt."""
-        context = self._context
-        assert context is not None
-        config = self.model.config
-        room = context - think_tokens - config.num_readout_tokens - config.num_reason_tokens
-        if room < 1:
-            raise ValueError(
-                f"max_think_tokens = {think_tokens} in a context of {context} tokens leaves no "
-                "room for a prompt; expected a shorter thought; lower max_think_tokens"
-            )
-        return room
+    def _parts(self) -> tuple[Backbone, TwnConfig]:
+        return self.model.backbone, self.model.config
 
     def _prompt_limit(self, options: EncodeOptions) -> int | None:
         """Return the longest prompt of a call, whether or not it thinks: vectors must agree."""
-        if self._context is None:
-            return self._max_seq_length
-        room = self._room(options.max_think_tokens or self.model.config.max_think_tokens)
-        return room if self._max_seq_length is None else min(room, self._max_seq_length)
+        asked = self._max_seq_length
+        limit = self.model.config.max_length if asked is None else asked
+        return _least(limit, prompt_room(*self._parts, options.max_think_tokens))
 
     def _items(
         self, values: list[Any], options: EncodeOptions, ledger: Ledger
@@ -305,6 +294,11 @@ class ThinkingEmbedder:
                 f"truncate_dim = {options.truncate_dim}; expected at most the width {width}; "
                 "lower it or leave it out"
             )
+
+
+def _least(*limits: int | None) -> int | None:
+    """Return the smallest of the limits there are; None if there is none."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _unit(vectors: Any) -> Tensor:

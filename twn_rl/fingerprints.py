@@ -18,10 +18,10 @@ _PROBE_BYTES = 1 << 20
 def scorer_fingerprint(model: Any) -> str:
     """Return a sha256 that changes whenever the same target would get another vector.
 
-    It covers the embedding adapter with its read-out rows, the interface, the renderer and the
-    backbone: its revision and, for a local folder, samples of its weight files instead of its path.
-    With `kv_detach` it also covers the reasoning adapter that scores, its snapshot if there is one.
-    Under ZeRO-3 every process must call this.
+    It covers the embedding adapter with its read-out rows, the interface, the renderer, the limits
+    of prompts if there are any, and the backbone: its revision and, for a local folder, samples of
+    its weight files instead of its path. With `kv_detach` it also covers the reasoning
+    adapter that scores, its snapshot if there is one. Under ZeRO-3 every process must call this.
 
     Args:
         model: Anything with `peft_model` and `config` like `DualLoraModel`.
@@ -32,6 +32,7 @@ def scorer_fingerprint(model: Any) -> str:
         "backbone_revision": config.backbone_revision,
         "interface": config.interface,
         **config.readout_settings,
+        **config.limit_settings,
         "embedding_lora": asdict(config.embedding_lora),
         "renderer": config.renderer.to_dict(),
     }
@@ -45,13 +46,14 @@ def scorer_fingerprint(model: Any) -> str:
 def reasoner_fingerprint(model: Any) -> str:
     """Return a sha256 that changes whenever the same input could get another greedy thought.
 
-    It covers the reasoning adapter, the renderer, the parameter type and the backbone, as in
+    It covers the reasoning adapter, renderer, limits, the parameter type and the backbone, as in
     `scorer_fingerprint`; vectors may change without it.
     """
     config = model.config
     described = {
         "backbone": _backbone_identity(config.backbone),
         "backbone_revision": config.backbone_revision,
+        **config.limit_settings,
         "reasoning_lora": asdict(config.reasoning_lora),
         "renderer": config.renderer.to_dict(),
         "dtype": str(model.backbone.model.dtype),

@@ -6,8 +6,8 @@ Knows no reward function and no data format beyond `Record`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -16,11 +16,11 @@ from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUs
 
 from twn_rl.adapter_trainer import AdapterCheckpoints
 from twn_rl.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
+from twn_rl.batching import fit_item
 from twn_rl.gating.files import drop_gates
-from twn_rl.images import open_image
 from twn_rl.mixtures import Mixture, MixtureSampler, ReorderedSampler
 from twn_rl.model import DualLoraModel
-from twn_rl.records import Record
+from twn_rl.records import Item, Record
 from twn_rl.rollouts import RolloutScorer
 from twn_rl.training_settings import LaunchSettings
 from twn_rl.vision import encoding_first
@@ -63,19 +63,30 @@ def freeze_scorer(model: DualLoraModel) -> None:
 
 
 def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
-    """Return TRL's view of the records: prompts, pictures opened on access, columns for rewards."""
-    renderer, is_multimodal = model.renderer, model.backbone.is_multimodal
+    """Return TRL's view of the records: prompts, pictures opened on access, columns for rewards.
+
+    Texts are cut and pictures scaled by the model's limits, as `model.collate` does.
+    """
+    renderer, limits, is_multimodal = model.renderer, model.limits, model.backbone.is_multimodal
+    # Datasets pickles what `render` holds to name itself: the weights must not be among it.
+    weightless = replace(model.backbone, model=cast(Any, None))
+    # TRL asks for a query once a rollout; measuring it again would process its pictures again.
+    kept_characters: dict[int, int] = {}
+
+    def fitted(index: int) -> Item:
+        query = records[index].query
+        if index in kept_characters:
+            text = (query.text or "")[: kept_characters[index]]
+            return limits.open(replace(query, text=text or None))
+        item = fit_item(weightless, renderer, query, limits)
+        kept_characters[index] = len(item.text or "")
+        return item
 
     def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        chosen = [records[i] for i in batch["record_index"]]
-        rendered = {
-            **batch,
-            "prompt": [renderer.messages(record.query, is_multimodal) for record in chosen],
-        }
+        queries = [fitted(index) for index in batch["record_index"]]
+        rendered = {**batch, "prompt": [renderer.messages(q, is_multimodal) for q in queries]}
         if is_multimodal:
-            rendered["images"] = [
-                [open_image(source) for source in renderer.images(r.query)] for r in chosen
-            ]
+            rendered["images"] = [renderer.images(query) for query in queries]
         return rendered
 
     rows = {

@@ -5,6 +5,7 @@ see the same pixels: orientation applied, transparency laid over white, RGB.
 """
 
 import hashlib
+import math
 import re
 import struct
 import zlib
@@ -149,6 +150,26 @@ def open_image(source: ImageSource, data_root: str | Path | None = None) -> Imag
             "sane size; replace the file or leave the row out",
             reason="unreadable_image",
         ) from error
+
+
+def shrink_image(image: Image.Image, max_pixels: int | None) -> Image.Image:
+    """Return `image`, or a smaller copy of it with at most `max_pixels` pixels and its aspect.
+
+    >>> shrink_image(Image.new("RGB", (4000, 3000)), 1 << 20).size
+    (1182, 886)
+
+    Args:
+        image: A decoded picture.
+        max_pixels: Width times height, >= 1; None is unlimited.
+    """
+    width, height = image.size
+    if max_pixels is None or width * height <= max_pixels:
+        return image
+    scale = math.sqrt(max_pixels / (width * height))
+    # A strip keeps one pixel across, and rounding never leads above the limit.
+    new_height = min(max(1, int(height * scale)), max_pixels)
+    new_width = max(1, min(int(width * scale), max_pixels // new_height))
+    return image.resize((new_width, new_height), Image.Resampling.LANCZOS)
 
 
 def image_digest(source: ImageSource, data_root: str | Path | None = None) -> str:

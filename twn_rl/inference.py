@@ -5,6 +5,7 @@ Knows neither losses nor files; `model.DualLoraModel` adds training, loading and
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
 from twn_rl.backbone import Backbone
 from twn_rl.config import TwnConfig
 from twn_rl.decoding import decode, dice
+from twn_rl.limits import LimitCounts, PromptLimits, settle_limits
 from twn_rl.prefix import Prefix, read_rows, read_tail
 from twn_rl.prompts import Prompts, prepare_prompts
 from twn_rl.readout import Tail, without_checkpointing
@@ -54,7 +56,8 @@ class DualLoraInference(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.peft_model = peft_model
-        self.config = config
+        self.config = settle_limits(backbone, config)
+        self._limit_counts = LimitCounts()
         self.renderer = config.renderer
         self.processor = backbone.processor
         self.tokenizer = backbone.tokenizer
@@ -71,6 +74,12 @@ class DualLoraInference(nn.Module):
     def hidden_size(self) -> int:
         """Width D of a vector."""
         return self.backbone.hidden_size
+
+    @property
+    def limits(self) -> PromptLimits:
+        """What texts are cut and pictures are scaled to, with counts of both since construction."""
+        config = self.config
+        return PromptLimits(config.max_length, config.max_image_pixels, self._limit_counts)
 
     @property
     def suppressed_token_ids(self) -> list[int]:
@@ -94,13 +103,14 @@ class DualLoraInference(nn.Module):
         Args:
             items: N items.
             completions: Per item a string, a list of ids, or None for no thinking.
-            max_length: Largest prompt in tokens; longer ones are refused.
+            max_length: Longest prompt in tokens, to which texts are cut; the model's if None.
 
         Returns:
             `input_ids`, `attention_mask` (N, P), the processor's image tensors and, if completions
             are given, `completion_ids`, `completion_mask` (N, C). Masks are 1 on real tokens.
         """
-        batch = batching.collate_prompts(self.backbone, self.renderer, items, max_length=max_length)
+        limits = self.limits if max_length is None else replace(self.limits, max_length=max_length)
+        batch = batching.collate_prompts(self.backbone, self.renderer, items, limits=limits)
         if completions is not None:
             if len(completions) != len(items):
                 raise ValueError(

@@ -1,8 +1,9 @@
-"""How long records are in tokens, rendered as in training. Reads processors, never weights."""
+"""How long records are in tokens, rendered and cut as in training. Reads no weights."""
 
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -11,6 +12,7 @@ from twn_rl.backbone import Backbone, load_backbone
 from twn_rl.batching import collate_prompts, completion_ids
 from twn_rl.config import CONFIG_FILE, TwnConfig
 from twn_rl.images import ImageError
+from twn_rl.limits import PromptLimits, context_tokens, settle_limits
 from twn_rl.record_report import Distribution, Problem, RecordReport
 from twn_rl.record_schema import Item, Record
 
@@ -23,14 +25,15 @@ class TokenCounter:
 
     Attributes:
         longest: Positions the backbone has; None if it does not say.
+        limits: What prompts are cut to.
     """
 
     def __init__(self, backbone: Backbone, config: TwnConfig) -> None:
         """Count for a backbone, loaded with or without weights, and a model's settings."""
-        self.backbone, self.config = backbone, config
-        text_config = backbone.model.config.get_text_config(decoder=True)
-        self.longest: int | None = getattr(text_config, "max_position_embeddings", None)
-        self._prompts: dict[Item, int] = {}
+        self.backbone, self.config = backbone, settle_limits(backbone, config)
+        self.longest = context_tokens(backbone)
+        self.limits = PromptLimits(self.config.max_length, self.config.max_image_pixels)
+        self._prompts: dict[Item, tuple[int, int]] = {}
 
     @classmethod
     def from_name(cls, model: str) -> "TokenCounter":
@@ -44,14 +47,29 @@ class TokenCounter:
         """Return the tokens of an item's prompt, image tokens included.
 
         Raises:
-            ValueError: If it cannot be rendered, as images for a text-only backbone.
+            ValueError: If it cannot be rendered, as images for a text-only backbone, or is too long
+                even without its text.
         """
+        return self._measured(item)[0]
+
+    def cut(self, item: Item) -> int:
+        """Return how many tokens an item's prompt loses to `max_length`; 0 if it fits."""
+        kept, whole = self._measured(item)
+        return whole - kept
+
+    def _measured(self, item: Item) -> tuple[int, int]:
+        """Return the tokens of an item's prompt, and what they would be if its text was not cut."""
         if item not in self._prompts:
             if len(self._prompts) >= _REMEMBERED_ITEMS:
                 self._prompts.clear()
-            batch = collate_prompts(self.backbone, self.config.renderer, [item])
-            self._prompts[item] = int(batch["attention_mask"].sum())
+            whole = self._tokens(item, replace(self.limits, max_length=None))
+            is_cut = self.limits.is_too_long(whole)
+            self._prompts[item] = self._tokens(item, self.limits) if is_cut else whole, whole
         return self._prompts[item]
+
+    def _tokens(self, item: Item, limits: PromptLimits) -> int:
+        batch = collate_prompts(self.backbone, self.config.renderer, [item], limits=limits)
+        return int(batch["attention_mask"].sum())
 
     def cot(self, text: str | None) -> int:
         """Return the tokens of a CoT with its markers, without the end of turn; 0 for None.
@@ -70,6 +88,7 @@ def add_token_lengths(
     """Add token lengths to `report`, and records that cannot be rendered or are too long.
 
     "whole query" is the longest sequence of a query: prompt, CoT, end of turn and read-out tokens.
+    "cut off prompts" is about the prompts that `max_length` cuts, and absent if there are none.
 
     Args:
         report: Changed in place.
@@ -112,6 +131,7 @@ def _measure(record: Record, counter: TokenCounter) -> dict[str, list[int]]:
         "query CoT": [counter.cot(record.query_cot)] if record.query_cot else [],
         "positive CoT": [counter.cot(record.positive_cot)] if record.positive_cot else [],
     }
+    measured["cut off prompts"] = [cut for item in record.items() if (cut := counter.cut(item))]
     for side in ("query", "positive"):
         measured[f"whole {side}"] = [
             measured[f"{side} prompt"][0] + sum(measured[f"{side} CoT"]) + rest

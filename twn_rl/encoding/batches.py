@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from twn_rl.backbone import Backbone
-from twn_rl.batching import collate_prompts
+from twn_rl.batching import collate_opened, cut_item
 from twn_rl.encoding.inputs import InputError
 from twn_rl.images import ImageError
+from twn_rl.limits import PromptLengthError, PromptLimits
 from twn_rl.records import Item
 from twn_rl.templates import Renderer
 
@@ -45,20 +46,20 @@ def length_estimate(item: Item) -> int:
     return text + _CHARACTERS_PER_PICTURE * pictures
 
 
-def open_pictures(row: Row) -> Row:
-    """Return the row with its pictures decoded.
+def open_pictures(row: Row, limits: PromptLimits) -> Row:
+    """Return the row with its pictures decoded and, if too large, scaled down.
 
     Raises:
         InputError: If one cannot be.
     """
     try:
-        return Row(row.position, row.item.load())
+        return Row(row.position, limits.open(row.item))
     except ImageError as error:
         raise InputError(row.position, str(error)) from error
 
 
 def collate_rows(
-    backbone: Backbone, renderer: Renderer, rows: Sequence[Row], max_length: int | None
+    backbone: Backbone, renderer: Renderer, rows: Sequence[Row], limits: PromptLimits
 ) -> tuple[dict[str, Tensor], list[Row], list[int], list[InputError]]:
     """Return a batch whose prompts fit; only texts are cut, at their ends, never image tokens.
 
@@ -70,25 +71,27 @@ def collate_rows(
     kept, cut, errors = list(rows), set[int](), list[InputError]()
     while kept:
         try:
-            batch = collate_prompts(backbone, renderer, [row.item for row in kept])
+            batch = collate_opened(backbone, renderer, [row.item for row in kept])
         except ValueError:
             kept, refused = _without_refused(backbone, renderer, kept)
             errors += refused
             continue
         lengths = batch["attention_mask"].sum(1).tolist()
-        if max_length is None or max(lengths) <= max_length:
+        if not any(limits.is_too_long(tokens) for tokens in lengths):
+            limits.count_prompts(len(kept), len(cut))
             return batch, kept, sorted(cut), errors
         fitted: list[Row] = []
-        for row, length in zip(kept, lengths, strict=True):
-            item = row.item
-            if length > max_length:
-                item = _cut_text(backbone, item, length - max_length)
-                cut.add(row.position)
-            if item is None:
-                cut.discard(row.position)
-                errors.append(InputError(row.position, _too_long(length, max_length)))
+        for row, tokens in zip(kept, lengths, strict=True):
+            if not limits.is_too_long(tokens):
+                fitted.append(row)
+                continue
+            try:
+                item = cut_item(backbone, renderer, row.item, tokens, limits)
+            except PromptLengthError as error:
+                errors.append(InputError(row.position, str(error)))
             else:
                 fitted.append(Row(row.position, item))
+                cut.add(row.position)
         kept = fitted
     return {}, [], [], errors
 
@@ -103,39 +106,11 @@ def _without_refused(
     accepted, refused = [], []
     for row in rows:
         try:
-            collate_prompts(backbone, renderer, [row.item])
+            collate_opened(backbone, renderer, [row.item])
             accepted.append(row)
         except ValueError as error:
             problem = f"the processor refuses it ({error}); expected what it can read; change it"
             refused.append(InputError(row.position, problem))
     if not refused:
-        collate_prompts(backbone, renderer, [row.item for row in rows])  # raises what it said
+        collate_opened(backbone, renderer, [row.item for row in rows])  # raises what it said
     return accepted, refused
-
-
-def _cut_text(backbone: Backbone, item: Item, excess_tokens: int) -> Item | None:
-    """Return the item with about `excess_tokens` less text, or None if there is no text to cut."""
-    if not item.text:
-        return None
-    if backbone.tokenizer.is_fast:
-        encoded = backbone.tokenizer(
-            item.text, add_special_tokens=False, return_offsets_mapping=True
-        )
-        ends = [end for _, end in encoded["offset_mapping"]]
-        end = ends[-1 - excess_tokens] if excess_tokens < len(ends) else 0
-    else:
-        ids = backbone.tokenizer(item.text, add_special_tokens=False)["input_ids"]
-        end = len(backbone.tokenizer.decode(ids[: max(0, len(ids) - excess_tokens)]))
-    text = item.text[: min(end, len(item.text) - 1)]
-    if text.strip():
-        return replace(item, text=text)
-    # An instruction by itself is nothing to be embedded.
-    return replace(item, text=None) if item.images or item.video else None
-
-
-def _too_long(tokens: int, max_length: int) -> str:
-    return (
-        f"prompt has {tokens} tokens and no more text to cut; expected at most {max_length} "
-        "(max_seq_length, less what thought and read-outs need); shrink pictures or instruction, "
-        "or raise max_seq_length"
-    )

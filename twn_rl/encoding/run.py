@@ -20,6 +20,7 @@ from twn_rl.encoding.ledger import Ledger
 from twn_rl.encoding.options import EncodeOptions
 from twn_rl.encoding.shortlist import Shortlist
 from twn_rl.encoding.thought_pool import Chunk, ThoughtCache, ThoughtPool
+from twn_rl.limits import PromptLimits
 from twn_rl.model import DualLoraModel
 from twn_rl.prefix import Prefix
 from twn_rl.records import Item
@@ -63,7 +64,7 @@ class EncodeRun:
         chooser: Chooser,
         ledger: Ledger,
         *,
-        max_length: int | None = None,
+        limits: PromptLimits | None = None,
         cache: ThoughtCache | None = None,
     ) -> None:
         """Prepare a call.
@@ -74,11 +75,11 @@ class EncodeRun:
             options: How to embed.
             chooser: Which inputs think.
             ledger: Where results go.
-            max_length: Longest prompt in tokens; None is unlimited.
+            limits: What texts are cut and pictures are scaled to; the model's if None.
             cache: Where to look for thoughts and to leave them.
         """
         self.model, self.items, self.options = model, items, options
-        self.chooser, self.ledger, self.max_length = chooser, ledger, max_length
+        self.chooser, self.ledger, self.limits = chooser, ledger, limits or model.limits
         details = ledger.details
         self.probabilities = (
             details.policy_probabilities if chooser.is_policy else details.gate_probabilities
@@ -148,11 +149,11 @@ class EncodeRun:
             opened: list[Row] = []
             for row in rows:
                 try:
-                    opened.append(open_pictures(row))
+                    opened.append(open_pictures(row, self.limits))
                 except InputError as error:
                     self.ledger.refuse(error)
             parts = self.model.backbone, self.model.renderer
-            batch, kept, cut, errors = collate_rows(*parts, opened, self.max_length)
+            batch, kept, cut, errors = collate_rows(*parts, opened, self.limits)
         for error in errors:
             self.ledger.refuse(error)
         truncated = self.ledger.details.truncated

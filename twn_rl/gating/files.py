@@ -42,17 +42,19 @@ def set_threshold(config: TwnConfig, side: str, threshold: float | None) -> None
 def gate_fingerprints(model: DualLoraModel) -> dict[str, str]:
     """Return sha256 digests of what a gate depends on: `embedding` (what it reads) and `reasoning`.
 
-    `embedding` covers samples of the backbone's weights, the embedding adapter, read-out, interface
-    and renderer, with "kv_detach" also the reasoning adapter; `reasoning` is the adapter that
-    writes the thoughts. Other than in `scoring.scorer_fingerprint`, which guards stored vectors,
-    weights count rounded to bfloat16 and the backbone by its weights, not its name: loading it from
-    elsewhere or in another precision changes nothing. The model must be unsharded.
+    `embedding` covers samples of the backbone's weights, the embedding adapter, read-out,
+    interface, renderer and limits of prompts, with "kv_detach" also the reasoning adapter;
+    `reasoning` is the adapter that writes the thoughts. Other than in `scoring.scorer_fingerprint`,
+    which guards stored vectors, weights count rounded to bfloat16 and the backbone by its weights,
+    not its name: loading it from elsewhere or in another precision changes nothing. The model must
+    be unsharded.
     """
     config = model.config
     reasoning = _digest(adapter_state(model.peft_model, REASONING_ADAPTER))
     described = {
         "interface": config.interface,
         **config.readout_settings,
+        **config.limit_settings,
         "renderer": config.renderer.to_dict(),
         "backbone": _digest(_backbone_probe(model)),
         "embedding": _digest(adapter_state(model.peft_model, EMBEDDING_ADAPTER)),
