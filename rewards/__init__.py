@@ -7,7 +7,8 @@ no model and can be tried on six numbers by hand:
 
 - `positive_similarity`: cosine of the think vector to its positive, one float per rollout;
 - `negative_similarities`: cosines to the K hardest negatives of the whole target bank, hardest
-  first, with false negatives masked; one list per rollout, shorter than K where the pool is small;
+  first, with false negatives masked; one list per rollout, shorter than K where the pool is small,
+  empty where it holds no negative (then a margin is `None`, see `twn_rl.margins`);
 - `no_think_positive_similarity`, `no_think_negative_similarities`: the same for the vector made
   without any CoT;
 - `target_rank`: rank of the positive among the pool, 1 is best, ties count against it;

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from twn_rl import margins
+
 
 def margin(
     completions: list[Any],
@@ -41,7 +43,7 @@ def margin(
     """
     _require_negatives(num_negatives)
     rows = zip(positive_similarity, negative_similarities, strict=True)
-    return [_margin(positive, negatives, num_negatives) for positive, negatives in rows]
+    return [margins.margin(positive, negatives, num_negatives) for positive, negatives in rows]
 
 
 def think_gain(
@@ -95,15 +97,10 @@ def think_gain(
     )
     gains: list[float | None] = []
     for positive, negatives, no_think_positive, no_think_negatives in rows:
-        think = _margin(positive, negatives, num_negatives)
-        no_think = _margin(no_think_positive, no_think_negatives, num_negatives)
+        think = margins.margin(positive, negatives, num_negatives)
+        no_think = margins.margin(no_think_positive, no_think_negatives, num_negatives)
         gains.append(None if think is None or no_think is None else think - no_think)
     return gains
-
-
-def _margin(positive: float, negatives: list[float], num_negatives: int) -> float | None:
-    hardest = sorted(negatives, reverse=True)[:num_negatives]
-    return positive - sum(hardest) / len(hardest) if hardest else None
 
 
 def _require_negatives(num_negatives: int) -> None:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from twn_rl.margins import margin
+
 
 def rank_gap(
     completions: list[Any],
@@ -55,10 +57,10 @@ def rank_gap(
     for positive, negatives, rank in zip(
         positive_similarity, negative_similarities, target_rank, strict=True
     ):
-        if not negatives:
+        gap = margin(positive, negatives)
+        if gap is None:
             rewards.append(None)
             continue
-        gap = positive - sum(negatives) / len(negatives)
         rank_term = max(0, top_k + 1 - rank) / top_k
         rewards.append(rank_term * max(gap, 0.0) + min(gap, 0.0))
     return rewards

@@ -18,6 +18,8 @@ from rewards import (
     softmax_margin,
     think_gain,
 )
+from twn_rl import margins
+from twn_rl.decisions import utility_gaps
 
 SIMILARITY_REWARDS = ["margin", "info_nce", "rank_gap", "softmax_margin", "think_gain"]
 PARAMETERS = {
@@ -154,6 +156,30 @@ def test_a_rollout_without_negatives_is_not_applicable(name):
     rewards = REWARDS[name](**columns)
     assert rewards[0] is not None
     assert rewards[1] is None
+
+
+@given(seed=st.integers(0, 1000), count=st.integers(1, 9))
+def test_there_is_one_margin_for_rewards_and_decisions(seed, count):
+    columns = make_columns(3, seed=seed)
+    columns["negative_similarities"][1] = []
+    columns["no_think_negative_similarities"][2] = []
+    shared = {"num_negatives": count}
+    own = margin(**columns, **shared)
+    without = margin(
+        columns["completions"],
+        positive_similarity=columns["no_think_positive_similarity"],
+        negative_similarities=columns["no_think_negative_similarities"],
+        **shared,
+    )
+    assert [value is None for value in (*own, *without)] == [False, True, False] + [False] * 2 + [
+        True
+    ]
+    gains = think_gain(**columns, **shared)
+    assert gains == [own[0] - without[0], None, None]
+    gaps = utility_gaps(columns, count)
+    assert [None if math.isnan(gap) else gap for gap in gaps] == gains
+    pairs = zip(columns["positive_similarity"], columns["negative_similarities"], strict=True)
+    assert [margins.margin(*pair, count) for pair in pairs] == own
 
 
 @pytest.mark.parametrize(("name", "parameter"), PARAMETERS.items())

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twn_rl.margins import margin
+
 # What `pinned_modes` asks of a rollout.
 KEEP, DIRECT, THINK = 0, 1, 2
 
@@ -51,7 +53,8 @@ def utility_gaps(columns: Mapping[str, Sequence[Any]], num_negatives: int) -> li
         num_negatives: K; 0 takes the positive similarity alone.
 
     Returns:
-        One value per rollout in [-4, 4]; NaN where there are no negatives but K > 0.
+        One value per rollout in [-4, 4]. NaN where `margin` is None: gaps become a tensor and are
+        gathered before `AdaptiveGRPOTrainer` turns NaN into None again.
 
     >>> utility_gaps({"positive_similarity": [0.75], "negative_similarities": [[0.25, 0.0]],
     ...               "no_think_positive_similarity": [0.5],
@@ -60,17 +63,13 @@ def utility_gaps(columns: Mapping[str, Sequence[Any]], num_negatives: int) -> li
     """
 
     def margins(prefix: str) -> list[float]:
-        positives = columns[f"{prefix}positive_similarity"]
-        if not num_negatives:
-            return list(positives)
-        hardest = [
-            sorted(row, reverse=True)[:num_negatives]
-            for row in columns[f"{prefix}negative_similarities"]
-        ]
-        return [
-            positive - sum(row) / len(row) if row else math.nan
-            for positive, row in zip(positives, hardest, strict=True)
-        ]
+        rows = zip(
+            columns[f"{prefix}positive_similarity"],
+            columns[f"{prefix}negative_similarities"],
+            strict=True,
+        )
+        found = [margin(positive, negatives, num_negatives) for positive, negatives in rows]
+        return [math.nan if value is None else value for value in found]
 
     return [a - b for a, b in zip(margins(""), margins("no_think_"), strict=True)]
 
