@@ -123,6 +123,7 @@ def main(
         records,
         training.bank_dir or output / "bank",
         num_negatives=training.num_negatives,
+        max_negative_similarity=training.max_negative_similarity,
         batch_size=training.scorer_batch_size,
         processes=join_processes(),
     )

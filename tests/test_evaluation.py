@@ -69,6 +69,33 @@ def test_equal_targets_are_one_candidate_and_pools_do_not_mix() -> None:
     assert candidates.positive[0] == candidates.positive[4]
 
 
+def test_further_positives_of_a_query_and_the_query_itself_are_no_rivals() -> None:
+    def record(index: int, query: str, positive: str, *negatives: str) -> Record:
+        items = tuple(Item(text=text) for text in negatives)
+        return Record(f"q{index}", "demo", Item(text=query), Item(text=positive), items)
+
+    records = [
+        record(0, "find", "camel"),
+        record(1, "find", "pizza", "camel", "row"),
+        record(2, "zebra", "tree", "zebra", "pizza"),
+        record(3, "tree", "tree", "zebra"),  # its positive is its own content
+    ]
+    for scope, expected in {
+        "pool": [
+            {"camel", "row", "tree", "zebra"},
+            {"pizza", "row", "tree", "zebra"},
+            {"camel", "pizza", "row", "tree"},
+            {"camel", "pizza", "row", "tree", "zebra"},
+        ],
+        "local": [{"camel"}, {"pizza", "row"}, {"tree", "pizza"}, {"tree", "zebra"}],
+    }.items():
+        candidates = collect_candidates(records, scope=scope)
+        texts = [{candidates.items[i].text for i in rows} for rows in candidates.competing]
+        assert texts == expected, scope
+    assert candidates.competing[1:3] == [candidates.competing[1], candidates.competing[2]]
+    assert [len(rows) for rows in candidates.competing] == [1, 2, 2, 2]
+
+
 def test_local_candidates_are_the_own_positive_and_negatives() -> None:
     candidates = collect_candidates(make_records(), scope="local")
     assert [len(columns) for columns in candidates.competing] == [2] * 6

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from twn_rl.config import LoraSettings
+from twn_rl.evaluation.candidates import collect_candidates
+from twn_rl.gate import QUERY_SIDE
+from twn_rl.gating.labelling import LabelSettings, label_records
+from twn_rl.grpo import EmbedGRPOConfig
+from twn_rl.jobs.mining_plan import MiningPlan
+from twn_rl.losses import false_negative_mask, key_ids
 from twn_rl.metrics import TIE_TOLERANCE
 from twn_rl.model import DualLoraModel
 from twn_rl.prefix import Prefix
-from twn_rl.records import Item, RecordSet
+from twn_rl.records import Item, Record, RecordSet, load_records, write_records
 from twn_rl.rollouts import RolloutScorer, embed_items, evaluating, pool_of
 from twn_rl.scoring import SCORING_COLUMNS, ScorerMismatchError
 
@@ -223,6 +229,122 @@ def test_a_query_competes_within_its_pool_only(
     counts = [len(row) for row in scorer.columns([0, 1], [[], []])["negative_similarities"]]
     sizes = {name: len(rows) for name, rows in scorer.targets.pools.items()}
     assert counts == [sizes["even"] - 1, sizes["odd"] - 1]
+
+
+# Negatives of each record by hand: further positives of its query, and the query, are none.
+PAIRS = [
+    ("camel", "top left", []),
+    ("camel", "row", ["column", "top left"]),
+    ("zebra", "column", ["zebra", "row"]),  # the query is a target too
+    ("pizza", "top left", ["right"]),
+]
+NEGATIVES = [
+    {"column", "zebra", "right"},
+    {"column", "zebra", "right"},
+    {"top left", "row", "right"},
+    {"row", "column", "zebra", "right"},
+]
+
+
+@pytest.fixture
+def repeated() -> list[Record]:
+    return [
+        Record(
+            f"r{i}",
+            "words",
+            Item(text=query),
+            Item(text=positive),
+            tuple(Item(text=text) for text in negatives),
+            metadata={"pool": "all"},
+        )
+        for i, (query, positive, negatives) in enumerate(PAIRS)
+    ]
+
+
+def test_rewards_leave_out_further_positives_of_a_query_and_the_query_itself(
+    model: DualLoraModel, repeated: list[Record], tmp_path: Path
+) -> None:
+    scorer = RolloutScorer(model, repeated, tmp_path / "bank", num_negatives=100)
+    thought = write(model, "<think> camel left </think>")
+    columns = scorer.columns([0, 1, 2, 3], [thought] * 4)
+    for row, (record, texts) in enumerate(zip(repeated, NEGATIVES, strict=True)):
+        targets = embed_items(model, [Item(text=text) for text in (record.positive.text, *texts)])
+        for mode, ids in (("", thought[:-1]), ("no_think_", None)):
+            batch = model.collate([record.query], None if ids is None else [ids])
+            positive, *others = (targets @ model.embed(batch)[0].detach()).tolist()
+            seen = columns[f"{mode}negative_similarities"][row]
+            assert seen == pytest.approx(sorted(others, reverse=True), abs=2e-5)
+            rank = 1 + sum(other >= positive - TIE_TOLERANCE for other in others)
+            assert columns[f"{mode}target_rank"][row] == rank
+
+
+def test_training_labels_mining_and_evaluation_leave_out_what_rewards_do(
+    model: DualLoraModel, repeated: list[Record], tmp_path: Path
+) -> None:
+    text_of = {i.content_key(): i.text for r in repeated for i in (r.positive, *r.negatives)}
+    count = len(repeated)
+
+    # The warm start, with all records in one batch.
+    targets = [r.positive for r in repeated] + [i for r in repeated for i in r.negatives]
+    keys = [item.content_key() for item in targets]
+    mask = false_negative_mask(
+        key_ids([r.query.content_key() for r in repeated]), key_ids(keys), torch.arange(count)
+    ).scatter(1, torch.arange(count)[:, None], True)
+    assert [{text_of[keys[j]] for j in (~row).nonzero()[:, 0]} for row in mask] == NEGATIVES
+
+    # Rewards and gate labels: the hardest negative is that of the texts.
+    scorer = RolloutScorer(model, repeated, tmp_path / "bank", num_negatives=100)
+    labels = label_records(
+        model,
+        repeated,
+        QUERY_SIDE,
+        tmp_path / "labels",
+        LabelSettings(max_think_tokens=2),
+        show_progress_bar=False,
+    )
+    rewarded = scorer.columns(range(count), [[]] * count)["no_think_negative_similarities"]
+    hardest = {row["id"]: row["no_think_hardest_negative"] for row in labels.rows}
+    for record, texts, similarities in zip(repeated, NEGATIVES, rewarded, strict=True):
+        assert len(similarities) == len(texts)
+        if record.id != "r1":  # equal queries are one example
+            assert hardest[record.id] == pytest.approx(similarities[0], abs=2e-5)
+
+    # Mining, which has other reasons too.
+    write_records(tmp_path / "records.jsonl", repeated)
+    plan = MiningPlan(load_records(tmp_path / "records.jsonl"), tmp_path, show_progress_bar=False)
+    rows = {row: text_of[key] for key, row in plan.candidates.row_of.items()}
+    for position, texts in enumerate(NEGATIVES):
+        barred = plan.excluded(position)["equal to the query or a positive"]
+        assert set(rows.values()) - {rows[row] for row in barred} == texts
+
+    # Evaluation.
+    candidates = collect_candidates(repeated)
+    for position, texts in enumerate(NEGATIVES):
+        rivals = set(candidates.competing[position]) - {candidates.positive[position]}
+        assert {candidates.items[row].text for row in rivals} == texts
+
+
+def test_unlabelled_positives_are_the_same_for_every_rollout_of_a_record(
+    model: DualLoraModel, records: RecordSet, rollouts: list[list[int]], tmp_path: Path
+) -> None:
+    targets = {i.content_key(): i for r in records for i in (r.positive, *r.negatives)}
+    vectors = dict(zip(targets, embed_items(model, list(targets.values())), strict=True))
+    own = vectors[records[0].positive.content_key()]
+    cosines = sorted(float(own @ v) for v in vectors.values())
+    limit = (cosines[-3] + cosines[-2]) / 2  # the positive and its nearest are above
+    scorer = RolloutScorer(
+        model, records, tmp_path / "bank", num_negatives=100, max_negative_similarity=limit
+    )
+    columns = scorer.columns([0] * len(rollouts), rollouts)
+    for name in ("negative_similarities", "no_think_negative_similarities"):
+        assert {len(row) for row in columns[name]} == {len(targets) - 2}
+    assert max(columns["target_rank"]) <= len(targets) - 1
+
+
+@pytest.mark.parametrize("limit", [-1.0, 1.5, float("nan")])
+def test_a_limit_that_is_no_cosine_is_refused(tmp_path: Path, limit: float) -> None:
+    with pytest.raises(ValueError, match=r"max_negative_similarity = .*\(-1, 1\]"):
+        EmbedGRPOConfig(output_dir=str(tmp_path), max_negative_similarity=limit)
 
 
 def test_variance_is_zero_for_equal_vectors_and_grows_as_they_spread(

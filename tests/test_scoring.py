@@ -1,6 +1,7 @@
 """The bank holds what the scorer made, also after a kill; columns agree with a naive loop."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -219,7 +220,7 @@ def test_processes_share_the_shards_and_call_the_scorer_equally_often(tmp_path):
         assert np.array_equal(bank.embeddings, whole.embeddings)
 
 
-def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools):
+def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools, limit):
     vectors = np.array(bank.embeddings, dtype=np.float64)
     rows = []
     for query, positive_id, ignored, pool in zip(
@@ -230,6 +231,7 @@ def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools)
             float(query @ vectors[row])
             for row in bank.pools[pool]
             if bank.ids[row] != positive_id and bank.ids[row] not in ignored
+            if limit is None or vectors[row] @ vectors[bank.row_of[positive_id]] < limit
         ]
         rank = 1 + sum(other >= positive - 1e-6 for other in others)
         exps = np.exp(np.array([positive, *others]) / TEMPERATURE)
@@ -238,8 +240,15 @@ def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools)
     return rows
 
 
-@given(seed=st.integers(0, 1000), chunk_size=st.integers(1, 50), count=st.integers(1, 9))
-def test_columns_agree_with_a_naive_loop_for_any_chunk(tmp_path_factory, seed, chunk_size, count):
+@given(
+    seed=st.integers(0, 1000),
+    chunk_size=st.integers(1, 50),
+    count=st.integers(1, 9),
+    limit=st.sampled_from([None, -0.9, 0.0, 0.3, 1.0]),
+)
+def test_columns_agree_with_a_naive_loop_for_any_chunk(
+    tmp_path_factory, seed, chunk_size, count, limit
+):
     directory = tmp_path_factory.getbasetemp() / "shared_bank"
     pool_names = ["left" if i % 3 else "right" for i in range(30)]
     bank = build(directory, make_items(30), pools=pool_names)
@@ -256,16 +265,83 @@ def test_columns_agree_with_a_naive_loop_for_any_chunk(tmp_path_factory, seed, c
         bank,
         num_negatives=count,
         false_negative_ids=ignored,
+        max_negative_similarity=limit,
         pools=pools,
         chunk_size=chunk_size,
         temperature=TEMPERATURE,
     )
-    expected = naive_columns(queries, positive_ids, bank, count, ignored, pools)
+    expected = naive_columns(queries, positive_ids, bank, count, ignored, pools, limit)
     for row, (positive, negatives, rank, loss) in enumerate(expected):
         assert columns["info_nce"][row] == pytest.approx(loss, abs=2e-5)
         assert columns["positive_similarity"][row] == pytest.approx(positive, abs=1e-6)
         assert columns["negative_similarities"][row] == pytest.approx(negatives, abs=1e-6)
         assert columns["target_rank"][row] == rank
+
+
+ANGLES = {"positive": 0, "near": 20, "hard": 60, "far": 90}  # degrees in the plane
+
+
+def plane_bank(directory):
+    angles = torch.deg2rad(torch.tensor(list(ANGLES.values()), dtype=torch.float32))
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    row_of = {name: row for row, name in enumerate(ANGLES)}
+    items = [Item(text=name) for name in ANGLES]
+    return build(directory, items, lambda batch: vectors[[row_of[item.text] for item in batch]])
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "rank"),
+    [(None, ["near", "hard", "far"], 4), (0.9, ["hard", "far"], 3), (0.45, ["far"], 2)],
+)
+def test_unlabelled_positives_are_neither_negatives_nor_rivals(tmp_path, limit, left, rank):
+    # The query lies beyond "far", so that every target is nearer to it than the positive.
+    query = torch.deg2rad(torch.tensor([[110.0]]))
+    columns = similarity_columns(
+        torch.cat([query.cos(), query.sin()], dim=1),
+        [Item(text="positive").content_key()],
+        plane_bank(tmp_path),
+        max_negative_similarity=limit,
+    )
+    expected = [math.cos(math.radians(110 - ANGLES[name])) for name in reversed(left)]
+    assert columns["negative_similarities"][0] == pytest.approx(expected, abs=1e-6)
+    assert columns["target_rank"] == [rank]
+
+
+@given(angle=st.integers(0, 359), chunk_size=st.integers(1, 4))
+def test_no_query_can_hide_a_hard_negative_by_leaving_its_positive(
+    tmp_path_factory, angle, chunk_size
+):
+    bank = plane_bank(tmp_path_factory.getbasetemp() / "plane")
+    query = torch.deg2rad(torch.tensor([[float(angle)]]))
+    columns = similarity_columns(
+        torch.cat([query.cos(), query.sin()], dim=1),
+        [Item(text="positive").content_key()],
+        bank,
+        max_negative_similarity=0.9,
+        chunk_size=chunk_size,
+    )
+    expected = sorted(math.cos(math.radians(angle - ANGLES[n])) for n in ("hard", "far"))
+    assert columns["negative_similarities"][0] == pytest.approx(expected[::-1], abs=1e-6)
+
+
+def test_looking_for_unlabelled_positives_reads_no_more_of_the_bank(tmp_path, monkeypatch):
+    bank = build(tmp_path, make_items(30))
+    read, rows = [], bank.rows
+
+    def counting(chosen, device):
+        read.append(len(chosen))
+        return rows(chosen, device)
+
+    monkeypatch.setattr(bank, "rows", counting)
+    queries = torch.stack([vector_of("x"), vector_of("y"), vector_of("z")])
+    counts = []
+    for limit in (None, 0.5):
+        similarity_columns(
+            *(queries, [bank.ids[0]] * 3, bank), max_negative_similarity=limit, chunk_size=7
+        )
+        counts.append(read.copy())
+        read.clear()
+    assert counts[0] == counts[1]
 
 
 def test_without_pools_a_query_competes_with_the_whole_bank(tmp_path):
@@ -313,6 +389,8 @@ def test_a_bank_in_memory_gives_the_same_columns_without_gradient(tmp_path):
         ({"query_embeds": torch.ones(1, WIDTH + 1)}, "shape"),
         ({"pools": ["a", "a"]}, "one entry per query"),
         ({"num_negatives": 0}, "num_negatives = 0"),
+        ({"max_negative_similarity": -1.0}, r"max_negative_similarity = -1.0, .* in \(-1, 1\]"),
+        ({"max_negative_similarity": math.nan}, "max_negative_similarity = nan"),
     ],
 )
 def test_queries_that_cannot_be_scored_are_refused(tmp_path, change, message):

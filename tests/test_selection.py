@@ -344,6 +344,63 @@ def test_records_without_negatives_are_controlled_by_other_positives_of_their_po
         assert negatives[0] != positive
 
 
+def test_the_control_of_yes_and_no_is_never_a_false_negative(answering, records: RecordSet) -> None:
+    first, second, third, *_ = records
+    pool = [
+        replace(first, negatives=(second.positive, first.query, third.positive)),
+        replace(second, query=first.query, negatives=()),
+        replace(third, negatives=(third.positive,)),
+    ]
+    evaluator = YesNoEvaluator(answering, pool, num_negatives=2)
+    assert evaluator._targets(0) == [first.positive, third.positive]
+    assert evaluator._targets(1) == [second.positive, third.positive]
+    assert evaluator._targets(2)[0] == third.positive
+    assert third.positive not in evaluator._targets(2)[1:]
+    assert evaluator.plan["false_negatives"]
+    assert "false_negatives" not in YesNoEvaluator(answering, records).plan
+
+
+def test_without_negatives_a_thought_is_not_judged(
+    answering, records: RecordSet, tmp_path: Path
+) -> None:
+    # Two positives of one query alone in their pool, and a record that has a rival.
+    alone = [
+        replace(r, query=records[0].query, negatives=(), metadata={"pool": "alone"})
+        for r in records[:2]
+    ]
+    pool = [*alone, *records[2:4]]
+    pairs = [(0, "pizza below"), (2, "pizza below")]
+    margin = MarginEvaluator(answering, pool, tmp_path / "bank")
+    for evaluator in (margin, YesNoEvaluator(answering, pool)):
+        unknown, known = evaluator.matches(pairs)
+        assert unknown is None
+        assert known is not None
+        assert evaluator.plan["false_negatives"]
+    [uncontrolled] = YesNoEvaluator(answering, pool, num_negatives=0).matches(pairs[:1])
+    assert uncontrolled is not None
+
+    rows = [{"id": r.id, "candidates": []} for r in pool]
+    for position, cot in pairs:
+        rows[position]["candidates"] = [Candidate(cot, "s").to_dict()]
+    shards = judge(rows, margin, answering, tmp_path / "scores", show_progress_bar=False)
+    found = [row["candidates"] for row in shards.rows()]
+    assert [c["problem"] for row in found for c in row] == ["no_negatives", None]
+    assert "worth" not in found[0][0]
+    assert choose(pool[0].id, found[0], SelectionRule()).fates == ["unjudged"]
+
+
+def test_unlabelled_positives_can_be_left_out_of_the_margin(
+    make_model, records: RecordSet, tmp_path: Path
+) -> None:
+    model = make_model()
+    plain = MarginEvaluator(model, records, tmp_path / "bank")
+    strict = MarginEvaluator(model, records, tmp_path / "bank", max_negative_similarity=-0.999)
+    assert "max_negative_similarity" not in plain.plan
+    assert "false_negatives" not in plain.plan
+    assert {**plain.plan, "max_negative_similarity": -0.999} == strict.plan
+    assert strict.matches([(3, "pizza below")]) == [None]
+
+
 def test_a_tokenizer_without_yes_is_refused(make_model, records: RecordSet) -> None:
     with pytest.raises(SelectionError, match=r"'yes'.*--evaluator margin"):
         YesNoEvaluator(make_model(), records)

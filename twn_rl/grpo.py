@@ -35,6 +35,13 @@ class EmbedGRPOConfig(LaunchSettings, GRPOConfig):
     num_negatives: int = field(
         default=16, metadata={"help": "K hardest bank negatives handed to the rewards."}
     )
+    max_negative_similarity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cosine to the positive target above which a bank target is taken for an "
+            "unlabelled positive and left out of the negatives, in (-1, 1]; null: off."
+        },
+    )
     scorer_batch_size: int = field(
         default=64, metadata={"help": "Items per forward pass while the banks are built."}
     )
@@ -51,6 +58,12 @@ class EmbedGRPOConfig(LaunchSettings, GRPOConfig):
             raise ValueError(
                 f"EmbedGRPOConfig: num_negatives = {self.num_negatives}, scorer_batch_size = "
                 f"{self.scorer_batch_size}; expected both >= 1; change these fields"
+            )
+        limit = self.max_negative_similarity
+        if limit is not None and not -1 < limit <= 1:
+            raise ValueError(
+                f"EmbedGRPOConfig: max_negative_similarity = {limit}; expected a cosine in (-1, 1],"
+                " or null to leave it off; change this field"
             )
         super().__post_init__()
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from twn_rl.false_negatives import FalseNegatives
 from twn_rl.model import DualLoraModel
 from twn_rl.records import Item, Record
 from twn_rl.scoring import scorer_fingerprint, similarity_columns
@@ -31,6 +32,8 @@ class RolloutScorer:
     Attributes:
         targets: Bank of all positives and listed negatives.
         queries: Bank of the no-think query vectors.
+        false_negative_ids: Per record, the bank's targets besides its positive that are neither
+            negatives nor rivals of its query, see `false_negatives`.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class RolloutScorer:
         directory: str | Path,
         *,
         num_negatives: int = 16,
+        max_negative_similarity: float | None = None,
         batch_size: int = 64,
         processes: Processes | None = None,
     ) -> None:
@@ -50,11 +54,14 @@ class RolloutScorer:
             records: What the rollouts are about; `columns` takes positions in it.
             directory: Where the banks live; they are reused while content and scorer are the same.
             num_negatives: K hardest negatives handed to the rewards.
+            max_negative_similarity: Cosine to the positive target from which on a target is no
+                negative, see `similarity_columns`; None = off.
             batch_size: Items per forward pass.
             processes: `PartialState` or `Accelerator` when several processes share the work.
         """
         self.model, self.records = model, records
         self.num_negatives, self.batch_size = num_negatives, batch_size
+        self.max_negative_similarity = max_negative_similarity
         items = [item for r in records for item in (r.positive, *r.negatives)]
         pools = [pool_of(r) for r in records for _ in (r.positive, *r.negatives)]
 
@@ -75,6 +82,11 @@ class RolloutScorer:
         )
         self._positive_ids = [r.positive.content_key() for r in records]
         self._query_ids = [r.query.content_key() for r in records]
+        known = FalseNegatives(zip(self._query_ids, self._positive_ids, strict=True))
+        self.false_negative_ids = [
+            tuple(key for key in known.of(query) if key != positive and key in self.targets.row_of)
+            for query, positive in zip(self._query_ids, self._positive_ids, strict=True)
+        ]
 
     def columns(
         self, indices: Sequence[int], completion_ids: Sequence[list[int]]
@@ -144,6 +156,8 @@ class RolloutScorer:
             [self._positive_ids[i] for i in indices],
             self.targets,
             num_negatives=self.num_negatives,
+            false_negative_ids=[self.false_negative_ids[i] for i in indices],
+            max_negative_similarity=self.max_negative_similarity,
             pools=[pool_of(self.records[i]) for i in indices],
         )
 

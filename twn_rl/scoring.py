@@ -45,6 +45,7 @@ def similarity_columns(
     *,
     num_negatives: int = 16,
     false_negative_ids: Sequence[Sequence[str]] | None = None,
+    max_negative_similarity: float | None = None,
     pools: Sequence[str] | None = None,
     chunk_size: int = 16_384,
     temperature: float | None = None,
@@ -57,8 +58,13 @@ def similarity_columns(
         bank: An open bank. Equal targets share one row there, so a duplicate of the positive can
             never be a negative.
         num_negatives: K, how many of the hardest negatives to return.
-        false_negative_ids: Per query, ids that are neither negatives nor rivals: its other
-            positives, and known false negatives. Ids outside the bank are ignored.
+        false_negative_ids: Per query, ids that are neither negatives nor rivals, see
+            `false_negatives`. Ids outside the bank are ignored.
+        max_negative_similarity: Cosine to the positive target from which on a bank target is taken
+            for an unlabelled positive: neither negative nor rival; in (-1, 1], None = off. Against
+            the positive target's own vector, where Qwen3-Embedding (arXiv 2506.05176, eq. 2) and
+            `losses.false_negative_mask` compare with the query: what is left out must not depend on
+            the rollout, or a CoT could hide hard negatives by moving away from its positive.
         pools: Per query, the pool whose targets it competes with; `None` means the whole bank.
         chunk_size: Bank rows per matrix product; bounds memory, does not change the result.
         temperature: If given, also return the loss `info_nce`; similarities are divided by it.
@@ -79,6 +85,11 @@ def similarity_columns(
     false_negatives = list(false_negative_ids) if false_negative_ids is not None else []
     false_negatives = false_negatives or [()] * num_queries
     _check_queries(queries, positive_ids, names, false_negatives, bank, num_negatives)
+    if max_negative_similarity is not None and not -1 < max_negative_similarity <= 1:
+        raise BankError(
+            f"max_negative_similarity = {max_negative_similarity}, expected a cosine in (-1, 1]; "
+            "correct it, or leave it out"
+        )
     columns: dict[str, list[Any]] = {
         "positive_similarity": [0.0] * num_queries,
         "negative_similarities": [[] for _ in range(num_queries)],
@@ -101,7 +112,15 @@ def similarity_columns(
             for row in members
         ]
         scored = _score_pool(
-            queries[members], positives, ignored, pool, bank, num_negatives, chunk_size, temperature
+            queries[members],
+            positives,
+            ignored,
+            pool,
+            bank,
+            num_negatives,
+            chunk_size,
+            temperature,
+            max_negative_similarity,
         )
         for column, values in scored.items():
             for row, value in zip(members, values, strict=True):
@@ -118,10 +137,15 @@ def _score_pool(
     num_negatives: int,
     chunk_size: int,
     temperature: float | None,
+    max_negative_similarity: float | None,
 ) -> dict[str, list[Any]]:
     """Score n queries that share one pool; `ignored` holds bank rows that are no rivals."""
     device = queries.device
-    positive = (queries * bank.rows(positives, device)).sum(dim=1)  # (n,)
+    positive_embeds = bank.rows(positives, device)
+    positive = (queries * positive_embeds).sum(dim=1)  # (n,)
+    # Rollouts of one query share their positive: it meets the bank once.
+    _, first, place = np.unique(positives, return_index=True, return_inverse=True)
+    anchors, anchor_of = positive_embeds[torch.from_numpy(first)], torch.from_numpy(place)
     owner = np.repeat(np.arange(len(ignored)), [len(rows) for rows in ignored])
     ignored_rows = np.concatenate([np.array(rows, dtype=np.int64) for rows in ignored])
     hardest = queries.new_empty((len(queries), 0))
@@ -129,7 +153,11 @@ def _score_pool(
     log_sum = torch.full_like(positive, -torch.inf)  # of exp(similarity / temperature) of rivals
     for start in range(0, len(pool), chunk_size):
         rows = pool[start : start + chunk_size]
-        similarities = queries @ bank.rows(rows, device).T  # (n, chunk)
+        targets = bank.rows(rows, device)
+        similarities = queries @ targets.T  # (n, chunk)
+        if max_negative_similarity is not None:
+            is_unlabelled = anchors @ targets.T >= max_negative_similarity  # (distinct, chunk)
+            similarities.masked_fill_(is_unlabelled[anchor_of], -torch.inf)
         column = np.searchsorted(rows, ignored_rows)
         is_here = rows[np.minimum(column, len(rows) - 1)] == ignored_rows
         similarities[owner[is_here], column[is_here]] = -torch.inf

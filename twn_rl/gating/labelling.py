@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tqdm.auto import tqdm
 
+from twn_rl.false_negatives import FalseNegatives
 from twn_rl.gate import DOCUMENT_SIDE
 from twn_rl.gating.examples import GateExample, bank_items, choose_examples, gate_examples
 from twn_rl.gating.files import gate_fingerprints
@@ -249,6 +250,7 @@ class _Labeller:
         """Return the means over each example's partners; its ranks as a list."""
         vectors = normalize(states, dim=-1)
         pairs = [(row, key, pool) for row, e in enumerate(examples) for key, pool in e.partners]
+        known = FalseNegatives((examples[row].key, key) for row, key, _ in pairs)
         columns: dict[str, list[Any]] = {}
         for start in range(0, len(pairs), PAIRS_PER_PRODUCT):
             part = pairs[start : start + PAIRS_PER_PRODUCT]
@@ -257,11 +259,7 @@ class _Labeller:
                 [key for _, key, _ in part],
                 self.bank,
                 num_negatives=1,
-                # Further partners and the input itself are no negatives.
-                false_negative_ids=[
-                    [examples[row].key, *(key for key, _ in examples[row].partners)]
-                    for row, _, _ in part
-                ],
+                false_negative_ids=[known.of(examples[row].key) for row, _, _ in part],
                 pools=[pool for _, _, pool in part],
                 temperature=self.settings.temperature,
             )

@@ -1,7 +1,8 @@
 """What is embedded for mining, and which candidates a query may take. Knows no vectors.
 
 Distinct queries and candidates go to files of items as they are met, so that only their keys stay
-in memory.
+in memory. What a query may not take is what `false_negatives` says, read without instructions: a
+mined negative stays in the data, and another prompt makes no other content.
 """
 
 import json

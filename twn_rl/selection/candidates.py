@@ -28,6 +28,7 @@ PROBLEMS = (
     "timeout",
     "junk",
     "refused",
+    "no_negatives",
 )
 
 

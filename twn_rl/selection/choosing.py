@@ -21,13 +21,15 @@ JUDGED_RULES = ("best", "sample")
 
 SELECTED, BEATEN, NOT_DRAWN, BELOW = "selected", "beaten", "not_drawn", "below_threshold"
 TRUNCATED, MALFORMED, UNANSWERED = "truncated", "malformed", "unanswered"
-FATES = (SELECTED, BEATEN, NOT_DRAWN, BELOW, TRUNCATED, MALFORMED, UNANSWERED)
+UNJUDGED = "unjudged"
+FATES = (SELECTED, BEATEN, NOT_DRAWN, BELOW, TRUNCATED, MALFORMED, UNANSWERED, UNJUDGED)
 _FATE_OF_PROBLEM = {
     "truncated": TRUNCATED,
     "too_long": TRUNCATED,
     "timeout": UNANSWERED,
     "junk": UNANSWERED,
     "refused": UNANSWERED,
+    "no_negatives": UNJUDGED,
 }
 
 

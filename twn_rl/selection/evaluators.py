@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from twn_rl.adapters import without_adapters
+from twn_rl.false_negatives import FalseNegatives
 from twn_rl.gating.files import gate_fingerprints
+from twn_rl.margins import margin
 from twn_rl.model import DualLoraModel
 from twn_rl.readout import position_ids
 from twn_rl.records import Item, Record
@@ -53,16 +55,17 @@ class Evaluator(Protocol):
 
     plan: dict[str, Any]
 
-    def matches(self, pairs: Sequence[Pair]) -> list[Match]:
-        """Return one match for each (record, CoT) of a batch."""
+    def matches(self, pairs: Sequence[Pair]) -> list[Match | None]:
+        """Return one match for each (record, CoT) of a batch; None where there are no negatives."""
         ...
 
 
 class MarginEvaluator:
     """Match = similarity to the positive - mean over the K hardest negatives, in [-2, 2].
 
-    Negatives are all targets of the record's pool, and each vector meets its own hardest ones: a
-    thought that leads to a wrong target raises exactly that target's similarity.
+    Negatives are all targets of the record's pool but `false_negatives`, and each vector meets its
+    own hardest ones: a thought that leads to a wrong target raises exactly that target's
+    similarity.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class MarginEvaluator:
         directory: str | Path,
         *,
         num_negatives: int = 1,
+        max_negative_similarity: float | None = None,
         batch_size: int = 64,
         processes: Processes | None = None,
     ) -> None:
@@ -82,6 +86,7 @@ class MarginEvaluator:
             records,
             directory,
             num_negatives=num_negatives,
+            max_negative_similarity=max_negative_similarity,
             batch_size=batch_size,
             processes=processes,
         )
@@ -92,9 +97,13 @@ class MarginEvaluator:
             "queries": digest(self.scorer.queries.ids),
             "num_negatives": num_negatives,
         }
+        if any(self.scorer.false_negative_ids):
+            self.plan["false_negatives"] = digest(self.scorer.false_negative_ids)
+        if max_negative_similarity is not None:
+            self.plan["max_negative_similarity"] = max_negative_similarity
 
-    def matches(self, pairs: Sequence[Pair]) -> list[Match]:
-        """Return one match for each (record, CoT)."""
+    def matches(self, pairs: Sequence[Pair]) -> list[Match | None]:
+        """Return one match for each (record, CoT); None where the pool holds no negative."""
         renderer = self.model.renderer
         ids = [
             self.model.completion_ids(renderer.completion(cot), add_eos=True) for _, cot in pairs
@@ -102,7 +111,7 @@ class MarginEvaluator:
         columns = self.scorer.columns([position for position, _ in pairs], ids)
         sides = [
             [
-                positive - (sum(negatives) / len(negatives) if negatives else 0.0)
+                margin(positive, negatives)
                 for positive, negatives in zip(
                     columns[f"{mode}positive_similarity"],
                     columns[f"{mode}negative_similarities"],
@@ -111,14 +120,14 @@ class MarginEvaluator:
             ]
             for mode in ("", "no_think_")
         ]
-        return [Match(*values) for values in zip(*sides, strict=True)]
+        return [_match(*margins) for margins in zip(*sides, strict=True)]
 
 
 class YesNoEvaluator:
     """Match = logit(yes) - logit(no) of the positive - its mean over K listed negatives.
 
     The backbone is asked with both adapters switched off. Without listed negatives, positives of
-    other records of the pool stand in.
+    other records of the pool stand in. `false_negatives` are none of either.
     """
 
     QUESTION = "Does the candidate match the query? Answer yes or no."
@@ -139,6 +148,11 @@ class YesNoEvaluator:
         self._pools: dict[str, list[int]] = {}
         for position, record in enumerate(records):
             self._pools.setdefault(pool_of(record), []).append(position)
+        queries = [record.query.content_key() for record in records]
+        positives = [record.positive.content_key() for record in records]
+        known = FalseNegatives(zip(queries, positives, strict=True))
+        self._positive_ids = positives
+        self._barred = [{p, *known.of(q)} for q, p in zip(queries, positives, strict=True)]
         self.plan: dict[str, Any] = {
             "evaluator": "yes_no",
             "backbone": model.config.backbone,
@@ -149,9 +163,13 @@ class YesNoEvaluator:
             "num_negatives": num_negatives,
             "seed": seed,
         }
+        targets = set(positives)
+        others = [sorted((b & targets) - {p}) for b, p in zip(self._barred, positives, strict=True)]
+        if any(others):
+            self.plan["false_negatives"] = digest(others)
 
-    def matches(self, pairs: Sequence[Pair]) -> list[Match]:
-        """Return one match for each (record, CoT)."""
+    def matches(self, pairs: Sequence[Pair]) -> list[Match | None]:
+        """Return one match for each (record, CoT); None where no negative is left to ask about."""
         questions: dict[tuple[int, int, str | None], int] = {}
         wanted: list[list[list[int]]] = []
         targets = {position: self._targets(position) for position, _ in pairs}
@@ -171,22 +189,22 @@ class YesNoEvaluator:
                 for position, number, cot in questions
             ]
         )
-        return [Match(*(self._controlled(logits[rows]) for rows in both)) for both in wanted]
+        return [_match(*(self._controlled(logits[rows]) for rows in both)) for both in wanted]
 
-    @staticmethod
-    def _controlled(logits: Tensor) -> float:
-        """Return the positive's logit, which comes first, minus the mean of the others."""
-        return float(logits[0] - (logits[1:].mean() if len(logits) > 1 else 0.0))
+    def _controlled(self, logits: Tensor) -> float | None:
+        """Return the margin of the positive's logit, which comes first."""
+        positive, *negatives = logits.tolist()
+        return margin(positive, negatives, self.num_negatives)
 
     def _targets(self, position: int) -> list[Item]:
-        record = self.records[position]
-        negatives = list(record.negatives)
+        record, barred = self.records[position], self._barred[position]
+        negatives = [item for item in record.negatives if item.content_key() not in barred]
         if not negatives:
             pool = self._pools[pool_of(record)]
             die = random.Random(f"{self.seed}/{record.id}")
             drawn = die.sample(pool, min(len(pool), 4 * self.num_negatives))
-            others = [self.records[other].positive for other in drawn]
-            negatives = [item for item in others if item != record.positive]
+            allowed = [other for other in drawn if self._positive_ids[other] not in barred]
+            negatives = [self.records[other].positive for other in allowed]
         return [record.positive, *negatives[: self.num_negatives]]
 
     @torch.no_grad()
@@ -216,11 +234,15 @@ def build_evaluator(
     directory: str | Path,
     *,
     num_negatives: int = 1,
+    max_negative_similarity: float | None = None,
     batch_size: int = 64,
     seed: int = 0,
     processes: Processes | None = None,
 ) -> Evaluator:
-    """Return one of `EVALUATORS`; `directory` and `batch_size` are those of the margin."""
+    """Return one of `EVALUATORS`.
+
+    `directory`, `batch_size` and `max_negative_similarity` are those of the margin.
+    """
     if name == "yes_no":
         return YesNoEvaluator(model, records, num_negatives=num_negatives, seed=seed)
     return MarginEvaluator(
@@ -228,9 +250,14 @@ def build_evaluator(
         records,
         directory,
         num_negatives=num_negatives,
+        max_negative_similarity=max_negative_similarity,
         batch_size=batch_size,
         processes=processes,
     )
+
+
+def _match(with_cot: float | None, without: float | None) -> Match | None:
+    return None if with_cot is None or without is None else Match(with_cot, without)
 
 
 def question_item(query: Item, target: Item, cot: str | None) -> Item:

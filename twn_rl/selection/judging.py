@@ -46,7 +46,7 @@ def judge(
     """Return the rows with `with_cot`, `without` and `worth` at every candidate that can be taught.
 
     Equal CoTs of a record are scored once. A CoT beyond the model's think budget could never be
-    written again; it gets the problem "too_long".
+    written again; it gets the problem "too_long". One that cannot be judged gets "no_negatives".
     """
 
     def score(positions: list[int]) -> list[Row]:
@@ -68,6 +68,9 @@ def judge(
             for candidate in candidates:
                 if candidate["problem"] is None:
                     match = found[position, candidate["cot"]]
+                    if match is None:
+                        candidate["problem"] = "no_negatives"
+                        continue
                     candidate |= {
                         "with_cot": match.with_cot,
                         "without": match.without,
