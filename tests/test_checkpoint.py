@@ -126,25 +126,6 @@ def test_other_shapes_are_named(make_model, make_backbone, tmp_path):
         DualLoraModel.from_pretrained(tmp_path, backbone=make_backbone("idefics3"))
 
 
-def test_gathered_weights_are_saved_instead_of_the_models_own(make_model, tmp_path):
-    model = make_model()
-    gathered = {key: value + 1 for key, value in model.state_dict().items()}
-    model.save_pretrained(tmp_path, state_dict=gathered)
-    stored = load_file(tmp_path / "embedding/adapter_model.safetensors")
-    own = adapter_state(model.peft_model, EMBEDDING_ADAPTER)
-    assert stored.keys() == own.keys()
-    assert all(torch.equal(stored[key], own[key] + 1) for key in own)
-    # The keys of `peft_model` alone, as a trainer of it has them, do as well.
-    inner = {key.removeprefix("peft_model."): value for key, value in gathered.items()}
-    model.save_pretrained(tmp_path, state_dict=inner)
-    assert torch.equal(
-        load_file(tmp_path / "embedding/adapter_model.safetensors")[key := next(iter(own))],
-        own[key] + 1,
-    )
-    with pytest.raises(KeyError, match=r"state_dict lacks \d+ keys of adapter 'default'"):
-        model.save_pretrained(tmp_path, state_dict={})
-
-
 def test_plain_peft_loads_each_adapter_alone(make_model, make_backbone, make_items, tmp_path):
     model = make_model("qwen3_vl")
     model.save_pretrained(tmp_path)

@@ -283,6 +283,12 @@ def test_the_trainer_stays_thin() -> None:
     assert overridden == {
         "_calculate_rewards",
         "_get_train_sampler",
+        "_get_per_token_logps_and_entropies",
+        "_tokenize_prompts",
         "_save",
         "_load_from_checkpoint",
+        "_prepare_for_training",
+        "_save_optimizer_and_scheduler",
+        "create_accelerator_and_postprocess",
+        "save_model",
     }

@@ -213,7 +213,8 @@ def test_a_batch_without_any_cot_has_no_think_loss_and_finite_gradients(
     records: RecordSet, tmp_path: Path
 ) -> None:
     loss, parts = losses(short_thoughts(), without_cots(records), tmp_path)
-    assert parts["loss_think"] == parts["loss_token"] == 0.0
+    assert parts["loss_token"] == 0.0
+    assert "loss_think" not in parts  # nothing was embedded for it
     assert "in_batch_hit@1_think" not in parts
     assert loss.item() == pytest.approx(parts["loss_no_think"])
     loss.backward()

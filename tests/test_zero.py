@@ -15,6 +15,7 @@ import torch
 from conftest import make_idefics3
 from launching import ROOT, TORCHRUN, skip_without_compiler
 from safetensors.torch import load_file
+from training import small_model
 
 from twn_rl.adapter_files import adapter_state
 from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
@@ -31,8 +32,24 @@ LOSS_TOLERANCE = 2e-5  # relative; gradients of up to 860 are summed in another 
 WEIGHT_TOLERANCE = 5e-5  # absolute, of weights around 0.3 after four steps at a rate of 0.01
 
 
+# One step of plain gradient descent at rate 1: what moved is the gradient.
+GRADIENT = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+}
+CHUNKED = {"contrastive_chunk_tokens": 60}  # two to four rows a chunk, of a batch of eight
+RECOMPUTED = {"gradient_checkpointing": True}
+
+
 def launch_worker(
-    folder: Path, config: str | None, *flags: str, fails: bool = False
+    folder: Path,
+    config: str | None,
+    *flags: str,
+    fails: bool = False,
+    dropout: float = 0.0,
 ) -> subprocess.CompletedProcess:
     """Run the worker on one process (None), under torchrun, or under a launch file."""
     command = [sys.executable, str(WORKER)]
@@ -46,7 +63,7 @@ def launch_worker(
     done = subprocess.run(
         [*command, str(folder), *flags],
         cwd=WORKER.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WORKER_DROPOUT": str(dropout)},
         capture_output=True,
         text=True,
         timeout=400,
@@ -58,15 +75,24 @@ def launch_worker(
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return layout -> folder of a run of all stages; each layout is launched once."""
-    made: dict[str | None, Path] = {}
+    """Return layout, settings -> folder of a run of the stages; each is launched once."""
+    made: dict[str, Path] = {}
 
-    def run(config: str | None) -> Path:
-        if config not in made:
+    def run(
+        config: str | None,
+        settings: dict[str, Any] | None = None,
+        *,
+        stages: tuple[str, ...] = STAGES,
+        dropout: float = 0.0,
+    ) -> Path:
+        key = json.dumps([config, settings, stages, dropout])
+        if key not in made:
             skip_without_compiler(config)
-            made[config] = tmp_path_factory.mktemp(str(config))
-            launch_worker(made[config], config)
-        return made[config]
+            folder = tmp_path_factory.mktemp(str(config))
+            flags = ("--stages", *stages, "--settings", json.dumps(settings or {}))
+            launch_worker(folder, config, *flags, dropout=dropout)
+            made[key] = folder
+        return made[key]
 
     return run
 
@@ -168,6 +194,55 @@ def test_checkpoints_hold_adapters_and_no_backbone_and_load_in_one_process(
         assert all(torch.equal(value, stored[f"{kept}/{key}"]) for key, value in own.items())
     vector = one.embed(one.collate([Item(text="camel")]))
     assert torch.isfinite(vector).all()
+
+
+@pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
+def test_recomputing_layers_changes_no_loss_and_no_weight(runs: Any, config: str | None) -> None:
+    stages = ("sft", "grpo", "latent")
+    plain, again = runs(None), runs(config, RECOMPUTED, stages=stages)
+    for stage in stages:
+        assert report_of(again, stage)["recomputes"]
+        assert not report_of(plain, stage)["recomputes"]
+        alone, together = logged(plain, stage, "loss"), logged(again, stage, "loss")
+        assert together == pytest.approx(alone, rel=LOSS_TOLERANCE, abs=1e-6), stage
+        assert farthest(plain / stage, again / stage) < WEIGHT_TOLERANCE
+
+
+def gradient_of(run: Path, stage: str) -> torch.Tensor:
+    """Return the gradient of the one step of a run as one vector."""
+    model = small_model(**({"num_reason_tokens": 2} if stage == "latent" else {}))
+    parts = []
+    for name, kept in ((REASONING_ADAPTER, "reasoning"), (EMBEDDING_ADAPTER, "embedding")):
+        after = load_file(run / stage / kept / "adapter_model.safetensors")
+        before = adapter_state(model.peft_model, name)
+        parts += [(before[key].double() - after[key].double()).flatten() for key in sorted(before)]
+    return torch.cat(parts)
+
+
+CONTRASTIVE = ("sft", "latent")
+
+
+@pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
+def test_chunks_give_the_gradient_of_the_whole_batch(runs: Any, config: str | None) -> None:
+    whole = runs(None, GRADIENT, stages=CONTRASTIVE)
+    cut = runs(config, {**GRADIENT, **CHUNKED}, stages=CONTRASTIVE)
+    for stage in CONTRASTIVE:
+        wanted, found = gradient_of(whole, stage), gradient_of(cut, stage)
+        assert float(wanted.norm()) > 1.0
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5, stage
+
+
+@pytest.mark.parametrize("config", ["zero3_cpu.yaml"])
+def test_dropout_falls_alike_in_both_phases_on_every_engine(runs: Any, config: str) -> None:
+    settings = {**GRADIENT, **CHUNKED}
+    plain = runs(TORCHRUN, settings, stages=CONTRASTIVE, dropout=0.2)
+    sharded = runs(config, settings, stages=CONTRASTIVE, dropout=0.2)
+    without = runs(TORCHRUN, settings, stages=CONTRASTIVE)
+    for stage in CONTRASTIVE:
+        wanted, found = gradient_of(plain, stage), gradient_of(sharded, stage)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5, stage
+        other = gradient_of(without, stage)
+        assert float((other - wanted).norm() / wanted.norm()) > 0.1, "dropout did nothing"
 
 
 @pytest.mark.parametrize("config", ZERO)

@@ -257,6 +257,7 @@ def run(
         else 0,
         "parameters": len(parameters),
         "partitioned": len(local),
+        "recomputes": trainer.dual_model.is_gradient_checkpointing,
         "logs": trainer.state.log_history,
     }
     if join_processes().is_main_process:

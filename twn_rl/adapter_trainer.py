@@ -170,6 +170,7 @@ class RecordTraining:
     args: Any
     accelerator: Any
     state: Any
+    dual_model: DualLoraModel
     _train_batch_size: int
     records: Sequence[Record]
 
@@ -205,4 +206,5 @@ class RecordTraining:
         """Add the means of what was noted since the last log."""
         means = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
         self._noted.clear()
+        means |= self.dual_model.limits.counts.take_ratios()
         super().log({**logs, **means}, start_time)  # pyright: ignore[reportAttributeAccessIssue]

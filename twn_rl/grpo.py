@@ -215,7 +215,8 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
             "rollouts/incomplete_ratio": [float(not ok) for ok in columns["is_think_complete"]],
             "embedding_variance": columns["embedding_variance"],
         }
-        self._log_means(metrics)
+        ratios = self.dual_model.limits.counts.take_ratios()
+        self._log_means({**metrics, **{name: [ratio] for name, ratio in ratios.items()}})
 
     def _log_means(self, metrics: dict[str, list[float]]) -> None:
         """Log the mean of each list over all processes; every process must call this."""
