@@ -35,6 +35,7 @@ from twn_rl.grpo import (
     EmbedGRPOConfig,
     EmbedGRPOTrainer,
     freeze_scorer,
+    place_scorer,
 )
 from twn_rl.model import DualLoraModel
 from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
@@ -115,6 +116,7 @@ def main(
     set_seed(training.seed)
     model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
     freeze_scorer(model)
+    place_scorer(model, training)
 
     # Data: every target of the RL records is embedded once.
     records = data.load("rl")

@@ -26,7 +26,7 @@ SFT = {
 }
 
 
-@pytest.mark.parametrize("config", [TORCHRUN, "zero2.yaml", "zero3.yaml"])
+@pytest.mark.parametrize("config", [TORCHRUN, "zero2_cpu.yaml", "zero3_cpu.yaml"])
 def test_two_processes_mix_groups_that_span_both_and_leave_a_policy_that_decides(
     config: str, tmp_path: Path
 ) -> None:

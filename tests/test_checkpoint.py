@@ -7,8 +7,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from twn_rl.adapter_files import adapter_state
-from twn_rl.adapters import EMBEDDING_ADAPTER, adapter_parameters, use_adapter
+from twn_rl.adapters import adapter_parameters, use_adapter
 from twn_rl.model import DualLoraModel
 from twn_rl.twn_release import import_twn_release
 

@@ -65,7 +65,7 @@ def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(tmp_pat
     assert "latent thoughts" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("config", ["zero2.yaml", "zero3.yaml"])
+@pytest.mark.parametrize("config", ["zero2_cpu.yaml", "zero3_cpu.yaml"])
 def test_sharded_training_is_that_of_one_process(config: str, tmp_path: Path) -> None:
     skip_without_compiler(config)
     one = run(tmp_path / "one", None, 1)

@@ -196,6 +196,15 @@ def test_checkpoints_hold_adapters_and_no_backbone_and_load_in_one_process(
     assert torch.isfinite(vector).all()
 
 
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["float32", "bf16"])
+@pytest.mark.parametrize("config", ZERO)
+def test_the_bank_holds_what_the_engines_weights_give(
+    runs: Any, config: str, settings: dict[str, Any]
+) -> None:
+    run = runs(config, settings, stages=("grpo",)) if settings else runs(config)
+    assert report_of(run, "grpo")["bank_difference"] == 0.0
+
+
 @pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
 def test_recomputing_layers_changes_no_loss_and_no_weight(runs: Any, config: str | None) -> None:
     stages = ("sft", "grpo", "latent")

@@ -22,14 +22,20 @@ from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from twn_rl.backbone import whole_parameters
 from twn_rl.config import LoraSettings
-from twn_rl.grpo import ROLLOUT_COLUMNS, EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
+from twn_rl.grpo import (
+    ROLLOUT_COLUMNS,
+    EmbedGRPOConfig,
+    EmbedGRPOTrainer,
+    freeze_scorer,
+    place_scorer,
+)
 from twn_rl.latent_config import LatentConfig
 from twn_rl.latent_trainer import LatentTrainer
 from twn_rl.model import DualLoraModel
 from twn_rl.processes import join_processes
 from twn_rl.records import Item, Record, RecordSet, load_records, write_records
 from twn_rl.reward_loading import load_rewards
-from twn_rl.rollouts import RolloutScorer
+from twn_rl.rollouts import RolloutScorer, embed_items
 from twn_rl.scoring import SCORING_COLUMNS
 from twn_rl.sft import SftConfig, SftTrainer
 from twn_rl.zero import is_sharded
@@ -186,6 +192,8 @@ def make_rl(
     )
     model = whole_model()
     freeze_scorer(model)
+    if not os.environ.get("WORKER_UNPLACED"):
+        place_scorer(model, args)
     scorer = RolloutScorer(
         model, data[1], folder / "bank", num_negatives=3, processes=join_processes()
     )
@@ -247,7 +255,14 @@ def run(
     checkpoint = str(folder / "checkpoint-2") if resume else None
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
-    engine = trainer.model_wrapped
+    engine, differences = trainer.model_wrapped, []
+    if hasattr(trainer, "scorer"):
+        items = {i.content_key(): i for r in data[1] for i in (r.positive, *r.negatives)}
+        stored = torch.from_numpy(trainer.scorer.targets.embeddings.copy())
+        assert list(items) == trainer.scorer.targets.ids  # one batch: the same sums in it
+        with trainer.whole_model():
+            own = embed_items(trainer.dual_model, list(items.values())).cpu()
+        differences.append(float((own - stored).abs().max()))
     parameters = list(trainer.model.parameters())
     local = [p for p in parameters if is_sharded(p) and p.numel() == 0]
     report = {
@@ -257,6 +272,7 @@ def run(
         else 0,
         "parameters": len(parameters),
         "partitioned": len(local),
+        "bank_difference": max(differences, default=None),
         "recomputes": trainer.dual_model.is_gradient_checkpointing,
         "logs": trainer.state.log_history,
     }

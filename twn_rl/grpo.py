@@ -24,6 +24,7 @@ from twn_rl.records import Item, Record
 from twn_rl.rollouts import RolloutScorer
 from twn_rl.training_settings import LaunchSettings
 from twn_rl.vision import encoding_first
+from twn_rl.zero import deepspeed_dtype
 
 ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
 
@@ -66,6 +67,15 @@ class EmbedGRPOConfig(LaunchSettings, GRPOConfig):
                 " or null to leave it off; change this field"
             )
         super().__post_init__()
+
+
+def place_scorer(model: DualLoraModel, args: EmbedGRPOConfig) -> None:
+    """Move the model to its device and, under DeepSpeed, cast it as the engine will.
+
+    The bank is made before there is an engine; without this a bfloat16 run would compare rollouts
+    in bfloat16 with targets in float32.
+    """
+    model.to(device=args.device, dtype=deepspeed_dtype(args))
 
 
 def freeze_scorer(model: DualLoraModel) -> None:

@@ -63,6 +63,11 @@ class RunProcesses:
         return PartialState().num_processes
 
     @property
+    def distributed_type(self) -> str:
+        """What accelerate makes of them, such as "DEEPSPEED" or "NO"."""
+        return str(PartialState().distributed_type).rpartition(".")[2]
+
+    @property
     def is_main_process(self) -> bool:
         """Whether this is the process that reports and writes what is shared."""
         return PartialState().is_main_process
@@ -177,6 +182,11 @@ def check_launch(*, use_cpu: bool) -> None:
     hides = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # as the files for CPUs do
     count = 0 if use_cpu or hides else torch.accelerator.device_count()
     if is_deepspeed_launch():
+        if "LOCAL_RANK" not in os.environ:
+            problems.append(
+                "DeepSpeed without a launcher, expected accelerate launch or torchrun, also for "
+                "one process; start the recipe with one of them"
+            )
         if not count and not (use_cpu or hides):
             problems.append(
                 "DeepSpeed was launched with a file for GPUs and this machine has none; expected "

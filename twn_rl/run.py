@@ -47,6 +47,7 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "num_processes": join_processes().num_processes,
+        "distributed_type": join_processes().distributed_type,
     }
     (directory / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
 
