@@ -1,16 +1,16 @@
-"""Contrastive batches beyond memory: chunks against the whole batch and sentence-transformers' loss.
+"""Contrastive batches beyond memory: chunks, the whole batch, sentence-transformers' cached loss.
 
     python benchmarks/contrastive.py --batch_size 24 --factor 16 --rounds 3
 
-Scenes of the embedded default with its backbone and both adapters, on one thread. Two kinds of step:
-`pairs` is InfoNCE of (query, target) without thoughts, which sentence-transformers'
+Scenes of the embedded default with its backbone and both adapters, on one thread. Two kinds of
+step: `pairs` is InfoNCE of (query, target) without thoughts, which sentence-transformers'
 CachedMultipleNegativesRankingLoss does as well, on the same backbone, adapter and read-out; `warm
 start` is the whole step of recipes/sft_embed.py, token loss and think vectors included. Every arm
-sees the same records, in a process of its own, arms taking turns round by round. Time is that of the
-training steps, from collated batches on; collating is a column of its own, since data loader workers
-do it beside. Memory is the peak of the process above what it had before the first batch, once with
-and once without the tensors of the collated batch, which wait on the host when there is a GPU.
-Printed is a Markdown table with medians and ratios to the plain batch.
+sees the same records, in a process of its own, arms taking turns round by round. Time is that of
+the training steps, from collated batches on; collating is a column of its own, since data loader
+workers do it beside. Memory is the peak of the process above what it had before the first batch,
+once with and once without the tensors of the collated batch, which wait on the host when there is a
+GPU. Printed is a Markdown table with medians and ratios to the plain batch.
 """
 
 from __future__ import annotations
@@ -191,6 +191,7 @@ def make_step(
         use_cpu=True,
     )
     trainer: Any = SftTrainer(model, args, [])
+    trainer.current_gradient_accumulation_steps = 1  # HF sets it in its loop
     return lambda batch: trainer.training_step(trainer.model, batch), trainer.data_collator
 
 
@@ -214,7 +215,7 @@ def cached_step(
 ) -> tuple[Callable[[Any], Any], Callable[[list[Record]], Any]]:
     """Return a step of sentence-transformers' cached loss, symmetric as ours."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
 
     loss = CachedMultipleNegativesRankingLoss(
         SentenceTransformer(modules=[Reader(model)], device="cpu"),
