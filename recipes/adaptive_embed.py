@@ -7,7 +7,8 @@ think="auto", the model then needs no gate.
 
     accelerate launch recipes/adaptive_embed.py
     accelerate launch recipes/adaptive_embed.py --warm_start outputs/demo/grpo
-    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/adaptive_embed.py
+    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/adaptive_embed.py  # GPUs
+    accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/adaptive_embed.py
     accelerate launch recipes/adaptive_embed.py --rewards margin adaptive --reward_weights 1 0.5
 
 Without arguments it reads recipes/configs/demo_adaptive.yaml: the embedded emoji scenes, warm start

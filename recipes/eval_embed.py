@@ -180,7 +180,7 @@ def measure(
     script: EvalScriptArguments, splits: dict, path: str, modes: Sequence[str] | None
 ) -> Evaluation:
     """Evaluate one model on every split."""
-    model = DualLoraModel.from_pretrained(path)
+    model = DualLoraModel.from_pretrained(path).to(join_processes().device)
     if modes is None:
         modes = default_modes(script, model.config)
     return merge_evaluations(

@@ -5,7 +5,8 @@ adapter. Default reward: similarity of the think vector to its positive minus th
 hardest negatives in the whole target bank.
 
     accelerate launch recipes/grpo_embed.py
-    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/grpo_embed.py
+    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/grpo_embed.py  # GPUs
+    accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/grpo_embed.py
     accelerate launch recipes/grpo_embed.py --rewards margin format --reward_weights 1 0.1
     accelerate launch recipes/grpo_embed.py --rewards my_rewards.py:my_reward
 

@@ -7,7 +7,8 @@ joint optimisation. No chain of thought is read; the decoder is left out of the 
     accelerate launch recipes/latent_embed.py
     accelerate launch recipes/latent_embed.py --num_reason_tokens 16 --latent_bottleneck true
     accelerate launch recipes/latent_embed.py --direct_only true --output_dir outputs/demo/direct
-    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/latent_embed.py
+    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/latent_embed.py  # GPUs
+    accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/latent_embed.py
 
 The third is the baseline: same data, steps and read-outs without reason tokens and decoder. Without
 arguments it reads recipes/configs/demo_latent.yaml and trains on the embedded emoji scenes; every

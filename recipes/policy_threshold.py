@@ -59,7 +59,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
     path = Path(script.model)
     records = data.load(script.validation_split)  # pyright: ignore[reportArgumentType]
     if join_processes().is_main_process:
-        model = DualLoraModel.from_pretrained(path)
+        model = DualLoraModel.from_pretrained(path).to(join_processes().device)
         save_run(path / FOLDER, script, rule, data)
         settings = EvaluationSettings(
             split=script.validation_split,

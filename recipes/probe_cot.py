@@ -55,7 +55,7 @@ def main(script: ProbeScriptArguments, data: DataArguments) -> Path:
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
     if join_processes().is_main_process:
         save_run(output, script, data)
-        model = DualLoraModel.from_pretrained(script.model)
+        model = DualLoraModel.from_pretrained(script.model).to(join_processes().device)
         tables = []
         for name, records in splits.items():
             settings = EvaluationSettings(

@@ -4,7 +4,8 @@ One frozen backbone, two LoRA adapters (Think When Needed, 2605.14448; loss weig
 2511.00405).
 
     accelerate launch recipes/sft_embed.py
-    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/sft_embed.py
+    accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/sft_embed.py  # GPUs
+    accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/sft_embed.py
     accelerate launch recipes/sft_embed.py \
         --backbone Qwen/Qwen3-VL-2B-Instruct --train_file train.jsonl
 

@@ -52,6 +52,7 @@ def test_two_processes_mix_groups_that_span_both_and_leave_a_policy_that_decides
         cwd=tmp_path,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert done.stderr.count("DeepSpeedEngine, ZeRO-") == (2 if "zero" in config else 0)
     text = (tmp_path / "adaptive" / "metrics.jsonl").read_text(encoding="utf-8")
     first = json.loads(text.splitlines()[0])
     # The one group spans both processes: a rollout is pinned only if all of both agree.

@@ -51,6 +51,11 @@ def train(folder: Path, config: str | None, num_processes: int) -> dict[str, lis
         cwd=folder,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    if config is not None and config.startswith("zero"):
+        # Both stages of the one launch, on an engine each; ZeRO-3 has all parameters in parts.
+        parts = "205 of 205" if config.startswith("zero3") else "0 of 205"
+        engine = f"DeepSpeedEngine, ZeRO-{config[4]} on 2 processes, {parts} parameters partitioned"
+        assert done.stderr.count(engine) == 2, done.stderr[-4000:]
     return {
         stage: [
             json.loads(line)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from twn_rl.losses import (
+    GatheredPairs,
     contrastive_accuracy,
     false_negative_mask,
     gather_with_grad,
@@ -264,3 +265,17 @@ def test_two_gloo_processes_give_the_loss_and_gradient_of_one_and_refuse_uneven_
         result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         torch.testing.assert_close(result["loss"], loss.detach())
         torch.testing.assert_close(result["grad"], weight.grad)
+
+
+def test_a_target_as_good_as_the_positive_is_no_negative() -> None:
+    """Targets at 0, 10 and 80 degrees: the second is a twin of the first, and the other way."""
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 80.0]))
+    targets = torch.stack([angles.cos(), angles.sin()], 1).requires_grad_()
+    pairs = GatheredPairs.of(torch.arange(3), torch.arange(10, 13))
+    assert pairs.without_twins(targets, None) is pairs
+    found = pairs.without_twins(targets, 0.95)
+    assert found.mask.tolist() == [[False, True, False], [True, False, False], [False] * 3]
+    assert pairs.without_twins(targets, -0.99).mask.sum() == 6  # never the positive itself
+    queries = targets.detach().flip(1)
+    expected = info_nce(queries, targets, temperature=0.1, mask=found.mask)
+    assert torch.equal(found.loss(queries, targets, temperature=0.1), expected)

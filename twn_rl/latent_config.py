@@ -21,6 +21,13 @@ class LatentConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[report
         default=1,
         metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
     )
+    max_negative_similarity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cosine to the positive target from which on a target is taken for an "
+            "unlabelled positive and is no negative; null is off."
+        },
+    )
     contrastive_chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -91,6 +98,9 @@ class LatentConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[report
                 f"decoder_width = {self.decoder_width}, expected a multiple of decoder_heads = "
                 f"{self.decoder_heads}"
             )
+        limit = self.max_negative_similarity
+        if limit is not None and not -1 < limit <= 1:
+            problems.append(f"max_negative_similarity = {limit}, expected a cosine in (-1, 1]")
         problems += check_chunking(self, self.contrastive_chunk_tokens)
         if problems:
             raise ValueError("LatentConfig: " + "; ".join(problems) + "; change these fields")

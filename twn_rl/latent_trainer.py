@@ -276,6 +276,7 @@ class LatentTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer
     ) -> dict[str, Tensor]:
         pairs = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
         targets = pairs.gather_targets(outputs["target"][inputs["target_rows"]])
+        pairs = pairs.without_twins(targets, self.args.max_negative_similarity)
         parts = {}
         for part, name in (("contrastive", "query"), ("no_think", "no_think")):
             if name in outputs:

@@ -208,6 +208,24 @@ class GatheredPairs:
         """Return the pairs of some queries, (N,) bool; `gather_targets` stays with the whole."""
         return replace(self, positive_index=self.positive_index[rows], mask=self.mask[rows])
 
+    def without_twins(self, targets: Tensor, max_similarity: float | None) -> GatheredPairs:
+        """Return the pairs without negatives that are as good as positives.
+
+        A target whose cosine to the positive target reaches `max_similarity` is taken for one that
+        nobody labelled, as in the rewards (`scoring.similarity_columns`); it is decided on the
+        targets alone, so that a query cannot lose a hard negative by drifting away.
+
+        Args:
+            targets: (M, D) gathered unit vectors; detached here.
+            max_similarity: In (-1, 1]; None is off.
+        """
+        if max_similarity is None:
+            return self
+        vectors = targets.detach().float()
+        is_twin = vectors[self.positive_index] @ vectors.T >= max_similarity
+        mask = (self.mask | is_twin).scatter(1, self.positive_index[:, None], False)
+        return replace(self, mask=mask)
+
     def gather_targets(self, vectors: Tensor) -> Tensor:
         """Return (M, D) targets of all processes of (n * (1 + k), D) local ones; gradient flows."""
         parts = vectors[: self.count], vectors[self.count :]

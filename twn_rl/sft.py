@@ -66,6 +66,13 @@ class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportInc
         default=0.0,
         metadata={"help": "Share of the steps after which the contrastive terms join; 1 is never."},
     )
+    max_negative_similarity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cosine to the positive target from which on a target is taken for an "
+            "unlabelled positive and is no negative; null is off."
+        },
+    )
     contrastive_chunk_tokens: int | None = field(
         default=None,
         metadata={
@@ -103,6 +110,9 @@ class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportInc
             )
         if self.num_hard_negatives < 0:
             problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
+        limit = self.max_negative_similarity
+        if limit is not None and not -1 < limit <= 1:
+            problems.append(f"max_negative_similarity = {limit}, expected a cosine in (-1, 1]")
         problems += check_chunking(self, self.contrastive_chunk_tokens)
         if problems:
             raise ValueError("SftConfig: " + "; ".join(problems) + "; change these fields")
@@ -402,6 +412,7 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
         has_cot = gather_with_grad(inputs["has_cot"].long()).bool()
         no_think = gather_with_grad(embeds["no_think"])
         target = every.gather_targets(embeds["target"][rows])
+        every = every.without_twins(target, self.args.max_negative_similarity)
         think_target = target
         if "target_think" in embeds:
             think_target = every.gather_targets(embeds["target_think"][rows])
