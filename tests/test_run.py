@@ -17,6 +17,7 @@ from twn_rl.latent_config import LatentConfig
 from twn_rl.records import Item, Record, write_records
 from twn_rl.run import checkpoint_to_resume, save_run
 from twn_rl.sft import SftConfig
+from twn_rl.whole_checkpoints import seal
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -189,6 +190,8 @@ def test_checkpoint_to_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert "starting at step 0" in caplog.text
     for step in (9, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "state").write_text("x", encoding="utf-8")
+        seal(tmp_path / f"checkpoint-{step}")
     newest = str(tmp_path / "checkpoint-10")
     assert checkpoint_to_resume(tmp_path, "true") == newest
     assert checkpoint_to_resume(tmp_path, "last") == newest
@@ -199,6 +202,8 @@ def test_checkpoint_to_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 
 def test_resuming_is_spelt_the_same_as_a_flag_and_in_yaml(tmp_path: Path) -> None:
     (tmp_path / "out" / "checkpoint-2").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-2" / "state").write_text("x", encoding="utf-8")
+    seal(tmp_path / "out" / "checkpoint-2")
     last = str(tmp_path / "out" / "checkpoint-2")
     (by_flag,) = parse((SftConfig,), write_yaml(tmp_path), "--resume_from_checkpoint", "true")
     assert checkpoint_to_resume(by_flag.output_dir, by_flag.resume_from_checkpoint) == last

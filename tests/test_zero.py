@@ -270,6 +270,18 @@ def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
     assert farthest(tmp_path / "grpo", unbroken / "grpo") == 0.0
 
 
+@pytest.mark.parametrize("config", [TORCHRUN, *ZERO])
+def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(
+    runs: Any, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_DIES_IN_SAVE", "1")
+    launch_worker(tmp_path, config, "--stages", "sft", "--kill", "sft", fails=True)
+    assert (tmp_path / "sft" / "checkpoint-4" / "embedding").is_dir()
+    done = launch_worker(tmp_path, config, "--stages", "sft", "--resume", "sft")
+    assert "checkpoint-4 is passed over: no readable manifest.json" in done.stderr
+    assert farthest(tmp_path / "sft", runs(config) / "sft") == 0.0
+
+
 @pytest.mark.parametrize("other", [None, TORCHRUN, "zero3_cpu.yaml"])
 def test_a_checkpoint_of_another_launch_is_refused_with_what_to_do(
     runs: Any, other: str | None, tmp_path: Path

@@ -36,6 +36,7 @@ from twn_rl.processes import join_processes
 from twn_rl.records import Item, Record, RecordSet, load_records, write_records
 from twn_rl.reward_loading import load_rewards
 from twn_rl.rollouts import RolloutScorer, embed_items
+from twn_rl.run import checkpoint_to_resume
 from twn_rl.scoring import SCORING_COLUMNS
 from twn_rl.sft import SftConfig, SftTrainer
 from twn_rl.zero import is_sharded
@@ -116,6 +117,12 @@ def whole_model(**settings: Any) -> DualLoraModel:
         settings[name] = LoraSettings(r=rank, alpha=2 * rank, dropout=DROPOUT)
     with whole_parameters():
         return small_model(**settings)
+
+
+def die_in_save(output_dir: str) -> None:
+    """Stand in for saving the random states of the last checkpoint: the machine goes away."""
+    if output_dir.endswith(f"checkpoint-{STEPS}"):
+        os._exit(9)
 
 
 def shared_settings(folder: Path, processes: int, **extra: Any) -> dict[str, Any]:
@@ -250,9 +257,14 @@ def run(
     """Train one stage, save it, and write down which engine ran and what it logged."""
     folder.mkdir(parents=True, exist_ok=True)
     trainer: Any = STAGES[stage](folder, data, **extra)
-    if kill:
+    if kill and os.environ.get("WORKER_DIES_IN_SAVE"):
+        trainer._save_rng_state = die_in_save
+    elif kill:
         trainer.add_callback(Kill())
-    checkpoint = str(folder / "checkpoint-2") if resume else None
+    checkpoint = checkpoint_to_resume(folder, "true") if resume else None
+    if resume:
+        assert checkpoint is not None
+        assert checkpoint.endswith("checkpoint-2")
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     engine, differences = trainer.model_wrapped, []

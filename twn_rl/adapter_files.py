@@ -35,10 +35,18 @@ def _stored(key: str, name: str) -> str:
 def save_adapter(peft_model: PeftModel, name: str, directory: str | Path) -> None:
     """Write one adapter as a plain PEFT folder: `adapter_config.json` and safetensors.
 
-    PEFT's own saving refuses two adapters of which only one has trainable tokens. Of several
-    processes only the first writes; under ZeRO-3 all of them must call this.
+    Weights that are not finite are refused. PEFT's own saving would refuse two adapters of which
+    only one has trainable tokens. Of several processes only the first writes; under ZeRO-3 all of
+    them must call this.
     """
     state = adapter_state(peft_model, name)
+    bad = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise FloatingPointError(
+            f"adapter {name!r}: {len(bad)} of {len(state)} tensors hold NaN or infinity, such as "
+            f"{bad[0]}; expected finite weights; nothing was written to {directory}; resume from "
+            "the last checkpoint with a lower learning_rate"
+        )
     if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
         return
     directory = Path(directory)

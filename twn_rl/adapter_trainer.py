@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.checkpoint import load_weights
@@ -21,6 +22,7 @@ from twn_rl.mixtures import Mixture, MixtureSampler
 from twn_rl.model import DualLoraModel
 from twn_rl.processes import check_engaged, join_processes
 from twn_rl.records import Record
+from twn_rl.whole_checkpoints import is_finished, seal
 from twn_rl.whole_files import read_json, write_json
 from twn_rl.zero import deepspeed_dtype, describe_engine, fill_auto_sizes, save_trained_only
 
@@ -39,6 +41,7 @@ class AdapterCheckpoints:
 
     args: Any
     accelerator: Any
+    state: Any
     is_deepspeed_enabled: bool
     model_wrapped: Any
     dual_model: DualLoraModel
@@ -50,6 +53,51 @@ class AdapterCheckpoints:
             set_hf_deepspeed_config(self.args.hf_deepspeed_config)
         super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
         check_engaged(self)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """Let HF train; of a finished run only the weights are read back."""
+        resume = resume_from_checkpoint
+        if resume and is_finished(Path(resume), self.args):
+            logger.info("%s is the end of this run: nothing is left to train", resume)
+            self._load_from_checkpoint(resume)
+            return None
+        return super().train(resume_from_checkpoint=resume, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Let HF do a step, and end the run where its loss is not finite.
+
+        Raises:
+            FloatingPointError: With the step, and the weights that are not finite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if not torch.isfinite(loss):
+            named = self.dual_model.named_parameters()
+            bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p).all()]
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: loss = {loss.item()}, expected a finite "
+                f"number; {len(bad)} trained tensors are not finite{': ' if bad else ''}"
+                f"{', '.join(bad[:3])}; nothing is saved; lower learning_rate, raise warmup_steps, "
+                "or resume from the last checkpoint"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let HF save a checkpoint, seal it, and only then delete older ones."""
+        trainer: Any = self
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            self.args.save_total_limit = limit
+        join_processes().wait_for_everyone()  # all have written their parts
+        if self.args.should_save:
+            folder = Path(trainer._get_output_dir(trial=trial))
+            seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
 
     @property
     def is_zero3(self) -> bool:

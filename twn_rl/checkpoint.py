@@ -3,6 +3,7 @@
 Knows no training state: optimizers and schedulers belong to the trainer.
 """
 
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +22,15 @@ if TYPE_CHECKING:
 
 REASONING_DIR = "reasoning"
 EMBEDDING_DIR = "embedding"
+ASIDE_DIR = ".saving"
 _PACKAGES = ("torch", "transformers", "peft")
 
 
 def save_model(model: "DualLoraModel", path: str | Path) -> None:
     """Write `reasoning/`, `embedding/` (read-out rows inside), gates and `twn_config.json`.
 
-    A `gate.safetensors` that an earlier model left there is removed if this one has no gates.
+    A `gate.safetensors` that an earlier model left there is removed if this one has no gates. All
+    is written aside first: a full disk leaves the model that was there as it was.
 
     Of several processes only the first writes; under ZeRO-3 all of them must call this.
 
@@ -36,12 +39,31 @@ def save_model(model: "DualLoraModel", path: str | Path) -> None:
         path: Folder; created if needed.
     """
     path = Path(path)
+    aside = path / ASIDE_DIR
+    is_writer = not dist.is_initialized() or dist.get_rank() == 0
+    if is_writer:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
     for name, folder in ((REASONING_ADAPTER, REASONING_DIR), (EMBEDDING_ADAPTER, EMBEDDING_DIR)):
-        save_adapter(model.peft_model, name, path / folder)
-    save_gates(model, path)
+        save_adapter(model.peft_model, name, aside / folder)
+    save_gates(model, aside)
     model.config.versions = {package: version(package) for package in _PACKAGES}
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        model.config.save(path)
+    if is_writer:
+        model.config.save(aside)
+        _publish(aside, path)
+
+
+def _publish(aside: Path, path: Path) -> None:
+    """Put a model that has been written whole in the place of another one."""
+    if not (aside / GATE_FILE).exists():
+        (path / GATE_FILE).unlink(missing_ok=True)
+    for new in sorted(aside.iterdir()):
+        old = path / new.name
+        if old.is_dir():
+            old.rename(path / f".{new.name}.old")
+        new.replace(old)
+        shutil.rmtree(path / f".{new.name}.old", ignore_errors=True)
+    aside.rmdir()
 
 
 def load_model(

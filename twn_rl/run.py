@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 
 from twn_rl.processes import join_processes
+from twn_rl.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
 
 logger = logging.getLogger(__name__)
 
@@ -78,22 +78,33 @@ def _git_commit() -> str | None:
 
 
 def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> str | None:
-    """Return the checkpoint folder to resume from: a path, the last one for "true", or None.
+    """Return the checkpoint to resume from: a path, the newest whole one for "true", or None.
 
     Raises:
         FileNotFoundError: If a path is given that is no folder.
+        ValueError: If the checkpoint at a given path is damaged.
     """
     resume = str(resume)  # YAML gives true as a bool, a flag gives it as a word
     if resume.lower() in ("false", "none", ""):
         return None
     if resume.lower() in ("true", "last"):
-        last = get_last_checkpoint(str(output_dir)) if Path(output_dir).is_dir() else None
+        last = newest_whole(Path(output_dir))
         if last is None:
             logger.warning("No checkpoint in %s to resume from; starting at step 0", output_dir)
-        return last
+            return None
+        logger.info("Resuming from %s", last)
+        return str(last)
     if not Path(resume).is_dir():
         raise FileNotFoundError(
             f"resume_from_checkpoint = {resume!r} is no folder; expected a checkpoint-N folder, or "
             "true for the last one in output_dir; correct the path"
         )
+    damage = damage_of(Path(resume))
+    if damage is not None and (Path(resume) / SEAL_FILE).exists():
+        raise ValueError(
+            f"resume_from_checkpoint = {resume}: {damage}; expected a whole checkpoint; resume "
+            "from an older one, or pass true for the newest whole one in output_dir"
+        )
+    if damage is not None:
+        logger.warning("%s cannot be checked: %s, or it is of an earlier version", resume, damage)
     return resume

@@ -221,24 +221,24 @@ class SftCollator:
         """Return the chunks of some items and of what is written after each of them."""
         assert self.chunk_tokens is not None
         backbone = self.model.backbone
-        alone = [self.model.collate([item]) for item in items]
+        alone: list[Any] = [self.model.collate([item]) for item in items]
         tail = len(self.model.readout_ids) + len(self.model.reason_ids)
         lengths = [
             batch["input_ids"].shape[1] + tail + max(len(ids[row]) for ids in completions.values())
             for row, batch in enumerate(alone)
         ]
         patches = [num_patches(backbone, batch) for batch in alone]
-        return [
-            Chunk(
-                rows=torch.tensor(rows),
-                prompt=join_prompts(backbone, [alone[row] for row in rows]),
-                completions={
-                    name: self.model.collate_completions([ids[row] for row in rows])
-                    for name, ids in completions.items()
-                },
-            )
-            for rows in pack(lengths, self.chunk_tokens, patches)
-        ]
+        chunks = []
+        for rows in pack(lengths, self.chunk_tokens, patches):
+            prompt = join_prompts(backbone, [alone[row] for row in rows])
+            for row in rows:
+                alone[row] = None  # or the pictures of the whole batch would be there twice
+            written = {
+                name: self.model.collate_completions([ids[row] for row in rows])
+                for name, ids in completions.items()
+            }
+            chunks.append(Chunk(torch.tensor(rows), prompt, written))
+        return chunks
 
     def _completion(self, cot: str | None) -> list[int]:
         return [] if cot is None else self.model.completion_ids(self.model.renderer.completion(cot))
