@@ -54,14 +54,19 @@ class AdapterCheckpoints:
         super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
         check_engaged(self)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> Any:
         """Let HF train; of a finished run only the weights are read back."""
         resume = resume_from_checkpoint
         if resume and is_finished(Path(resume), self.args):
             logger.info("%s is the end of this run: nothing is left to train", resume)
             self._load_from_checkpoint(resume)
             return None
-        return super().train(resume_from_checkpoint=resume, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().train(resume, trial, ignore_keys_for_eval)  # pyright: ignore[reportAttributeAccessIssue]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Let HF do a step, and end the run where its loss is not finite.
