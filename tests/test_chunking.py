@@ -118,7 +118,7 @@ def test_with_dropout_the_gradient_is_that_of_one_graph_through_all_chunks(tmp_p
             tokens = tokens + trainer._row_losses(kind, outputs, chunk, {}, inputs)["token"]
     for name, rows in pieces.items():
         vectors[name] = torch.stack([value for _, value in sorted(rows, key=lambda r: r[0])])
-    parts = {**trainer._vector_losses(vectors, inputs), "token": tokens}
+    parts = {**trainer._contrastive_losses(vectors, inputs), "token": tokens}
     reference = trainer._weighted(parts)
     wanted = torch.autograd.grad(reference, trained)
     assert float(loss) == pytest.approx(float(reference.detach()), rel=1e-6)

@@ -28,11 +28,11 @@ from twn_rl.grpo import rollout_dataset
 from twn_rl.images import shrink_image
 from twn_rl.limits import PromptLimits, settle_limits
 from twn_rl.model import DualLoraModel
+from twn_rl.pair_batches import SftCollator
 from twn_rl.record_report import inspect_records
 from twn_rl.records import Item, Record, load_records, write_records
 from twn_rl.rollouts import embed_items
 from twn_rl.scoring import TargetBank
-from twn_rl.sft import SftCollator
 from twn_rl.templates import Renderer
 from twn_rl.token_lengths import TokenCounter, add_token_lengths
 

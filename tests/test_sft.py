@@ -20,9 +20,10 @@ from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parame
 from twn_rl.config import LoraSettings
 from twn_rl.losses import false_negative_mask, info_nce, key_ids
 from twn_rl.model import DualLoraModel
+from twn_rl.pair_batches import SftCollator, content_key
 from twn_rl.records import Record, RecordSet, load_records
 from twn_rl.run import checkpoint_to_resume
-from twn_rl.sft import SftCollator, SftConfig, SftTrainer, content_key
+from twn_rl.sft import SftConfig, SftTrainer
 
 NUM_NEGATIVES = 2
 

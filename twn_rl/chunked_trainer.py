@@ -26,7 +26,7 @@ class ChunkedContrast:
     """Mixin, before an HF trainer: steps on batches that a collator has cut into `Chunks`.
 
     A trainer says how a chunk goes through its model (`_chunk_call`, `_chunk_vectors`), what the
-    loss on all vectors is (`_vector_losses`) and what losses belong to single rows (`_row_losses`).
+    loss on all vectors is (`_contrastive_losses`) and which belongs to single rows (`_row_losses`).
     Every process runs as many chunks of a kind as the one with most; those that have fewer repeat
     their first one with weight 0, so that ZeRO-3 stays in step.
     """
@@ -101,7 +101,7 @@ class ChunkedContrast:
         if not vectors:
             return {}, {}
         leaves = {name: value.requires_grad_() for name, value in vectors.items()}
-        parts = self._vector_losses(leaves, inputs)
+        parts = self._contrastive_losses(leaves, inputs)
         found = torch.autograd.grad(
             self._weighted(parts), list(leaves.values()), allow_unused=True, materialize_grads=True
         )
@@ -135,7 +135,7 @@ class ChunkedContrast:
         """Return name -> vectors (n, D) of a chunk's outputs."""
         raise NotImplementedError
 
-    def _vector_losses(
+    def _contrastive_losses(
         self, vectors: dict[str, Tensor], inputs: dict[str, Any]
     ) -> dict[str, Tensor]:
         """Return the losses on the vectors of the whole local batch, gathered over processes."""

@@ -50,22 +50,6 @@ class Chunks:
     kinds: dict[str, list[Chunk]]
 
 
-def check_chunking(args: Any, chunk_tokens: int | None) -> list[str]:
-    """Return what keeps a trainer with these arguments from cutting batches into chunks."""
-    problems = []
-    if chunk_tokens is None:
-        return problems
-    if chunk_tokens < 1:
-        problems.append(f"contrastive_chunk_tokens = {chunk_tokens}, expected >= 1 or null")
-    if args.gradient_accumulation_steps != 1:
-        problems.append(
-            f"gradient_accumulation_steps = {args.gradient_accumulation_steps} with "
-            "contrastive_chunk_tokens, expected 1: accumulated batches do not see each other's "
-            "negatives; raise per_device_train_batch_size instead, memory does not depend on it"
-        )
-    return problems
-
-
 def pack(
     lengths: Sequence[int], chunk_tokens: int, patches: Sequence[int] | None = None
 ) -> list[list[int]]:

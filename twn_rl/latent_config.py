@@ -6,36 +6,13 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from twn_rl.chunking import check_chunking
-from twn_rl.training_settings import LaunchSettings
+from twn_rl.training_settings import ContrastiveSettings, LaunchSettings
 
 
 @dataclass
-class LatentConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class LatentConfig(ContrastiveSettings, LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Hyper-parameters of LaME; the paper publishes no weights, these are our reading of it."""
 
-    temperature: float = field(
-        default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
-    )
-    num_hard_negatives: int = field(
-        default=1,
-        metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
-    )
-    max_negative_similarity: float | None = field(
-        default=None,
-        metadata={
-            "help": "Cosine to the positive target from which on a target is taken for an "
-            "unlabelled positive and is no negative; null is off."
-        },
-    )
-    contrastive_chunk_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a chunk: the contrastive batch goes through the model chunk by "
-            "chunk, twice, and gives the gradient of the whole at the memory of one; raise "
-            "per_device_train_batch_size with it. null: the whole batch at once."
-        },
-    )
     warm_up_share: float = field(
         default=0.15,
         metadata={
@@ -81,13 +58,11 @@ class LatentConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[report
 
     def __post_init__(self) -> None:
         """Check the method's own fields, all problems at once, then HF's."""
-        problems = []
-        if self.temperature <= 0:
-            problems.append(f"temperature = {self.temperature}, expected > 0")
+        problems = self.contrastive_problems()
         if not 0.0 <= self.warm_up_share < 1.0:
             problems.append(f"warm_up_share = {self.warm_up_share}, expected in [0, 1)")
         weights = [name for name in self.__dataclass_fields__ if name.endswith("_weight")]
-        for name in (*weights, "num_hard_negatives"):
+        for name in weights:
             if getattr(self, name) < 0:
                 problems.append(f"{name} = {getattr(self, name)}, expected >= 0")
         for name in ("decoder_layers", "decoder_width", "decoder_heads", "max_target_tokens"):
@@ -98,10 +73,6 @@ class LatentConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[report
                 f"decoder_width = {self.decoder_width}, expected a multiple of decoder_heads = "
                 f"{self.decoder_heads}"
             )
-        limit = self.max_negative_similarity
-        if limit is not None and not -1 < limit <= 1:
-            problems.append(f"max_negative_similarity = {limit}, expected a cosine in (-1, 1]")
-        problems += check_chunking(self, self.contrastive_chunk_tokens)
         if problems:
             raise ValueError("LatentConfig: " + "; ".join(problems) + "; change these fields")
         self.remove_unused_columns = False

@@ -33,8 +33,8 @@ from twn_rl.latent import (
 from twn_rl.latent_config import LatentConfig
 from twn_rl.losses import GatheredPairs, gather_with_grad
 from twn_rl.model import DualLoraModel
+from twn_rl.pair_batches import RecordDataset, SftCollator
 from twn_rl.records import Record
-from twn_rl.sft import RecordDataset, SftCollator
 from twn_rl.thoughts import evaluating
 from twn_rl.zero import forget_moments, gathered
 
@@ -211,11 +211,6 @@ class LatentTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer
         names = ("query", "no_think", "target")
         return {name: outputs[name] for name in names if name in outputs}
 
-    def _vector_losses(
-        self, vectors: dict[str, Tensor], inputs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        return self._contrastive_losses(vectors, inputs)
-
     def _row_losses(
         self,
         kind: str,
@@ -272,15 +267,15 @@ class LatentTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer
         return optimizer
 
     def _contrastive_losses(
-        self, outputs: dict[str, Tensor], inputs: dict[str, Any]
+        self, vectors: dict[str, Tensor], inputs: dict[str, Any]
     ) -> dict[str, Tensor]:
         pairs = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
-        targets = pairs.gather_targets(outputs["target"][inputs["target_rows"]])
+        targets = pairs.gather_targets(vectors["target"][inputs["target_rows"]])
         pairs = pairs.without_twins(targets, self.args.max_negative_similarity)
         parts = {}
         for part, name in (("contrastive", "query"), ("no_think", "no_think")):
-            if name in outputs:
-                queries = gather_with_grad(outputs[name])
+            if name in vectors:
+                queries = gather_with_grad(vectors[name])
                 parts[part] = pairs.loss(queries, targets, temperature=self.args.temperature)
                 self._note(f"in_batch_hit@1_{part}", float(pairs.accuracy(queries, targets)))
         return parts

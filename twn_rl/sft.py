@@ -8,39 +8,28 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
 from twn_rl.adapter_trainer import AdapterCheckpoints, RecordTraining
 from twn_rl.chunked_trainer import ChunkedContrast
-from twn_rl.chunking import (
-    Chunk,
-    Chunks,
-    check_chunking,
-    join_prompts,
-    num_patches,
-    pack,
-)
+from twn_rl.chunking import Chunk, Chunks
 from twn_rl.gating.files import drop_gates
-from twn_rl.losses import GatheredPairs, gather_with_grad, key_ids
+from twn_rl.losses import GatheredPairs, gather_with_grad
 from twn_rl.model import DualLoraModel
-from twn_rl.records import Item, Record
-from twn_rl.training_settings import LaunchSettings
+from twn_rl.pair_batches import RecordDataset, SftCollator
+from twn_rl.records import Record
+from twn_rl.training_settings import ContrastiveSettings, LaunchSettings
 
 
 @dataclass
-class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SftConfig(ContrastiveSettings, LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """Hyper-parameters of the warm start; weights 1 and temperature 0.02: UME-R1 (2511.00405)."""
 
-    temperature: float = field(
-        default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
-    )
     token_weight: float = field(
         default=1.0, metadata={"help": "Weight of the token loss on CoTs; 0 is off."}
     )
@@ -58,28 +47,9 @@ class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportInc
             "targets in the think term."
         },
     )
-    num_hard_negatives: int = field(
-        default=1,
-        metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
-    )
     contrastive_from: float = field(
         default=0.0,
         metadata={"help": "Share of the steps after which the contrastive terms join; 1 is never."},
-    )
-    max_negative_similarity: float | None = field(
-        default=None,
-        metadata={
-            "help": "Cosine to the positive target from which on a target is taken for an "
-            "unlabelled positive and is no negative; null is off."
-        },
-    )
-    contrastive_chunk_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "Tokens of a chunk: the contrastive batch goes through the model chunk by "
-            "chunk, twice, and gives the gradient of the whole at the memory of one; raise "
-            "per_device_train_batch_size with it. null: the whole batch at once."
-        },
     )
     self_written_from: float = field(
         default=0.5,
@@ -97,9 +67,7 @@ class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportInc
 
     def __post_init__(self) -> None:
         """Check the method's own fields, all problems at once, then HF's."""
-        problems = []
-        if self.temperature <= 0:
-            problems.append(f"temperature = {self.temperature}, expected > 0")
+        problems = self.contrastive_problems()
         for name in ("contrastive_from", "self_written_from", "self_written_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} = {getattr(self, name)}, expected in [0, 1]")
@@ -108,154 +76,10 @@ class SftConfig(LaunchSettings, TrainingArguments):  # pyright: ignore[reportInc
                 f"contrastive_from = {self.contrastive_from} with token_weight = 0, expected 0: "
                 "the steps before it would have no loss"
             )
-        if self.num_hard_negatives < 0:
-            problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
-        limit = self.max_negative_similarity
-        if limit is not None and not -1 < limit <= 1:
-            problems.append(f"max_negative_similarity = {limit}, expected a cosine in (-1, 1]")
-        problems += check_chunking(self, self.contrastive_chunk_tokens)
         if problems:
             raise ValueError("SftConfig: " + "; ".join(problems) + "; change these fields")
         self.remove_unused_columns = False
         super().__post_init__()
-
-
-class RecordDataset(Dataset):
-    """Records by index; pictures stay on disk until a batch is collated."""
-
-    def __init__(self, records: Sequence[Record]) -> None:
-        """Hold the records."""
-        self.records = records
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> Record:
-        """Return one record with image paths."""
-        return self.records[index]
-
-
-class SftCollator:
-    """Records -> the tensors of one step. Every distinct target is encoded once."""
-
-    def __init__(
-        self,
-        model: DualLoraModel,
-        *,
-        num_hard_negatives: int,
-        has_targets: bool = True,
-        chunk_tokens: int | None = None,
-    ) -> None:
-        """Keep what renders and tokenizes.
-
-        Args:
-            model: Whose prompts they are.
-            num_hard_negatives: Listed negatives per query.
-            has_targets: Without them there is only the token loss.
-            chunk_tokens: Cut the batch into chunks of so many tokens; None leaves it whole.
-        """
-        self.model = model
-        self.num_hard_negatives = num_hard_negatives
-        self.has_targets = has_targets
-        self.chunk_tokens = chunk_tokens
-
-    def __call__(self, records: list[Record]) -> dict[str, Any]:
-        """Return prompts, CoT ids with and without end of turn, and the distinct targets.
-
-        `target_rows` (N * (1 + k),) points into the distinct targets: the N positives, then the
-        negatives; the same number on every process, so that vectors can be gathered. `target_keys`
-        (as `target_rows`) and `query_keys` (N,) are int64 content keys, equal for equal content.
-        `has_cot` (N,) is True where the record's query has a CoT; the others learn directly.
-
-        With `chunk_tokens` there are `chunks` of kinds "query" and "target" in place of prompts and
-        CoT ids.
-        """
-        cots = [self._completion(record.query_cot) for record in records]
-        eos = self.model.backbone.eos_token_id
-        taught = [[*ids, eos] if ids else [] for ids in cots]
-        queries = [record.query for record in records]
-        if not self.has_targets:
-            return {
-                "query": self.model.collate(queries),
-                "taught": self.model.collate_completions(taught),
-            }
-        targets, target_cots, shared = self._targets(records)
-        if self.chunk_tokens is not None:
-            chunks = {
-                "query": self.cut(queries, {"think": cots, "taught": taught}),
-                "target": self.cut(targets, {"think": target_cots}),
-            }
-            return {**shared, "chunks": Chunks(chunks)}
-        return {
-            "query": self.model.collate(queries),
-            "taught": self.model.collate_completions(taught),
-            "think": self.model.collate_completions(cots),
-            "target": self.model.collate(targets),
-            "target_think": self.model.collate_completions(target_cots),
-            **shared,
-        }
-
-    def _targets(
-        self, records: list[Record]
-    ) -> tuple[list[Item], list[list[int]], dict[str, Tensor]]:
-        """Return the distinct targets, their CoT ids, and what losses must know of the batch."""
-        positives = [(record.positive, record.positive_cot) for record in records]
-        negatives = [(item, None) for record in records for item in self._negatives(record)]
-        distinct: dict[tuple[Item, str | None], int] = {}
-        rows = [distinct.setdefault(target, len(distinct)) for target in [*positives, *negatives]]
-        keys = key_ids([content_key(item) for item, _ in distinct])
-        target_cots = [self._completion(cot) for _, cot in distinct]
-        shared = {
-            "has_target_cot": torch.tensor([any(target_cots)]),
-            "target_rows": torch.tensor(rows),
-            "target_keys": keys[rows],
-            "query_keys": key_ids([content_key(record.query) for record in records]),
-            "has_cot": torch.tensor([record.query_cot is not None for record in records]),
-        }
-        return [item for item, _ in distinct], target_cots, shared
-
-    def cut(
-        self, items: Sequence[Item], completions: Mapping[str, Sequence[list[int]]]
-    ) -> list[Chunk]:
-        """Return the chunks of some items and of what is written after each of them."""
-        assert self.chunk_tokens is not None
-        backbone = self.model.backbone
-        alone: list[Any] = [self.model.collate([item]) for item in items]
-        tail = len(self.model.readout_ids) + len(self.model.reason_ids)
-        lengths = [
-            batch["input_ids"].shape[1] + tail + max(len(ids[row]) for ids in completions.values())
-            for row, batch in enumerate(alone)
-        ]
-        patches = [num_patches(backbone, batch) for batch in alone]
-        chunks = []
-        for rows in pack(lengths, self.chunk_tokens, patches):
-            prompt = join_prompts(backbone, [alone[row] for row in rows])
-            for row in rows:
-                alone[row] = None  # or the pictures of the whole batch would be there twice
-            written = {
-                name: self.model.collate_completions([ids[row] for row in rows])
-                for name, ids in completions.items()
-            }
-            chunks.append(Chunk(torch.tensor(rows), prompt, written))
-        return chunks
-
-    def _completion(self, cot: str | None) -> list[int]:
-        return [] if cot is None else self.model.completion_ids(self.model.renderer.completion(cot))
-
-    def _negatives(self, record: Record) -> list[Item]:
-        """Return k negatives; short lists repeat, empty ones repeat the positive (masked later)."""
-        if not self.num_hard_negatives:
-            return []
-        pool = list(record.negatives) or [record.positive]
-        start = int(content_key(record.query)[:8], 16) % len(pool)
-        return [pool[(start + i) % len(pool)] for i in range(self.num_hard_negatives)]
-
-
-@lru_cache(maxsize=200_000)
-def content_key(item: Item) -> str:
-    """Return an item's content key; a picture file is read once."""
-    return item.content_key()
 
 
 class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
@@ -386,11 +210,6 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
     def _chunk_vectors(self, kind: str, outputs: Any) -> dict[str, Tensor]:
         return outputs["embeds"]
 
-    def _vector_losses(
-        self, vectors: dict[str, Tensor], inputs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        return self._contrastive_losses(vectors, inputs)
-
     def _row_losses(
         self,
         kind: str,
@@ -405,28 +224,28 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
         return {"token": outputs["token_nll"].sum() * scale}
 
     def _contrastive_losses(
-        self, embeds: Mapping[str, Tensor], inputs: dict[str, Any]
+        self, vectors: Mapping[str, Tensor], inputs: dict[str, Any]
     ) -> dict[str, Tensor]:
         rows, temperature = inputs["target_rows"], self.args.temperature
         every = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
         has_cot = gather_with_grad(inputs["has_cot"].long()).bool()
-        no_think = gather_with_grad(embeds["no_think"])
-        target = every.gather_targets(embeds["target"][rows])
+        no_think = gather_with_grad(vectors["no_think"])
+        target = every.gather_targets(vectors["target"][rows])
         every = every.without_twins(target, self.args.max_negative_similarity)
         think_target = target
-        if "target_think" in embeds:
-            think_target = every.gather_targets(embeds["target_think"][rows])
+        if "target_think" in vectors:
+            think_target = every.gather_targets(vectors["target_think"][rows])
         parts: dict[str, Tensor] = {}
         cross: list[Tensor] = []
-        if "think" in embeds:  # some record of some process has a CoT
+        if "think" in vectors:  # some record of some process has a CoT
             thinking = every.only(has_cot)
-            think = gather_with_grad(embeds["think"])[has_cot]
+            think = gather_with_grad(vectors["think"])[has_cot]
             parts["think"] = thinking.loss(think, think_target, temperature=temperature)
-            if "target_think" in embeds:
+            if "target_think" in vectors:
                 cross.append(thinking.loss(think, target, temperature=temperature))
             self._note("in_batch_hit@1_think", float(thinking.accuracy(think, target)))
         parts["no_think"] = every.loss(no_think, target, temperature=temperature)
-        if "target_think" in embeds:
+        if "target_think" in vectors:
             cross.append(every.loss(no_think, think_target, temperature=temperature))
             parts["cross"] = torch.stack(cross).sum() / 2
         self._note("direct_only_ratio", 1 - float(has_cot.float().mean()))

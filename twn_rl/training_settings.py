@@ -1,4 +1,4 @@
-"""Settings that every trainer of adapters shares: how it is launched, how precisely it counts.
+"""Settings that trainers of adapters share: launch, precision, what a contrastive batch is.
 
 Knows no losses: each method's configuration takes them in beside its own.
 """
@@ -60,3 +60,52 @@ class LaunchSettings:
             # threshold below which DeepSpeed keeps parameters whole: here it partitions them all.
             zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
             zero.setdefault("stage3_param_persistence_threshold", 0)
+
+
+@dataclass
+class ContrastiveSettings:
+    """Mixin, before HF's arguments: what a contrastive batch is, for every method that has one."""
+
+    temperature: float = field(
+        default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
+    )
+    num_hard_negatives: int = field(
+        default=1,
+        metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
+    )
+    max_negative_similarity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cosine to the positive target from which on a target is taken for an "
+            "unlabelled positive and is no negative; null is off."
+        },
+    )
+    contrastive_chunk_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of a chunk: the contrastive batch goes through the model chunk by "
+            "chunk, twice, and gives the gradient of the whole at the memory of one; raise "
+            "per_device_train_batch_size with it. null: the whole batch at once."
+        },
+    )
+
+    def contrastive_problems(self) -> list[str]:
+        """Return what is wrong with these fields."""
+        args: Any = self
+        problems = []
+        if self.temperature <= 0:
+            problems.append(f"temperature = {self.temperature}, expected > 0")
+        if self.num_hard_negatives < 0:
+            problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
+        limit, tokens = self.max_negative_similarity, self.contrastive_chunk_tokens
+        if limit is not None and not -1 < limit <= 1:
+            problems.append(f"max_negative_similarity = {limit}, expected a cosine in (-1, 1]")
+        if tokens is not None and tokens < 1:
+            problems.append(f"contrastive_chunk_tokens = {tokens}, expected >= 1 or null")
+        if tokens is not None and args.gradient_accumulation_steps != 1:
+            problems.append(
+                f"gradient_accumulation_steps = {args.gradient_accumulation_steps} with "
+                "contrastive_chunk_tokens, expected 1: accumulated batches do not see each other's "
+                "negatives; raise per_device_train_batch_size instead, memory does not depend on it"
+            )
+        return problems
