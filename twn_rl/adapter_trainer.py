@@ -62,7 +62,7 @@ class AdapterCheckpoints:
     ) -> Any:
         """Let HF train; of a finished run only the weights are read back."""
         resume = resume_from_checkpoint
-        if resume and is_finished(Path(resume), self.args):
+        if isinstance(resume, str | Path) and is_finished(Path(resume), self.args):
             logger.info("%s is the end of this run: nothing is left to train", resume)
             self._load_from_checkpoint(resume)
             return None
