@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -245,6 +246,20 @@ def test_the_warm_up_moves_rows_and_head_only_and_nothing_ever_moves_the_reasone
     assert not any(torch.equal(after[key], joint[key]) for key in after if "lora_B" in key)
     again = weights(model, REASONING_ADAPTER)
     assert all(torch.equal(reasoner[key], again[key]) for key in reasoner)
+
+
+def test_an_optimizer_that_cannot_pass_over_lora_is_refused(
+    records: RecordSet, tmp_path: Path
+) -> None:
+    """A DeepSpeed file that names its optimizer leaves the trainer without groups of its own."""
+    args = small_config(tmp_path, max_steps=2, warm_up_share=0.9)
+    trainer: Any = LatentTrainer(latent_model(), args, records)
+    inner = SimpleNamespace(param_groups=[{"params": []}])
+    trainer.model_wrapped = SimpleNamespace(optimizer=SimpleNamespace(optimizer=inner))
+    with pytest.raises(ValueError, match=r"take `optimizer` out of the file or set warm_up_share"):
+        trainer._hold_lora(True)
+    trainer.args.warm_up_share = 0.0
+    trainer._hold_lora(False)
 
 
 def test_chains_of_thought_are_not_read(records: RecordSet, tmp_path: Path) -> None:

@@ -242,8 +242,17 @@ class LatentTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer
         It steps frozen parameters with zero gradients: no decay while it does, and no memory of it
         at the first step that LoRA takes part in.
         """
+        if self.args.warm_up_share == 0:
+            return
         inner = self.model_wrapped.optimizer.optimizer
-        group = next(i for i, g in enumerate(inner.param_groups) if g.get("name") == LORA_GROUP)
+        names = [group.get("name") for group in inner.param_groups]
+        if LORA_GROUP not in names:
+            raise ValueError(
+                f"the DeepSpeed file names an optimizer, with warm_up_share = "
+                f"{self.args.warm_up_share}; expected the trainer's own, which can pass over LoRA "
+                "in the warm-up; take `optimizer` out of the file or set warm_up_share to 0"
+            )
+        group = names.index(LORA_GROUP)
         inner.param_groups[group]["weight_decay"] = 0.0 if is_held else self.args.weight_decay
         before = (self.state.global_step - 1) / max(1, self.state.max_steps)
         if not is_held and 0 <= before < self.args.warm_up_share:
