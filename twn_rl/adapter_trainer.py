@@ -64,7 +64,7 @@ class AdapterCheckpoints:
         resume = resume_from_checkpoint
         if isinstance(resume, str | Path) and is_finished(Path(resume), self.args):
             logger.info("%s is the end of this run: nothing is left to train", resume)
-            self._load_from_checkpoint(resume)
+            self._load_from_checkpoint(str(resume))
             return None
         return super().train(resume, trial, ignore_keys_for_eval)  # pyright: ignore[reportAttributeAccessIssue]
 
