@@ -231,6 +231,11 @@ class RecordTraining:
     def _noted(self) -> dict[str, list[float]]:
         return defaultdict(list)
 
+    @property
+    def _done(self) -> float:
+        """Share of the steps that are behind us."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
     def _note(self, name: str, value: float) -> None:
         """Keep a value for the next log, which shows the mean."""
         self._noted[name].append(value)

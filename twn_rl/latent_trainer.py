@@ -163,8 +163,7 @@ class LatentTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer
 
     @property
     def _is_warm_up(self) -> bool:
-        done = self.state.global_step / max(1, self.state.max_steps)
-        return self.learner.decoder is not None and done < self.args.warm_up_share
+        return self.learner.decoder is not None and self._done < self.args.warm_up_share
 
     def _enter_stage(self) -> None:
         """Let LoRA learn or not, as this step's stage has it."""

@@ -136,12 +136,8 @@ def join_processes(
         # Both would make accelerate take the run for a plain CPU one.
         os.environ.pop("ACCELERATE_USE_CPU", None)
         PartialState(cpu=False, backend="gloo", timeout=timeout)
-    elif has_accelerator:
-        PartialState(timeout=timeout)
-    elif "LOCAL_RANK" in os.environ:
-        PartialState(cpu=True, timeout=timeout)
     else:
-        PartialState(cpu=True)
+        PartialState(cpu=not has_accelerator, timeout=timeout)
     _open_waiting_room()
     return RunProcesses()
 
@@ -164,12 +160,14 @@ def launch_precision() -> str | None:
 def check_launch(*, use_cpu: bool) -> None:
     """Refuse a launch that does not fit the machine, before anything is loaded.
 
+    A launch file for CPUs on a machine with GPUs runs on the CPU, with a warning.
+
     Args:
         use_cpu: Whether accelerators are to be left alone.
 
     Raises:
-        ValueError: With every problem: FSDP, more processes than accelerators, a launch file for
-            GPUs on a machine without, or one for CPUs on a machine with GPUs.
+        ValueError: With every problem: FSDP, DeepSpeed without a launcher, more processes than
+            accelerators, or a launch file for GPUs on a machine without.
     """
     problems = []
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):

@@ -129,7 +129,8 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
             if self._is_self_written(done):
                 think = self._own_thoughts(inputs["query"])
             embed = {"no_think": inputs["query"], "target": inputs["target"]}
-            if bool(gather_with_grad(inputs["has_cot"].long()).any()):
+            inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
+            if inputs["is_thinking"].any():
                 embed["think"] = {**inputs["query"], **think}
             # All processes take part in the same gathers, also those without a target CoT.
             if bool(gather_with_grad(inputs["has_target_cot"]).any()):
@@ -141,11 +142,6 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
         self._log_parts(parts)
         loss = self._weighted(parts)
         return (loss, outputs) if return_outputs else loss
-
-    @property
-    def _done(self) -> float:
-        """Share of the steps that are behind us."""
-        return self.state.global_step / max(1, self.state.max_steps)
 
     def _weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
         weights = {
@@ -177,7 +173,7 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
             for chunk in queries:
                 own = [next(parts) for _ in chunk.rows]
                 chunk.completions["think"] = self.dual_model.collate_completions(own)
-        inputs["thinks"] = bool(gather_with_grad(inputs["has_cot"].long()).any())
+        inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
         inputs["targets_think"] = bool(gather_with_grad(inputs["has_target_cot"]).any())
         masks = [chunk.completions["taught"]["completion_mask"].sum() for chunk in queries]
         count = torch.stack(masks).sum().float().to(self.args.device)
@@ -199,7 +195,7 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
                 embed["target_think"] = {**prompt, **written["think"]}
             return {"embed": embed}
         embed = {"no_think": prompt}
-        if inputs["thinks"]:
+        if inputs["is_thinking"].any():
             embed["think"] = {**prompt, **written["think"]}
         if inputs["only_taught"]:
             embed = {}
@@ -228,7 +224,7 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
     ) -> dict[str, Tensor]:
         rows, temperature = inputs["target_rows"], self.args.temperature
         every = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
-        has_cot = gather_with_grad(inputs["has_cot"].long()).bool()
+        has_cot = inputs["is_thinking"]  # of the records of all processes
         no_think = gather_with_grad(vectors["no_think"])
         target = every.gather_targets(vectors["target"][rows])
         every = every.without_twins(target, self.args.max_negative_similarity)
