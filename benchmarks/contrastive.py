@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twn_rl.arguments import DataArguments, ModelArguments
-from twn_rl.chunking import Chunks
-from twn_rl.model import DualLoraModel
-from twn_rl.records import Item, Record
-from twn_rl.sft import SftConfig, SftTrainer
+from twn_rl.data.record import Item, Record
+from twn_rl.launch.arguments import DataArguments, ModelArguments
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.training.chunking import Chunks
+from twn_rl.training.sft import SftConfig, SftTrainer
 
 TEMPERATURE = 0.05
 ARMS = {  # name: (kind of step, who computes it, whether the batch is large)

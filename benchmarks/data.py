@@ -23,8 +23,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from twn_rl.record_checks import RecordChecks
-from twn_rl.records import Item, Record, load_records, write_records
+from twn_rl.data.record import Item, Record
+from twn_rl.data.record_files import load_records, write_records
+from twn_rl.data.verification import RecordChecks
 
 NUM_PICTURES = 16
 NUM_READS = 10_000
@@ -70,7 +71,7 @@ def print_rows(path: Path, count: int) -> None:
 def measure(arm: str, path: Path) -> dict[str, float]:
     """Return peak memory in MB above the start, and CPU seconds of loading and of reading."""
     if path.suffix == ".parquet":
-        importlib.import_module("twn_rl.parquet_rows")  # loading imports it otherwise
+        importlib.import_module("twn_rl.data.parquet")  # loading imports it otherwise
     before = peak_megabytes()
     started = time.process_time()
     records: Sequence[Record] = load_records(path) if arm == "lazy" else load_eagerly(path)
@@ -85,9 +86,9 @@ def measure(arm: str, path: Path) -> dict[str, float]:
 def load_eagerly(path: Path) -> list[Record]:
     """Verify as `load_records` does, but keep every record as an object."""
     if path.suffix == ".parquet":
-        from twn_rl.parquet_rows import ParquetRows as Rows
+        from twn_rl.data.parquet import ParquetRows as Rows
     else:
-        from twn_rl.record_rows import JsonLines as Rows
+        from twn_rl.data.jsonl import JsonLines as Rows
     check = RecordChecks(path, path.parent.resolve(), is_strict=True)
     rows = [(row, check.parse(row, data)) for row, _, data in Rows(path).scan()]
     check.decode_images()

@@ -20,12 +20,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.encode import ThinkingEmbedder
-from twn_rl.encoding.batches import in_batches
-from twn_rl.model import DualLoraModel
-from twn_rl.records import Item
-from twn_rl.thoughts import evaluating
+from twn_rl.data.record import Item
+from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.inference.length_batches import in_batches
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.thoughts import evaluating
 
 # Arm, arm it is compared with, whether both give the same vectors.
 COMPARISONS = (

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.calibration import roc_auc
-from twn_rl.model import DualLoraModel
-from twn_rl.records import Record
-from twn_rl.run import set_up_logging
-from twn_rl.selection.candidates import Candidate
-from twn_rl.selection.evaluators import EVALUATORS, build_evaluator
-from twn_rl.selection.judging import judge
+from twn_rl.data.record import Record
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import set_up_logging
+from twn_rl.metrics.calibration import roc_auc
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.training.thought_selection.candidates import Candidate
+from twn_rl.training.thought_selection.evaluators import EVALUATORS, build_evaluator
+from twn_rl.training.thought_selection.judging import judge
 
 OWN, WRONG = "own", ("near_miss", "foreign")
 

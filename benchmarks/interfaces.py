@@ -17,12 +17,12 @@ from collections.abc import Callable
 
 import torch
 
-from twn_rl.config import TwnConfig
+from twn_rl.data.record import Item
 from twn_rl.demo.scenes import Scene
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
-from twn_rl.model import DualLoraModel
-from twn_rl.records import Item
-from twn_rl.vision import encode_images
+from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.vision import encode_images
 
 
 def main() -> None:

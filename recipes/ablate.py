@@ -26,13 +26,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo_embed import GrpoScriptArguments
-
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.evaluation.ablation import plot_summary, summarize_runs, tables
-from twn_rl.grpo import EmbedGRPOConfig
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.stages import Stages, forget
+from twn_rl.evaluation.seed_tables import plot_summary, summarize_runs, tables
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.stages import Stages, forget
+from twn_rl.recipes.grpo_embed import GrpoScriptArguments
+from twn_rl.training.grpo import EmbedGRPOConfig
 
 logger = logging.getLogger(__name__)
 

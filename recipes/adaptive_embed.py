@@ -20,11 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import grpo_embed
-
-from rewards import REWARDS
-from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from twn_rl.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.recipes import grpo_embed
+from twn_rl.rewards import REWARDS
+from twn_rl.training.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_adaptive.yaml"
 

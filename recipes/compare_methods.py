@@ -35,9 +35,6 @@ from typing import Any
 from safetensors import safe_open
 from tqdm import tqdm
 
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.encode import ThinkingEmbedder
-from twn_rl.encoding.options import Think
 from twn_rl.evaluation.comparison import (
     Measured,
     compare,
@@ -45,9 +42,12 @@ from twn_rl.evaluation.comparison import (
     plot_comparison,
 )
 from twn_rl.evaluation.results import METRICS_FILE
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.stages import Stages, forget, seconds_of
-from twn_rl.whole_files import write_text
+from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.inference.options import Think
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.stages import Stages, forget, seconds_of
+from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.evaluation.ablation import describe, plot_summary, summarize_runs, tables
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.stages import Stages, forget
-from twn_rl.whole_files import write_text
+from twn_rl.evaluation.seed_tables import describe, plot_summary, summarize_runs, tables
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.stages import Stages, forget
+from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

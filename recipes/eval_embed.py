@@ -36,12 +36,9 @@ from typing import Any
 
 from transformers import set_seed
 
-from twn_rl.arguments import DataArguments, parse_arguments
-from twn_rl.config import TwnConfig
-from twn_rl.encode import ThinkingEmbedder
-from twn_rl.encoding.options import ThinkMode
+from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
-from twn_rl.evaluation.report import write_report
+from twn_rl.evaluation.report.page import write_report
 from twn_rl.evaluation.results import Evaluation, merge_evaluations
 from twn_rl.evaluation.routing import (
     DECIDERS,
@@ -49,11 +46,14 @@ from twn_rl.evaluation.routing import (
     routed_queries,
     routing_summary,
 )
-from twn_rl.evaluation.runner import EvaluationSettings, evaluate
-from twn_rl.model import DualLoraModel
-from twn_rl.processes import join_processes
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.whole_files import write_text
+from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.inference.options import ThinkMode
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -209,9 +209,9 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
             f"benchmark = {script.benchmark!r} without mteb; expected it to be installed; run "
             'pip install "twn-rl[mteb]"'
         )
-    from twn_rl.evaluation.mteb_runs import BenchmarkSettings, run_benchmark
-    from twn_rl.evaluation.mteb_summary import format_table
-    from twn_rl.evaluation.mteb_tasks import EMOJI_SCENES
+    from twn_rl.evaluation.mteb.benchmark import BenchmarkSettings, run_benchmark
+    from twn_rl.evaluation.mteb.summary import format_table
+    from twn_rl.evaluation.mteb.tasks import EMOJI_SCENES
 
     output = script.output / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
     names = script.splits if script.benchmark == EMOJI_SCENES and data.is_demo() else []

@@ -20,16 +20,16 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from twn_rl.arguments import parse_arguments
-from twn_rl.encode import ThinkingEmbedder
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.runner import RunReport, check_data, run_tasks
 from twn_rl.evaluation.mmeb_v2.score_files import TABLE_FILE, write_reports
 from twn_rl.evaluation.mmeb_v2.sweep import sweep_thresholds
 from twn_rl.evaluation.mmeb_v2.tasks import LABEL_SETS, load_tasks, select_tasks
-from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.processes import join_processes
-from twn_rl.run import save_run, set_up_logging
+from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.inference.encode_settings import EncodeSettings
+from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.runtime.processes import join_processes
 
 logger = logging.getLogger(__name__)
 

@@ -32,12 +32,18 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from twn_rl.arguments import DataArguments, parse_arguments
+from twn_rl.evaluation.gate_threshold import ThresholdRule, gate_curve
 from twn_rl.evaluation.results import query_values
-from twn_rl.gate import SIDES, FitSettings, Gate, fit_gate
-from twn_rl.gating.files import gate_fingerprints, save_gates, set_threshold
-from twn_rl.gating.labelling import LabelSettings, label_records
-from twn_rl.gating.labels import (
+from twn_rl.evaluation.threshold_files import ChosenThreshold, describe, log_choice, write_results
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
+from twn_rl.modeling.gate_files import gate_fingerprints, save_gates, set_threshold
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.whole_files import write_text
+from twn_rl.training.gate_label_pass import LabelSettings, label_records
+from twn_rl.training.gate_labels import (
     IGNORED,
     GateLabels,
     cut_labels,
@@ -45,12 +51,6 @@ from twn_rl.gating.labels import (
     report_table,
     soft_labels,
 )
-from twn_rl.gating.results import ChosenThreshold, describe, log_choice, write_results
-from twn_rl.gating.threshold import ThresholdRule, gate_curve
-from twn_rl.model import DualLoraModel
-from twn_rl.processes import join_processes
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_gate.yaml"

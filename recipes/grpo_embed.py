@@ -24,28 +24,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import eval_embed
-import sft_embed
 from transformers import set_seed
 
-from rewards import REWARDS
-from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.config import CONFIG_FILE
-from twn_rl.grpo import (
+from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logging
+from twn_rl.modeling.config import CONFIG_FILE
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.recipes import eval_embed, sft_embed
+from twn_rl.rewards import REWARDS
+from twn_rl.runtime.processes import join_processes
+from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
     EmbedGRPOTrainer,
     freeze_scorer,
     place_scorer,
 )
-from twn_rl.model import DualLoraModel
-from twn_rl.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
-from twn_rl.processes import join_processes
-from twn_rl.reward_loading import load_rewards
-from twn_rl.rollouts import RolloutScorer
-from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
-from twn_rl.scoring import SCORING_COLUMNS
-from twn_rl.sft import SftConfig
+from twn_rl.training.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
+from twn_rl.training.reward_loading import load_rewards
+from twn_rl.training.rollout_scorer import RolloutScorer
+from twn_rl.training.sft import SftConfig
+from twn_rl.training.similarity_columns import SCORING_COLUMNS
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_grpo.yaml"

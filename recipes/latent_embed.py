@@ -24,14 +24,14 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
-from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.latent_config import LatentConfig
-from twn_rl.latent_trainer import LatentTrainer
-from twn_rl.monitor import MetricsWriter
-from twn_rl.processes import join_processes
-from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
-from twn_rl.whole_files import write_text
+from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logging
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
+from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.whole_files import write_text
+from twn_rl.training.latent_config import LatentConfig
+from twn_rl.training.latent_trainer import LatentTrainer
+from twn_rl.training.monitor import MetricsWriter
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_latent.yaml"

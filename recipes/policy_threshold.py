@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 from transformers import set_seed
 
-from twn_rl.arguments import DataArguments, parse_arguments
+from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
+from twn_rl.evaluation.gate_threshold import ThresholdRule, gate_curve
 from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.routing import RoutedQuery, routed_queries
-from twn_rl.evaluation.runner import EvaluationSettings, evaluate
-from twn_rl.gating.results import ChosenThreshold, describe, log_choice, write_results
-from twn_rl.gating.threshold import ThresholdRule, gate_curve
-from twn_rl.model import DualLoraModel
-from twn_rl.processes import join_processes
-from twn_rl.run import save_run, set_up_logging
+from twn_rl.evaluation.threshold_files import ChosenThreshold, describe, log_choice, write_results
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
 
 logger = logging.getLogger(__name__)
 MODE = FOLDER = "policy"

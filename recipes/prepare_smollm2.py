@@ -24,9 +24,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from twn_rl.arguments import parse_arguments
-from twn_rl.backbone import load_backbone
-from twn_rl.run import set_up_logging
+from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.run_folder import set_up_logging
+from twn_rl.modeling.backbone import load_backbone
 
 logger = logging.getLogger(__name__)
 

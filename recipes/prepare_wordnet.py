@@ -13,10 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from twn_rl.arguments import parse_arguments
-from twn_rl.run import set_up_logging
-from twn_rl.wordnet.database import find_wordnet, read_nouns
-from twn_rl.wordnet.reverse_dictionary import ReverseDictionarySettings, write_reverse_dictionary
+from twn_rl.demo.wordnet.database import find_wordnet, read_nouns
+from twn_rl.demo.wordnet.reverse_dictionary import (
+    ReverseDictionarySettings,
+    write_reverse_dictionary,
+)
+from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.run_folder import set_up_logging
 
 DEFAULTS = ReverseDictionarySettings()
 

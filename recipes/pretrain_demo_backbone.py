@@ -24,9 +24,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import Idefics3ForConditionalGeneration
 
-from twn_rl.arguments import parse_arguments
 from twn_rl.demo import lessons, pretraining, tiny_vlm
 from twn_rl.demo.scenes import STYLES
+from twn_rl.launch.arguments import parse_arguments
 
 
 @dataclass

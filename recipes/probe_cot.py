@@ -16,13 +16,13 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from twn_rl.arguments import DataArguments, parse_arguments
+from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, mode_name
-from twn_rl.evaluation.runner import EvaluationSettings, evaluate
-from twn_rl.model import DualLoraModel
-from twn_rl.processes import join_processes
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.whole_files import write_text
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 

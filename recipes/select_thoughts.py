@@ -30,15 +30,22 @@ from typing import Any
 
 from transformers import set_seed
 
-from twn_rl.arguments import DataArguments, parse_arguments
+from twn_rl.data.chat import Renderer
+from twn_rl.data.mixture import Mixture
+from twn_rl.data.record_files import RecordSet, write_records
 from twn_rl.demo.dataset import noisy_teachers
-from twn_rl.mixtures import Mixture
-from twn_rl.model import DualLoraModel
-from twn_rl.processes import join_processes
-from twn_rl.records import RecordSet, write_records
-from twn_rl.run import save_run, set_up_logging
-from twn_rl.selection.candidates import ListedCots, Writer, read_candidate_file, unique_ids
-from twn_rl.selection.choosing import (
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.whole_files import write_text
+from twn_rl.training.thought_selection.candidates import (
+    ListedCots,
+    Writer,
+    read_candidate_file,
+    unique_ids,
+)
+from twn_rl.training.thought_selection.choosing import (
     Choice,
     SelectionRule,
     choose,
@@ -46,13 +53,11 @@ from twn_rl.selection.choosing import (
     selection_report,
     taught_records,
 )
-from twn_rl.selection.endpoint import FAILURES, EndpointSettings, EndpointWriter
-from twn_rl.selection.evaluators import EVALUATORS, build_evaluator
-from twn_rl.selection.judging import judge, unjudged
-from twn_rl.selection.shards import RecordShards, SelectionError
-from twn_rl.selection.writing import AdapterWriter
-from twn_rl.templates import Renderer
-from twn_rl.whole_files import write_text
+from twn_rl.training.thought_selection.endpoint import FAILURES, EndpointSettings, EndpointWriter
+from twn_rl.training.thought_selection.evaluators import EVALUATORS, build_evaluator
+from twn_rl.training.thought_selection.judging import judge, unjudged
+from twn_rl.training.thought_selection.shards import RecordShards, SelectionError
+from twn_rl.training.thought_selection.writing import AdapterWriter
 
 logger = logging.getLogger(__name__)
 

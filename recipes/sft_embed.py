@@ -21,12 +21,12 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from twn_rl.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
-from twn_rl.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.model import DualLoraModel
-from twn_rl.monitor import MetricsWriter
-from twn_rl.run import checkpoint_to_resume, save_run, set_up_logging
-from twn_rl.sft import SftConfig, SftTrainer
+from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logging
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.training.monitor import MetricsWriter
+from twn_rl.training.sft import SftConfig, SftTrainer
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_sft.yaml"

@@ -8,7 +8,7 @@ no model and can be tried on six numbers by hand:
 - `positive_similarity`: cosine of the think vector to its positive, one float per rollout;
 - `negative_similarities`: cosines to the K hardest negatives of the whole target bank, hardest
   first, with false negatives masked; one list per rollout, shorter than K where the pool is small,
-  empty where it holds no negative (then a margin is `None`, see `twn_rl.margins`);
+  empty where it holds no negative (then a margin is `None`, see `twn_rl.metrics.negatives.margin`);
 - `no_think_positive_similarity`, `no_think_negative_similarities`: the same for the vector made
   without any CoT;
 - `target_rank`: rank of the positive among the pool, 1 is best, ties count against it;
@@ -33,11 +33,11 @@ set from YAML; those without one are columns. Never catch an exception inside a 
 
 from collections.abc import Callable
 
-from rewards.adaptive import adaptive
-from rewards.completion import format, length
-from rewards.contrastive import info_nce, softmax_margin
-from rewards.margins import margin, think_gain
-from rewards.ranking import rank_gap
+from twn_rl.rewards.adaptive import adaptive
+from twn_rl.rewards.completion import format, length
+from twn_rl.rewards.contrastive import info_nce, softmax_margin
+from twn_rl.rewards.margins import margin, think_gain
+from twn_rl.rewards.ranking import rank_gap
 
 REWARDS: dict[str, Callable[..., list[float | None]]] = {
     "margin": margin,

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from twn_rl import margins
+from twn_rl.metrics.negatives import margin as margin_over
 
 
 def margin(
@@ -43,7 +43,7 @@ def margin(
     """
     _require_negatives(num_negatives)
     rows = zip(positive_similarity, negative_similarities, strict=True)
-    return [margins.margin(positive, negatives, num_negatives) for positive, negatives in rows]
+    return [margin_over(positive, negatives, num_negatives) for positive, negatives in rows]
 
 
 def think_gain(
@@ -97,8 +97,8 @@ def think_gain(
     )
     gains: list[float | None] = []
     for positive, negatives, no_think_positive, no_think_negatives in rows:
-        think = margins.margin(positive, negatives, num_negatives)
-        no_think = margins.margin(no_think_positive, no_think_negatives, num_negatives)
+        think = margin_over(positive, negatives, num_negatives)
+        no_think = margin_over(no_think_positive, no_think_negatives, num_negatives)
         gains.append(None if think is None or no_think is None else think - no_think)
     return gains
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from twn_rl.margins import margin
+from twn_rl.metrics.negatives import margin
 
 
 def rank_gap(

@@ -24,10 +24,11 @@ from transformers import (
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from twn_rl.backbone import Backbone, from_parts
-from twn_rl.config import LoraSettings, TwnConfig
-from twn_rl.model import DualLoraModel
-from twn_rl.records import Item, Record, RecordSet, load_records, write_records
+from twn_rl.data.record import Item, Record
+from twn_rl.data.record_files import RecordSet, load_records, write_records
+from twn_rl.modeling.backbone import Backbone, from_parts
+from twn_rl.modeling.config import LoraSettings, TwnConfig
+from twn_rl.modeling.model import DualLoraModel
 
 WORDS = (  # noqa: SIM905 -- one string keeps the list readable
     "find the picture of a camel pizza zebra tree above below left right top bottom center it is "

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from twn_rl.cli import main
-from twn_rl.records import RecordSet, load_records
+from twn_rl.data.record_files import RecordSet, load_records
 
 
 def make_root(tmp_path: Path) -> Path:

@@ -13,33 +13,34 @@ from typing import Any
 
 import torch
 from conftest import picture
-from training import small_model
+from short_runs import small_model
 from transformers import TrainerCallback
+from twn_rl.rewards import REWARDS
 
-from rewards import REWARDS
-from twn_rl.adapter_trainer import AdapterCheckpoints
-from twn_rl.adapters import EMBEDDING_ADAPTER, set_trainable
-from twn_rl.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from twn_rl.backbone import whole_parameters
-from twn_rl.config import LoraSettings
-from twn_rl.grpo import (
+from twn_rl.data.record import Item, Record
+from twn_rl.data.record_files import RecordSet, load_records, write_records
+from twn_rl.launch.run_folder import checkpoint_to_resume
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
+from twn_rl.modeling.backbone import whole_parameters
+from twn_rl.modeling.config import LoraSettings
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.zero import is_sharded
+from twn_rl.training.adapter_trainer import AdapterCheckpoints
+from twn_rl.training.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
+from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
     EmbedGRPOTrainer,
     freeze_scorer,
     place_scorer,
 )
-from twn_rl.latent_config import LatentConfig
-from twn_rl.latent_trainer import LatentTrainer
-from twn_rl.model import DualLoraModel
-from twn_rl.processes import join_processes
-from twn_rl.records import Item, Record, RecordSet, load_records, write_records
-from twn_rl.reward_loading import load_rewards
-from twn_rl.rollouts import RolloutScorer, embed_items
-from twn_rl.run import checkpoint_to_resume
-from twn_rl.scoring import SCORING_COLUMNS
-from twn_rl.sft import SftConfig, SftTrainer
-from twn_rl.zero import is_sharded
+from twn_rl.training.latent_config import LatentConfig
+from twn_rl.training.latent_trainer import LatentTrainer
+from twn_rl.training.reward_loading import load_rewards
+from twn_rl.training.rollout_scorer import RolloutScorer, embed_items
+from twn_rl.training.sft import SftConfig, SftTrainer
+from twn_rl.training.similarity_columns import SCORING_COLUMNS
 
 BATCH = 8
 GENERATIONS = 4

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from twn_rl.encode import ThinkingEmbedder
+    from twn_rl.inference.embedder import ThinkingEmbedder
 
 __version__ = "0.1.0"
 __all__ = ["ThinkingEmbedder", "__version__"]
@@ -12,7 +12,7 @@ __all__ = ["ThinkingEmbedder", "__version__"]
 def __getattr__(name: str) -> Any:
     # Imported when asked for: the command line's help must not load torch.
     if name == "ThinkingEmbedder":
-        from twn_rl.encode import ThinkingEmbedder
+        from twn_rl.inference.embedder import ThinkingEmbedder
 
         return ThinkingEmbedder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from twn_rl.record_report import Distribution, RecordReport, inspect_records
-from twn_rl.records import load_records
+from twn_rl.data.inspection import Distribution, RecordReport, inspect_records
+from twn_rl.data.record_files import load_records
 
 _BAR_WIDTH = 40
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     report = inspect_records(records, arguments.file)
     if arguments.model is not None:
         # Imported here: everything else works without torch's start-up time.
-        from twn_rl.token_lengths import TokenCounter, add_token_lengths
+        from twn_rl.modeling.token_lengths import TokenCounter, add_token_lengths
 
         counter = TokenCounter.from_name(arguments.model)
         add_token_lengths(report, records, counter, sample=arguments.token_sample)

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from twn_rl.formats import FORMATS, Conversion
-from twn_rl.formats.converting import convert_file
+from twn_rl.data.formats import FORMATS, Conversion
+from twn_rl.data.formats.converting import convert_file
 
 # Packages whose absence is told, not traced; anything else missing is a fault of the installation.
 _EXTRAS = ("yaml", "pyarrow")

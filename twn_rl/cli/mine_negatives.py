@@ -6,8 +6,8 @@ import argparse
 import logging
 
 from twn_rl.cli.model_arguments import add_model_arguments, encode_settings, load_embedder
-from twn_rl.jobs.mine_files import mine_file
-from twn_rl.jobs.mining import MiningSettings
+from twn_rl.inference.mine_negatives import mine_file
+from twn_rl.inference.negative_choice import MiningSettings
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from twn_rl.jobs.encode_settings import EncodeSettings
+from twn_rl.inference.encode_settings import EncodeSettings
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,6 @@ def load_embedder(arguments: argparse.Namespace) -> Any:
 
 
 def _load_embedder(path: str, *, device: str | None, dtype: str | None) -> Any:
-    from twn_rl.encode import ThinkingEmbedder
+    from twn_rl.inference.embedder import ThinkingEmbedder
 
     return ThinkingEmbedder.from_pretrained(path, device=device, dtype=dtype)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 
-from twn_rl.jobs.search import hit_lines, search_files
-from twn_rl.jobs.stored_vectors import open_vectors
+from twn_rl.inference.search import hit_lines, search_files
+from twn_rl.inference.stored_vectors import open_vectors
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
+from twn_rl.data.image_checks import CACHE_SUFFIX
+from twn_rl.data.record import Item, Record
+from twn_rl.data.record_files import write_records
 from twn_rl.demo import questions
 from twn_rl.demo.questions import Question, TeacherNoise
 from twn_rl.demo.scenes import (
@@ -28,8 +31,6 @@ from twn_rl.demo.scenes import (
     concepts,
     draw_tile,
 )
-from twn_rl.image_checks import CACHE_SUFFIX
-from twn_rl.records import Item, Record, write_records
 
 logger = logging.getLogger(__name__)
 

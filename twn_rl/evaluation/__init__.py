@@ -1,12 +1,13 @@
-"""Measuring retrieval with and without thinking; knows no training.
+"""What a model is worth, with thoughts and without, and what its thoughts cost.
 
-`evaluate` ranks every record's positive among candidates under several modes, `Evaluation` is its
-result on disk, `write_report` (in `twn_rl.evaluation.report`) draws results as one HTML file.
+Results per query, thresholds of thinking, tables over seeds, the report (`report/`), named
+benchmarks (`mteb/`, `mmeb_v2/`). Vectors come from `twn_rl.inference`, so that what is measured
+is what serves. Refuses to know losses, trainers and rewards.
 """
 
+from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, MODES
 from twn_rl.evaluation.results import Evaluation, merge_evaluations
-from twn_rl.evaluation.runner import EvaluationSettings, evaluate
 
 __all__ = [
     "ABLATIONS",

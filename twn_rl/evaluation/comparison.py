@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twn_rl.evaluation.ablation import describe
+from twn_rl.evaluation.seed_tables import describe
 
 SPLITS = ("test", "ood")
 GROUPS = ("hop0", "hop1", "hop2", "all")

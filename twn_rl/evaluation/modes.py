@@ -16,8 +16,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twn_rl.records import Record
-from twn_rl.templates import Renderer
+from twn_rl.data.chat import Renderer
+from twn_rl.data.record import Record, hop_of, task_of
 
 THINKING_TARGETS = {"never_to_thinking": "never", "always_to_thinking": "always"}
 MODES = (
@@ -85,17 +85,6 @@ class Thought:
 
 
 NO_THOUGHT = Thought()
-
-
-def task_of(record: Record) -> str:
-    """Return `metadata["task"]`, or the source of records that name no task."""
-    return str(record.metadata.get("task") or record.source)
-
-
-def hop_of(record: Record) -> str | None:
-    """Return "hop0", "hop1", ... from `metadata["hops"]`; None for records without hops."""
-    hops = record.metadata.get("hops")
-    return None if hops is None else f"hop{int(hops)}"
 
 
 def gold_thoughts(records: Sequence[Record], renderer: Renderer) -> list[Thought | None]:

@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from twn_rl.data.record import Item, Record
 from twn_rl.evaluation import modes
-from twn_rl.evaluation.candidates import CandidateScope
 from twn_rl.evaluation.modes import ABLATIONS, MODES, NO_THOUGHT, WORDLESS_MODES, Thought
-from twn_rl.metrics import collapse_report
-from twn_rl.model import DualLoraModel
-from twn_rl.prefix import Prefix
-from twn_rl.prompts import Prompts
-from twn_rl.records import Item, Record
+from twn_rl.evaluation.retrieval_pools import CandidateScope
+from twn_rl.metrics.ranking import collapse_report
+from twn_rl.modeling.kv_prefix import Prefix
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.prompt_features import Prompts
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from twn_rl.metrics import bootstrap_interval
-from twn_rl.whole_files import write_text
+from twn_rl.metrics.ranking import bootstrap_interval
+from twn_rl.runtime.whole_files import write_text
 
 METRICS_FILE = "metrics.json"
 QUERIES_FILE = "per_query.jsonl"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from twn_rl.evaluation.results import query_values
-from twn_rl.metrics import bootstrap_interval
+from twn_rl.metrics.ranking import bootstrap_interval
 
 logger = logging.getLogger(__name__)
 

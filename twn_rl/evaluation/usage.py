@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twn_rl.encoding.results import EncodeDetails
-from twn_rl.whole_files import write_text
+from twn_rl.inference.outputs import EncodeDetails
+from twn_rl.runtime.whole_files import write_text
 
 
 @dataclass

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twn_rl.data.formats.layout import DataFile, find_files
+from twn_rl.data.formats.rows import Row, read_rows
+from twn_rl.data.images import ImageError
+from twn_rl.data.record import RecordError
 from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, LabelSet, MmebTask, annotation_names
-from twn_rl.formats.layout import DataFile, find_files
-from twn_rl.formats.rows import Row, read_rows
-from twn_rl.images import ImageError
-from twn_rl.record_schema import RecordError
 
 
 @dataclass(frozen=True)

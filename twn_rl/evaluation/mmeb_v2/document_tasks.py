@@ -13,14 +13,14 @@ from typing import Any
 
 from PIL import Image
 
+from twn_rl.data.formats.conversion import required
+from twn_rl.data.formats.layout import DataFile
+from twn_rl.data.formats.rows import Row, read_rows
+from twn_rl.data.images import ImageError, resolve_inside
+from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData, TaskQuery
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.formats.conversion import required
-from twn_rl.formats.layout import DataFile
-from twn_rl.formats.rows import Row, read_rows
-from twn_rl.images import ImageError, resolve_inside
-from twn_rl.record_schema import Item, RecordError
 
 _CORPUS_ID = ("corpus-id", "corpus_id", "_id", "id")
 _QUERY_ID = ("query-id", "query_id", "_id", "id")

@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm.auto import tqdm
 
+from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
-from twn_rl.jobs.encode_files import Embedder, encode_file
-from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.jobs.item_rows import ItemRow, Side
-from twn_rl.jobs.stored_vectors import open_vectors, read_details
-from twn_rl.processes import Processes
-from twn_rl.record_schema import Item, RecordError
-from twn_rl.whole_files import read_json, write_json
+from twn_rl.inference.encode_file import Embedder, encode_file
+from twn_rl.inference.encode_settings import EncodeSettings
+from twn_rl.inference.item_rows import ItemRow, Side
+from twn_rl.inference.stored_vectors import open_vectors, read_details
+from twn_rl.runtime.processes import Processes
+from twn_rl.runtime.whole_files import read_json, write_json
 
 Fingerprints = Mapping[Side, Mapping[str, str | None]]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from twn_rl.data.images import resolve_inside
+from twn_rl.data.record import RecordError
 from twn_rl.evaluation.mmeb_v2.tasks import NUM_FRAMES
-from twn_rl.images import resolve_inside
-from twn_rl.record_schema import RecordError
 
 FRAME_SUFFIXES = (".jpg", ".jpeg", ".png")
 

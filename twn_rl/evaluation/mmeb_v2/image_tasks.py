@@ -9,6 +9,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from twn_rl.data.formats.conversion import as_list, required, text_of
+from twn_rl.data.images import resolve_inside
+from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.task_data import (
     ItemTargets,
@@ -18,9 +21,6 @@ from twn_rl.evaluation.mmeb_v2.task_data import (
     refuse_mixed_media,
 )
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.formats.conversion import as_list, required, text_of
-from twn_rl.images import resolve_inside
-from twn_rl.record_schema import Item, RecordError
 
 _MARK = "<|image_1|>"
 # No official row has a video; a row that does was made for something else.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 
+from twn_rl.data.record import RecordError
 from twn_rl.evaluation.mmeb_v2 import video_questions as questions
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.document_tasks import load_documents
@@ -17,7 +18,6 @@ from twn_rl.evaluation.mmeb_v2.video_retrieval import (
     load_momentseeker,
     load_video_retrieval,
 )
-from twn_rl.record_schema import RecordError
 
 Loader = Callable[[MmebTask, BenchmarkFolder], TaskData]
 

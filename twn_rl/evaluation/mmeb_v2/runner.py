@@ -25,10 +25,10 @@ from twn_rl.evaluation.mmeb_v2.score_files import (
 from twn_rl.evaluation.mmeb_v2.scoring import TaskScores, score_task
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.jobs.encode_files import fingerprints
-from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.processes import Processes, wait
-from twn_rl.whole_files import write_json
+from twn_rl.inference.encode_file import fingerprints
+from twn_rl.inference.encode_settings import EncodeSettings
+from twn_rl.runtime.processes import Processes, wait
+from twn_rl.runtime.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 

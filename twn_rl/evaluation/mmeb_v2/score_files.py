@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, GROUPS, MmebTask
-from twn_rl.graded_metrics import KS
-from twn_rl.whole_files import read_json, write_json
+from twn_rl.metrics.graded import KS
+from twn_rl.runtime.whole_files import read_json, write_json
 
 SUMMARY_FILE = "summary.json"
 LEADERBOARD_FILE = "leaderboard.json"

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
-from twn_rl.graded_metrics import mean_metrics, query_metrics
-from twn_rl.metrics import collapse_report
+from twn_rl.metrics.graded import mean_metrics, query_metrics
+from twn_rl.metrics.ranking import collapse_report
 
 _BLOCK_ROWS = 64
 _SPREAD_ROWS = 1000

@@ -11,22 +11,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from twn_rl.evaluation.gate_chart import plot_gate_curves
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
-from twn_rl.evaluation.mmeb_v2.encoding import EncodedTask
-from twn_rl.evaluation.mmeb_v2.runner import check_gate, encode_task, make_encoder, read_vectors
-from twn_rl.evaluation.mmeb_v2.scoring import score_task
-from twn_rl.evaluation.mmeb_v2.task_data import TaskData
-from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.gating.threshold import (
+from twn_rl.evaluation.gate_threshold import (
     CurvePoint,
     GateCurve,
     ThresholdRule,
     curve_rows,
     gate_curve,
 )
-from twn_rl.jobs.encode_settings import EncodeSettings
-from twn_rl.processes import Processes
+from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
+from twn_rl.evaluation.mmeb_v2.encoding import EncodedTask
+from twn_rl.evaluation.mmeb_v2.runner import check_gate, encode_task, make_encoder, read_vectors
+from twn_rl.evaluation.mmeb_v2.scoring import score_task
+from twn_rl.evaluation.mmeb_v2.task_data import TaskData
+from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
+from twn_rl.evaluation.report.gate_chart import plot_gate_curves
+from twn_rl.inference.encode_settings import EncodeSettings
+from twn_rl.runtime.processes import Processes
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from twn_rl.record_schema import Item, RecordError
+from twn_rl.data.record import Item, RecordError
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from twn_rl.data.formats.conversion import as_list, required
+from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.frames import read_frames
 from twn_rl.evaluation.mmeb_v2.task_data import (
@@ -15,8 +17,6 @@ from twn_rl.evaluation.mmeb_v2.task_data import (
     refuse_mixed_media,
 )
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.formats.conversion import as_list, required
-from twn_rl.record_schema import Item, RecordError
 
 # MVBench keeps each of its kinds of question in a subset of its own; frames lie in folders of it.
 MVBENCH_SUBSETS = (

@@ -7,13 +7,13 @@ clip; the official scorer takes the last positive folder it meets, here all of t
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from twn_rl.data.formats.conversion import as_list, required
+from twn_rl.data.images import resolve_inside
+from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.frames import read_frames
 from twn_rl.evaluation.mmeb_v2.task_data import ItemTargets, TaskData, TaskQuery, local_query
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.formats.conversion import as_list, required
-from twn_rl.images import resolve_inside
-from twn_rl.record_schema import Item, RecordError
 
 # Parser -> fields of the video's name and of its caption (of a list, the first).
 _FIELDS = {

@@ -1,0 +1,223 @@
+"""The emoji records: splits, held-out pairs, vocabulary, reuse, and independence of the noise."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from twn_rl.data.chat import Renderer
+from twn_rl.data.record import Item, Record
+from twn_rl.data.record_files import RecordSet, load_records
+from twn_rl.demo.dataset import DEFAULT_MIX, RL_MIX, SPLITS, DemoSettings, ask, write_demo
+from twn_rl.demo.questions import ANSWER, HELD_OUT_PAIRS, RETRIEVE, TeacherNoise, is_round_trip
+from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts
+from twn_rl.demo.tiny_vlm import make_tokenizer
+
+SIZES = {
+    "num_train": 160,
+    "num_rl": 120,
+    "num_validation": 24,
+    "num_test": 60,
+    "num_ood": 120,
+}
+Splits = dict[str, RecordSet]
+
+
+def write(folder: Path, **settings) -> Splits:
+    files = write_demo(folder, DemoSettings(**{**SIZES, **settings}))
+    return {split: load_records(file) for split, file in files.items()}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Splits:
+    return write(tmp_path_factory.mktemp("demo") / "data")
+
+
+def pairs(records: RecordSet) -> set[tuple[str, ...]]:
+    return {tuple(r.metadata["relations"]) for r in records if r.metadata["hops"] == 2}
+
+
+def name_of(item: Item) -> str:
+    return item.text or Path(str(item.images[0])).stem
+
+
+def test_every_split_has_its_size_and_loads_without_a_bad_record(demo: Splits) -> None:
+    assert set(demo) == set(SPLITS)
+    for split, records in demo.items():
+        assert len(records) == SIZES[f"num_{split}"]
+        assert not records.skipped
+        assert len({record.id for record in records}) == len(records)
+
+
+def test_held_out_pairs_are_asked_out_of_domain_only(demo: Splits) -> None:
+    for split in ("train", "rl", "validation", "test"):
+        assert pairs(demo[split])
+        assert not pairs(demo[split]) & set(HELD_OUT_PAIRS)
+    assert pairs(demo["ood"])
+    assert pairs(demo["ood"]) <= set(HELD_OUT_PAIRS)
+
+
+def test_round_trips_are_never_asked(demo: Splits) -> None:
+    assert not any(is_round_trip(pair) for records in demo.values() for pair in pairs(records))
+
+
+def test_out_of_domain_is_drawn_in_the_other_style(demo: Splits) -> None:
+    for split, records in demo.items():
+        styles = {record.metadata["style"] for record in records}
+        assert styles == {STYLES[1] if split == "ood" else STYLES[0]}
+
+
+def test_the_positive_is_never_a_negative_and_negatives_are_distinct(demo: Splits) -> None:
+    for records in demo.values():
+        for record in records:
+            keys = [item.content_key() for item in record.negatives]
+            assert record.positive.content_key() not in keys
+            assert len(set(keys)) == len(keys)
+
+
+def test_the_gold_cot_ends_with_the_answer(demo: Splits) -> None:
+    for records in demo.values():
+        for record in records:
+            gold = record.metadata["gold_cot"]
+            if record.metadata["task"] == "scene_retrieval":
+                assert gold.split()[-1] in PLACES
+            elif record.metadata["task"] == RETRIEVE:
+                assert gold.endswith(f"; {record.positive.text}")
+            else:
+                assert gold.split()[-1] == name_of(record.positive)
+
+
+def test_targets_that_are_pictures_of_one_object_have_a_caption(demo: Splits) -> None:
+    for records in demo.values():
+        for record in records:
+            is_scene = record.metadata["task"] == "scene_retrieval"
+            assert record.metadata["caption"] == (None if is_scene else name_of(record.positive))
+
+
+def test_records_of_an_older_layout_are_written_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = DemoSettings(num_train=2, num_rl=2, num_validation=2, num_test=2, num_ood=2)
+    monkeypatch.setattr("twn_rl.demo.dataset.LAYOUT", 1)
+    train = write_demo(tmp_path / "data", settings)["train"]
+    monkeypatch.undo()
+    train.write_text("old")
+    write_demo(tmp_path / "data", settings)
+    assert train.read_text() != "old"
+
+
+def test_metadata_tells_which_cots_are_wrong(demo: Splits) -> None:
+    for records in demo.values():
+        for record in records:
+            is_gold = record.query_cot == record.metadata["gold_cot"]
+            assert is_gold == (record.metadata["teacher_mistake"] is None)
+    mistakes = {record.metadata["teacher_mistake"] for record in demo["rl"]}
+    assert mistakes == {None, "random", "swap"}
+
+
+def test_the_mix_is_kept(demo: Splits) -> None:
+    def share(split: str, hops: int) -> float:
+        return sum(r.metadata["hops"] == hops for r in demo[split]) / len(demo[split])
+
+    assert share("rl", 2) == pytest.approx(RL_MIX["hop2"], abs=0.15)
+    assert share("train", 2) == pytest.approx(DEFAULT_MIX["hop2"], abs=0.1)
+    assert sum(DEFAULT_MIX.values()) == pytest.approx(1.0)
+    assert sum(RL_MIX.values()) == pytest.approx(1.0)
+    assert {record.metadata["task"] for record in demo["rl"]} == {ANSWER}
+
+
+def test_picture_targets_are_in_the_style_of_the_scene(demo: Splits) -> None:
+    for records in demo.values():
+        for record in records:
+            if record.metadata["pool"].startswith("picture/"):
+                for item in (record.positive, *record.negatives):
+                    path = Path(str(item.images[0]))
+                    assert path.parent.name == record.metadata["style"]
+                    assert path.stem in concepts()
+
+
+def texts_of(record: Record) -> list[str]:
+    renderer = Renderer()
+    texts = [renderer.completion(cot) for cot in (record.query_cot, record.metadata["gold_cot"])]
+    for item in (record.query, record.positive, *record.negatives):
+        texts += [part for part in (item.instruction, item.text) if part]
+    return texts
+
+
+def test_every_word_is_in_the_vocabulary(demo: Splits) -> None:
+    known = set(make_tokenizer().get_vocab())
+    words = {
+        word
+        for records in demo.values()
+        for record in records
+        for text in texts_of(record)
+        for word in text.split()
+    }
+    for seed in range(200):
+        rng = random.Random(seed)
+        scene = Scene.sample(rng, STYLES[0])
+        for kind in [*DEFAULT_MIX][:-1]:
+            question = ask(kind, scene, rng, held_out=seed % 2 == 0)
+            words |= {*question.text.split(), *question.gold_cot.split()}
+    assert not words - known
+    assert words >= {*concepts(), *concepts().values(), *PLACES}
+
+
+def contents(records: RecordSet) -> list[tuple]:
+    return [(r.id, r.query.text, name_of(r.positive), r.metadata["gold_cot"]) for r in records]
+
+
+def test_the_same_seed_gives_the_same_records_and_another_seed_others(
+    demo: Splits, tmp_path: Path
+) -> None:
+    again, other = write(tmp_path / "again"), write(tmp_path / "other", seed=1)
+    for split in SPLITS:
+        first, second = demo[split].data_root, again[split].data_root
+        file = f"{split}.jsonl"
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+        assert contents(demo[split]) != contents(other[split])
+    picture = "images/scenes/rl/00003.png"
+    roots = [data["rl"].data_root for data in (demo, again, other)]
+    drawn = [(root / picture).read_bytes() for root in roots]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_noise_changes_the_cots_and_nothing_else(demo: Splits, tmp_path: Path) -> None:
+    clean = write(tmp_path / "clean", noise=TeacherNoise(0.0, 0.0))
+    for split in SPLITS:
+        assert contents(clean[split]) == contents(demo[split])
+        for noisy, gold in zip(demo[split], clean[split], strict=True):
+            assert gold.query_cot == gold.metadata["gold_cot"]
+            assert gold.metadata["teacher_mistake"] is None
+            assert [i.content_key() for i in noisy.items()] == [
+                i.content_key() for i in gold.items()
+            ]
+
+
+def test_an_equal_data_set_is_reused_and_another_one_replaced(tmp_path: Path) -> None:
+    small = dict.fromkeys(SIZES, 8)
+    folder = tmp_path / "data"
+    write(folder, **small)
+    before = (folder / "train.jsonl").stat().st_mtime_ns
+    write(folder, **small)
+    assert (folder / "train.jsonl").stat().st_mtime_ns == before
+    assert len(write(folder, **{**small, "num_train": 12})["train"]) == 12
+    assert not (folder / "images" / "scenes" / "train" / "00003.png").exists()
+
+
+def test_an_interrupted_data_set_is_written_anew(tmp_path: Path) -> None:
+    small = dict.fromkeys(SIZES, 8)
+    folder = tmp_path / "data"
+    write(folder, **small)
+    (folder / "settings.json").unlink()
+    (folder / "rl.jsonl").unlink()
+    assert len(write(folder, **small)["rl"]) == 8
+
+
+def test_a_foreign_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"thesis\.tex.*choose another folder"):
+        write(tmp_path)
+    assert thesis.read_text(encoding="utf-8") == "years of work"
+    assert list(tmp_path.iterdir()) == [thesis]

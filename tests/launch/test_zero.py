@@ -1,0 +1,294 @@
+"""Every trainer on an engaged DeepSpeed engine: two CPU processes, ZeRO-2 and ZeRO-3.
+
+One launch trains all stages (`zero_worker.py`); the figures of one process are the reference.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_idefics3
+from launching import ROOT, TORCHRUN, skip_without_compiler
+from safetensors.torch import load_file
+from short_runs import small_model
+
+from twn_rl.data.record import Item
+from twn_rl.modeling.adapter_files import adapter_state
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
+from twn_rl.modeling.model import DualLoraModel
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+WORKER = Path(__file__).parents[1] / "zero_worker.py"
+STAGES = ("sft", "grpo", "adaptive", "latent")
+ZERO = ("zero2_cpu.yaml", "zero3_cpu.yaml")
+ADAPTERS = ("reasoning", "embedding")
+LOSS_TOLERANCE = 2e-5  # relative; gradients of up to 860 are summed in another order
+WEIGHT_TOLERANCE = 5e-5  # absolute, of weights around 0.3 after four steps at a rate of 0.01
+
+
+# One step of plain gradient descent at rate 1: what moved is the gradient.
+GRADIENT = {
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "lr_scheduler_type": "constant",
+    "max_grad_norm": 0.0,
+    "max_steps": 1,
+}
+CHUNKED = {"contrastive_chunk_tokens": 60}  # two to four rows a chunk, of a batch of eight
+RECOMPUTED = {"gradient_checkpointing": True}
+
+
+def launch_worker(
+    folder: Path,
+    config: str | None,
+    *flags: str,
+    fails: bool = False,
+    dropout: float = 0.0,
+) -> subprocess.CompletedProcess:
+    """Run the worker on one process (None), under torchrun, or under a launch file."""
+    command = [sys.executable, str(WORKER)]
+    if config == TORCHRUN:
+        launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        command = [sys.executable, "-m", *launcher, "--rdzv_endpoint=localhost:0", str(WORKER)]
+    elif config is not None:
+        path = ROOT / "recipes" / "accelerate" / config
+        launcher = ["accelerate.commands.launch", "--config_file", str(path)]
+        command = [sys.executable, "-m", *launcher, "--main_process_port=0", str(WORKER)]
+    done = subprocess.run(
+        [*command, str(folder), *flags],
+        cwd=WORKER.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "WORKER_DROPOUT": str(dropout)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Return layout, settings -> folder of a run of the stages; each is launched once."""
+    made: dict[str, Path] = {}
+
+    def run(
+        config: str | None,
+        settings: dict[str, Any] | None = None,
+        *,
+        stages: tuple[str, ...] = STAGES,
+        dropout: float = 0.0,
+    ) -> Path:
+        key = json.dumps([config, settings, stages, dropout])
+        if key not in made:
+            skip_without_compiler(config)
+            folder = tmp_path_factory.mktemp(str(config))
+            flags = ("--stages", *stages, "--settings", json.dumps(settings or {}))
+            launch_worker(folder, config, *flags, dropout=dropout)
+            made[key] = folder
+        return made[key]
+
+    return run
+
+
+def report_of(run: Path, stage: str) -> dict[str, Any]:
+    return json.loads((run / stage / "report.json").read_text(encoding="utf-8"))
+
+
+def logged(run: Path, stage: str, name: str) -> list[float]:
+    return [row[name] for row in report_of(run, stage)["logs"] if name in row]
+
+
+def adapters_of(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": tensor
+        for name in ADAPTERS
+        for key, tensor in load_file(folder / name / "adapter_model.safetensors").items()
+    }
+
+
+def farthest(one: Path, other: Path) -> float:
+    """Return the largest difference of any adapter weight."""
+    a, b = adapters_of(one), adapters_of(other)
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def reward_columns(run: Path, stage: str) -> dict[str, list[dict[str, Any]]]:
+    """Return the columns of every rollout by record, in the order they were made."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted((run / stage).glob("columns-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            columns = json.loads(line)
+            for row, record in enumerate(columns["record_id"]):
+                found.setdefault(record, []).append({k: v[row] for k, v in columns.items()})
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("config", ZERO)
+def test_the_engine_is_deepspeeds_and_zero_3_has_every_parameter_in_parts(
+    runs: Any, config: str, stage: str
+) -> None:
+    report = report_of(runs(config), stage)
+    assert report["engine"] == "DeepSpeedEngine"
+    assert report["stage"] == int(config[4])
+    assert report["parameters"] > 100
+    assert report["partitioned"] == (report["parameters"] if config[4] == "3" else 0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("config", [TORCHRUN, *ZERO])
+def test_two_processes_with_pictures_on_one_of_them_train_like_one(
+    runs: Any, config: str, stage: str
+) -> None:
+    one, two = runs(None), runs(config)
+    for name in ("loss", "grad_norm"):
+        alone, together = logged(one, stage, name), logged(two, stage, name)
+        assert len(alone) == 4
+        assert together == pytest.approx(alone, rel=LOSS_TOLERANCE, abs=1e-6), name
+    assert farthest(one / stage, two / stage) < WEIGHT_TOLERANCE
+    moved = farthest(one / stage, one / stage / "checkpoint-2")
+    assert moved > 20 * WEIGHT_TOLERANCE, "the tolerance would hide that nothing was trained"
+
+
+@pytest.mark.parametrize("stage", ["grpo", "adaptive"])
+@pytest.mark.parametrize("config", [TORCHRUN, *ZERO])
+def test_rewards_see_the_columns_of_one_process(runs: Any, config: str, stage: str) -> None:
+    one, two = reward_columns(runs(None), stage), reward_columns(runs(config), stage)
+    assert one.keys() == two.keys()
+    assert len(one) == 8
+    for record, rows in one.items():
+        for alone, together in zip(rows, two[record], strict=True):
+            for name, value in alone.items():
+                expected = pytest.approx(value, abs=2e-6) if name != "record_id" else value
+                assert together[name] == expected, (record, name)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("config", ZERO)
+def test_checkpoints_hold_adapters_and_no_backbone_and_load_in_one_process(
+    runs: Any, config: str, stage: str
+) -> None:
+    folder = runs(config) / stage
+    checkpoint = folder / "checkpoint-4"
+    names = {
+        name
+        for file in checkpoint.rglob("*_model_states.pt")
+        for name in torch.load(file, weights_only=False)["module"]
+    }
+    assert all("lora_" in n or "trainable_tokens" in n or "decoder." in n for n in names), names
+    assert names
+    assert farthest(folder, checkpoint) == 0.0
+    one = DualLoraModel.from_pretrained(folder, backbone=make_idefics3())
+    stored = adapters_of(folder)
+    for name, kept in ((REASONING_ADAPTER, "reasoning"), (EMBEDDING_ADAPTER, "embedding")):
+        own = adapter_state(one.peft_model, name)
+        assert own
+        assert all(torch.equal(value, stored[f"{kept}/{key}"]) for key, value in own.items())
+    vector = one.embed(one.collate([Item(text="camel")]))
+    assert torch.isfinite(vector).all()
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["float32", "bf16"])
+@pytest.mark.parametrize("config", ZERO)
+def test_the_bank_holds_what_the_engines_weights_give(
+    runs: Any, config: str, settings: dict[str, Any]
+) -> None:
+    run = runs(config, settings, stages=("grpo",)) if settings else runs(config)
+    assert report_of(run, "grpo")["bank_difference"] == 0.0
+
+
+@pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
+def test_recomputing_layers_changes_no_loss_and_no_weight(runs: Any, config: str | None) -> None:
+    stages = ("sft", "grpo", "latent")
+    plain, again = runs(None), runs(config, RECOMPUTED, stages=stages)
+    for stage in stages:
+        assert report_of(again, stage)["recomputes"]
+        assert not report_of(plain, stage)["recomputes"]
+        alone, together = logged(plain, stage, "loss"), logged(again, stage, "loss")
+        assert together == pytest.approx(alone, rel=LOSS_TOLERANCE, abs=1e-6), stage
+        assert farthest(plain / stage, again / stage) < WEIGHT_TOLERANCE
+
+
+def gradient_of(run: Path, stage: str) -> torch.Tensor:
+    """Return the gradient of the one step of a run as one vector."""
+    model = small_model(**({"num_reason_tokens": 2} if stage == "latent" else {}))
+    parts = []
+    for name, kept in ((REASONING_ADAPTER, "reasoning"), (EMBEDDING_ADAPTER, "embedding")):
+        after = load_file(run / stage / kept / "adapter_model.safetensors")
+        before = adapter_state(model.peft_model, name)
+        parts += [(before[key].double() - after[key].double()).flatten() for key in sorted(before)]
+    return torch.cat(parts)
+
+
+CONTRASTIVE = ("sft", "latent")
+
+
+@pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
+def test_chunks_give_the_gradient_of_the_whole_batch(runs: Any, config: str | None) -> None:
+    whole = runs(None, GRADIENT, stages=CONTRASTIVE)
+    cut = runs(config, {**GRADIENT, **CHUNKED}, stages=CONTRASTIVE)
+    for stage in CONTRASTIVE:
+        wanted, found = gradient_of(whole, stage), gradient_of(cut, stage)
+        assert float(wanted.norm()) > 1.0
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5, stage
+
+
+@pytest.mark.parametrize("config", ["zero3_cpu.yaml"])
+def test_dropout_falls_alike_in_both_phases_on_every_engine(runs: Any, config: str) -> None:
+    settings = {**GRADIENT, **CHUNKED}
+    plain = runs(TORCHRUN, settings, stages=CONTRASTIVE, dropout=0.2)
+    sharded = runs(config, settings, stages=CONTRASTIVE, dropout=0.2)
+    without = runs(TORCHRUN, settings, stages=CONTRASTIVE)
+    for stage in CONTRASTIVE:
+        wanted, found = gradient_of(plain, stage), gradient_of(sharded, stage)
+        assert float((found - wanted).norm() / wanted.norm()) < 1e-5, stage
+        other = gradient_of(without, stage)
+        assert float((other - wanted).norm() / wanted.norm()) > 0.1, "dropout did nothing"
+
+
+@pytest.mark.parametrize("config", ZERO)
+def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
+    runs: Any, config: str, tmp_path: Path
+) -> None:
+    unbroken = runs(config)
+    launch_worker(tmp_path, config, "--stages", "sft", "--kill", "sft", fails=True)
+    assert (tmp_path / "sft" / "checkpoint-2").is_dir()
+    assert not (tmp_path / "sft" / "report.json").exists()
+    flags = ("--stages", "sft", "grpo", "--resume", "sft", "--kill", "grpo")
+    launch_worker(tmp_path, config, *flags, fails=True)
+    assert farthest(tmp_path / "sft", unbroken / "sft") == 0.0
+    assert not (tmp_path / "grpo" / "report.json").exists()
+    launch_worker(tmp_path, config, "--stages", "grpo", "--resume", "grpo")
+    assert farthest(tmp_path / "grpo", unbroken / "grpo") == 0.0
+
+
+@pytest.mark.parametrize("config", [TORCHRUN, *ZERO])
+def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(
+    runs: Any, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_DIES_IN_SAVE", "1")
+    launch_worker(tmp_path, config, "--stages", "sft", "--kill", "sft", fails=True)
+    assert (tmp_path / "sft" / "checkpoint-4" / "embedding").is_dir()
+    done = launch_worker(tmp_path, config, "--stages", "sft", "--resume", "sft")
+    assert "checkpoint-4 is passed over: no readable manifest.json" in done.stderr
+    assert farthest(tmp_path / "sft", runs(config) / "sft") == 0.0
+
+
+@pytest.mark.parametrize("other", [None, TORCHRUN, "zero3_cpu.yaml"])
+def test_a_checkpoint_of_another_launch_is_refused_with_what_to_do(
+    runs: Any, other: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "checkpoint-2").symlink_to(runs("zero2_cpu.yaml") / "sft" / "checkpoint-2")
+    flags = ("--stages", "sft", "--resume", "sft")
+    done = launch_worker(tmp_path, other, *flags, fails=True)
+    assert "was saved by ZeRO-2 on 2 processes in float32" in done.stderr
+    assert "launch as before, or start anew from its adapters" in done.stderr

@@ -1,0 +1,145 @@
+"""Reading prompts once gives what reading them every time gives, for every family and interface."""
+
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from twn_rl.modeling.kv_prefix import merge
+from twn_rl.modeling.prompt_features import merge_prompts
+from twn_rl.modeling.readout import join_sequence, position_ids
+
+FAMILIES = ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"]
+COMPLETIONS = ["<think> red </think>", None, "<think> a much longer thought </think>"]
+INTERFACES = ("reencode", "kv_detach")
+
+
+def completions_for(items):
+    return [COMPLETIONS[row % len(COMPLETIONS)] for row in range(len(items))]
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prefix_gives_the_vectors_of_a_whole_pass(make_model, make_items, name, interface):
+    model, items = make_model(name, interface=interface), make_items(name)
+    completions = completions_for(items)
+    prefix = model.read(model.prepare(model.collate(items)))
+    with torch.no_grad():
+        never = model.embed(model.collate(items))
+        always = model.embed(model.collate(items, completions))
+    # In this order: a continuation must leave the prefix as it was.
+    torch.testing.assert_close(normalize(model.read_out(prefix, completions), dim=-1), always)
+    torch.testing.assert_close(normalize(model.read_out(prefix), dim=-1), never)
+    assert not torch.allclose(never[0], always[0], atol=1e-3)
+    torch.testing.assert_close(never[1], always[1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_selected_prompts_are_read_as_if_they_were_alone(make_model, make_items, name):
+    model, items = make_model(name), make_items(name)
+    completions = completions_for(items)
+    rows = [2, 0, 2]
+    prompts = model.prepare(model.collate(items))
+    assert prompts.image_tokens is not None
+    with torch.no_grad():
+        alone = model.embed(model.collate([items[r] for r in rows], [completions[r] for r in rows]))
+    of_prompts = model.read(prompts, rows)
+    of_prefix = model.read(prompts).select(rows)
+    for prefix in (of_prompts, of_prefix):
+        states = model.read_out(prefix, [completions[row] for row in rows])
+        torch.testing.assert_close(normalize(states, dim=-1), alone)
+    assert model.reason(prompts, rows, max_think_tokens=5) == [
+        model.reason(model.collate([items[row]]), max_think_tokens=5)[0] for row in rows
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prefixes_of_different_lengths_merge(make_model, make_items, name):
+    model, items = make_model(name), make_items(name)
+    completions = completions_for(items)
+    prefixes = [model.read(model.prepare(model.collate([item]))) for item in items]
+    assert all(prefix.is_mergeable for prefix in prefixes)
+    assert len({prefix.attention_mask.shape[1] for prefix in prefixes}) > 1
+    with torch.no_grad():
+        expected = model.embed(model.collate(items, completions))
+    states = model.read_out(merge(prefixes), completions)
+    torch.testing.assert_close(normalize(states, dim=-1), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompts_of_different_batches_merge(make_model, make_items, name):
+    model, items = make_model(name), make_items(name)
+    options = {"do_sample": True, "temperature": 2.0, "max_think_tokens": 6}
+    seeds = list(range(len(items)))
+    batches = [[1], [0, 2], seeds[3:]] if len(items) > 3 else [[1], [0, 2]]
+    order = [row for rows in batches for row in rows]
+    parts = [model.prepare(model.collate([items[row] for row in rows])) for rows in batches]
+    assert all(part.is_mergeable for part in parts)
+    assert len({part.inputs["input_ids"].shape[1] for part in parts}) > 1
+    merged = merge_prompts(parts)
+    whole = model.prepare(model.collate([items[row] for row in order]))
+    assert merged.lengths() == whole.lengths()
+    assert merged.image_tokens == whole.image_tokens
+    torch.testing.assert_close(
+        model.read_out(model.read(merged), completions_for(items)),
+        model.read_out(model.read(whole), completions_for(items)),
+    )
+    thoughts = model.reason(merged, seeds=order, **options)
+    assert thoughts == model.reason(whole, seeds=order, **options)
+    # A row taken out of the merged batch still has its own pictures.
+    last = model.read_out(model.read(merged, [len(items) - 1]))
+    torch.testing.assert_close(last, model.read_out(model.read(whole))[-1:])
+
+
+def test_prompts_that_cannot_be_told_apart_do_not_merge(make_model, make_items):
+    model = make_model()
+    prompts = model.prepare(model.collate(make_items("idefics3")))
+    blind = type(prompts)(prompts.inputs, prompts.position_ids, prompts.vision, None)
+    assert not blind.is_mergeable
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        merge_prompts([prompts, blind])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_next_position_is_the_one_of_a_longer_prompt(make_model, make_items, name):
+    model, items = make_model(name), make_items(name)
+    batch = model.collate(items, ["a b"] * len(items))
+    prefix = model.read(model.prepare(batch))
+    whole = position_ids(model.backbone, join_sequence(batch))
+    whole = whole if whole.ndim == 2 else whole[0]
+    assert torch.equal(prefix.next_position, whole[:, batch["input_ids"].shape[1]])
+
+
+def test_pictures_that_cannot_be_told_apart_are_read_together(make_model, make_items):
+    model, items = make_model(), make_items("idefics3")
+    prompts = model.prepare(model.collate(items))
+    expected = model.read_out(model.read(prompts, [1]))
+    blind = type(prompts)(prompts.inputs, prompts.position_ids, prompts.vision, None)
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        blind.select([1])
+    torch.testing.assert_close(model.read_out(model.read(blind, [1])), expected)
+
+
+def test_gradient_of_shared_prompts_is_that_of_separate_passes(make_model, make_items):
+    model, items = make_model(), make_items("idefics3")
+    query = model.collate(items)
+    think = {**query, **model.collate_completions(completions_for(items))}
+
+    def gradients(together):
+        model.zero_grad()
+        if together:
+            embeds = model(embed={"no_think": query, "think": think})["embeds"]
+        else:
+            embeds = {"no_think": model.embed(query), "think": model.embed(think)}
+        direction = torch.linspace(-1, 1, embeds["think"].shape[1])
+        (embeds["no_think"] @ direction - (embeds["think"] @ direction).square()).sum().backward()
+        return {
+            key: value.grad.clone()
+            for key, value in model.named_parameters()
+            if value.grad is not None
+        }
+
+    shared, separate = gradients(True), gradients(False)
+    assert shared.keys() == separate.keys()
+    assert any("lora_" in key for key in shared)
+    for key in shared:
+        torch.testing.assert_close(shared[key], separate[key], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,465 @@
+"""The bank holds what the scorer made, also after a kill; columns agree with a naive loop."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from twn_rl.data.record import Item
+from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.fingerprints import scorer_fingerprint
+from twn_rl.training.bank_building import BankError, ScorerMismatchError
+from twn_rl.training.similarity_columns import similarity_columns
+from twn_rl.training.target_bank import TargetBank
+
+WIDTH = 6
+TEMPERATURE = 0.1
+
+
+def vector_of(text: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(sum(ord(c) * 7**i for i, c in enumerate(text)))
+    return torch.nn.functional.normalize(torch.randn(WIDTH, generator=generator), dim=0)
+
+
+class Scorer:
+    """Turns texts into fixed vectors and remembers which it was asked for."""
+
+    def __init__(self, *, raise_after: int | None = None) -> None:
+        self.seen: list[str] = []
+        self.calls = 0
+        self.raise_after = raise_after
+
+    def __call__(self, items: list[Item]) -> torch.Tensor:
+        if self.calls == self.raise_after:
+            raise KeyboardInterrupt
+        self.calls += 1
+        self.seen += [item.text or "" for item in items]
+        return torch.stack([vector_of(item.text or "") for item in items])
+
+
+def make_items(count: int) -> list[Item]:
+    return [Item(text=f"target {i}") for i in range(count)]
+
+
+def build(directory, items, scorer=None, **options) -> TargetBank:
+    options = {"fingerprint": "scorer-a", "batch_size": 4, "shard_size": 4, **options}
+    return TargetBank(directory).build(
+        items, scorer or Scorer(), show_progress_bar=False, **options
+    )
+
+
+def test_a_bank_holds_each_distinct_target_once_in_order(tmp_path):
+    items = make_items(10)
+    scorer = Scorer()
+    bank = build(tmp_path, [*items, items[3], items[0]], scorer)
+    assert bank.ids == [item.content_key() for item in items]
+    assert scorer.seen == [item.text for item in items]
+    for row, item in enumerate(items):
+        assert torch.equal(torch.tensor(bank.embeddings[row]), vector_of(item.text or ""))
+    assert isinstance(bank.embeddings, np.memmap)
+    assert not (tmp_path / "shards").exists()
+
+
+def test_the_same_targets_and_scorer_are_not_embedded_again(tmp_path):
+    build(tmp_path, make_items(10))
+    scorer = Scorer()
+    assert len(build(tmp_path, make_items(10), scorer)) == 10
+    assert scorer.calls == 0
+
+
+def test_other_targets_or_pools_are_embedded_anew(tmp_path):
+    build(tmp_path, make_items(10))
+    assert len(build(tmp_path, make_items(11))) == 11
+    scorer = Scorer()
+    assert set(build(tmp_path, make_items(11), scorer, pools=["a"] * 11).pools) == {"a"}
+    assert scorer.calls == 3
+
+
+def test_vectors_of_another_scorer_are_refused_unless_rebuilt(tmp_path):
+    build(tmp_path, make_items(5))
+    with pytest.raises(
+        ScorerMismatchError, match=r"scorer-a, expected scorer-b; pass rebuild=True"
+    ):
+        build(tmp_path, make_items(5), fingerprint="scorer-b")
+    with pytest.raises(ScorerMismatchError):
+        TargetBank(tmp_path).open(fingerprint="scorer-b")
+    assert build(tmp_path, make_items(5), fingerprint="scorer-b", rebuild=True).fingerprint == (
+        "scorer-b"
+    )
+
+
+def test_an_interrupted_build_encodes_only_the_missing_shards(tmp_path):
+    items = make_items(18)
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, items, Scorer(raise_after=3))
+    with pytest.raises(BankError, match="expected a finished bank"):
+        TargetBank(tmp_path).open()
+    scorer = Scorer()
+    # A smaller batch after running out of memory must not lose the finished shards.
+    bank = build(tmp_path, items, scorer, batch_size=2)
+    assert scorer.seen == [item.text for item in items[12:]]
+    assert np.array_equal(bank.embeddings, build(tmp_path / "whole", items).embeddings)
+
+
+def test_a_build_killed_by_the_system_goes_on(tmp_path):
+    script = (
+        "import os, signal, sys\n"
+        "sys.path.insert(0, sys.argv[2])\n"
+        "from test_scoring import Scorer, build, make_items\n"
+        "class Killed(Scorer):\n"
+        "    def __call__(self, items):\n"
+        "        if self.calls == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return super().__call__(items)\n"
+        "build(sys.argv[1], make_items(16), Killed())\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path), os.path.dirname(__file__)]
+    killed = subprocess.run(command, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    scorer = Scorer()
+    assert len(build(tmp_path, make_items(16), scorer)) == 16
+    assert scorer.seen == [item.text for item in make_items(16)[8:]]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "nan", "empty"])
+def test_a_damaged_shard_is_encoded_again(tmp_path, damage):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, make_items(12), Scorer(raise_after=2))
+    shard = tmp_path / "shards" / "000001.npy"
+    if damage == "nan":
+        np.save(shard, np.full((4, WIDTH), np.nan, dtype=np.float32))
+    else:
+        shard.write_bytes(shard.read_bytes()[:-5] if damage == "truncated" else b"")
+    scorer = Scorer()
+    build(tmp_path, make_items(12), scorer)
+    assert scorer.seen == [item.text for item in make_items(12)[4:]]
+
+
+def test_shards_of_another_scorer_are_not_used(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path, make_items(12), Scorer(raise_after=2))
+    scorer = Scorer()
+    build(tmp_path, make_items(12), scorer, fingerprint="scorer-b")
+    assert scorer.calls == 3
+
+
+def test_nan_in_a_stored_bank_is_found_on_opening(tmp_path):
+    build(tmp_path, make_items(10))
+    vectors = np.lib.format.open_memmap(tmp_path / "embeddings.npy", mode="r+")
+    vectors[7, 2] = np.nan
+    vectors.flush()
+    with pytest.raises(BankError, match=r"targets \[7\].*rebuild=True"):
+        build(tmp_path, make_items(10))
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "targets.json"])
+def test_a_truncated_file_is_found_on_opening(tmp_path, name):
+    build(tmp_path, make_items(10))
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(BankError, match="is damaged.*rebuild=True"):  # noqa: RUF043
+        build(tmp_path, make_items(10))
+    assert len(build(tmp_path, make_items(10), rebuild=True)) == 10
+
+
+@pytest.mark.parametrize(
+    ("encode", "message"),
+    [
+        (
+            lambda items: torch.full((len(items), 3), torch.nan),
+            r"encode: vectors of targets \[0, 1",
+        ),
+        (lambda items: torch.ones(len(items), 3), r"length 1\.732.*L2-normalise"),
+        (lambda items: torch.ones(1, 1), r"shape \(1, 1\) for 4 items"),
+    ],
+)
+def test_vectors_that_cannot_be_cosines_are_refused(tmp_path, encode, message):
+    with pytest.raises(BankError, match=message):
+        build(tmp_path, make_items(8), encode)
+
+
+def test_processes_share_the_shards_and_call_the_scorer_equally_often(tmp_path):
+    # Two processes in turns: each barrier hands over to the other, as threads would.
+    import threading
+
+    barrier = threading.Barrier(2, timeout=30)
+    scorers = [Scorer(), Scorer()]
+    banks: list[TargetBank | None] = [None, None]
+
+    def run(index: int) -> None:
+        processes = SimpleNamespace(
+            process_index=index, num_processes=2, wait_for_everyone=barrier.wait
+        )
+        banks[index] = build(
+            tmp_path, make_items(18), scorers[index], shard_size=8, processes=processes
+        )
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert scorers[0].calls == scorers[1].calls == 4
+    whole = build(tmp_path / "alone", make_items(18))
+    for bank in banks:
+        assert bank is not None
+        assert np.array_equal(bank.embeddings, whole.embeddings)
+
+
+def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools, limit):
+    vectors = np.array(bank.embeddings, dtype=np.float64)
+    rows = []
+    for query, positive_id, ignored, pool in zip(
+        queries.double().numpy(), positive_ids, false_negative_ids, pools, strict=True
+    ):
+        positive = float(query @ vectors[bank.row_of[positive_id]])
+        others = [
+            float(query @ vectors[row])
+            for row in bank.pools[pool]
+            if bank.ids[row] != positive_id and bank.ids[row] not in ignored
+            if limit is None or vectors[row] @ vectors[bank.row_of[positive_id]] < limit
+        ]
+        rank = 1 + sum(other >= positive - 1e-6 for other in others)
+        exps = np.exp(np.array([positive, *others]) / TEMPERATURE)
+        loss = -np.log(exps[0] / exps.sum())
+        rows.append((positive, sorted(others, reverse=True)[:count], rank, loss))
+    return rows
+
+
+@given(
+    seed=st.integers(0, 1000),
+    chunk_size=st.integers(1, 50),
+    count=st.integers(1, 9),
+    limit=st.sampled_from([None, -0.9, 0.0, 0.3, 1.0]),
+)
+def test_columns_agree_with_a_naive_loop_for_any_chunk(
+    tmp_path_factory, seed, chunk_size, count, limit
+):
+    directory = tmp_path_factory.getbasetemp() / "shared_bank"
+    pool_names = ["left" if i % 3 else "right" for i in range(30)]
+    bank = build(directory, make_items(30), pools=pool_names)
+    generator = np.random.default_rng(seed)
+    positions = generator.integers(0, 30, size=7)
+    positive_ids = [bank.ids[i] for i in positions]
+    pools = [pool_names[i] for i in positions]
+    ignored = [[bank.ids[i] for i in generator.integers(0, 30, size=3)] for _ in positions]
+    queries = torch.from_numpy(generator.normal(size=(7, WIDTH))).float()
+    queries = torch.nn.functional.normalize(queries, dim=1)
+    columns = similarity_columns(
+        queries,
+        positive_ids,
+        bank,
+        num_negatives=count,
+        false_negative_ids=ignored,
+        max_negative_similarity=limit,
+        pools=pools,
+        chunk_size=chunk_size,
+        temperature=TEMPERATURE,
+    )
+    expected = naive_columns(queries, positive_ids, bank, count, ignored, pools, limit)
+    for row, (positive, negatives, rank, loss) in enumerate(expected):
+        assert columns["info_nce"][row] == pytest.approx(loss, abs=2e-5)
+        assert columns["positive_similarity"][row] == pytest.approx(positive, abs=1e-6)
+        assert columns["negative_similarities"][row] == pytest.approx(negatives, abs=1e-6)
+        assert columns["target_rank"][row] == rank
+
+
+ANGLES = {"positive": 0, "near": 20, "hard": 60, "far": 90}  # degrees in the plane
+
+
+def plane_bank(directory):
+    angles = torch.deg2rad(torch.tensor(list(ANGLES.values()), dtype=torch.float32))
+    vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
+    row_of = {name: row for row, name in enumerate(ANGLES)}
+    items = [Item(text=name) for name in ANGLES]
+    return build(directory, items, lambda batch: vectors[[row_of[item.text] for item in batch]])
+
+
+@pytest.mark.parametrize(
+    ("limit", "left", "rank"),
+    [(None, ["near", "hard", "far"], 4), (0.9, ["hard", "far"], 3), (0.45, ["far"], 2)],
+)
+def test_unlabelled_positives_are_neither_negatives_nor_rivals(tmp_path, limit, left, rank):
+    # The query lies beyond "far", so that every target is nearer to it than the positive.
+    query = torch.deg2rad(torch.tensor([[110.0]]))
+    columns = similarity_columns(
+        torch.cat([query.cos(), query.sin()], dim=1),
+        [Item(text="positive").content_key()],
+        plane_bank(tmp_path),
+        max_negative_similarity=limit,
+    )
+    expected = [math.cos(math.radians(110 - ANGLES[name])) for name in reversed(left)]
+    assert columns["negative_similarities"][0] == pytest.approx(expected, abs=1e-6)
+    assert columns["target_rank"] == [rank]
+
+
+@given(angle=st.integers(0, 359), chunk_size=st.integers(1, 4))
+def test_no_query_can_hide_a_hard_negative_by_leaving_its_positive(
+    tmp_path_factory, angle, chunk_size
+):
+    bank = plane_bank(tmp_path_factory.getbasetemp() / "plane")
+    query = torch.deg2rad(torch.tensor([[float(angle)]]))
+    columns = similarity_columns(
+        torch.cat([query.cos(), query.sin()], dim=1),
+        [Item(text="positive").content_key()],
+        bank,
+        max_negative_similarity=0.9,
+        chunk_size=chunk_size,
+    )
+    expected = sorted(math.cos(math.radians(angle - ANGLES[n])) for n in ("hard", "far"))
+    assert columns["negative_similarities"][0] == pytest.approx(expected[::-1], abs=1e-6)
+
+
+def test_looking_for_unlabelled_positives_reads_no_more_of_the_bank(tmp_path, monkeypatch):
+    bank = build(tmp_path, make_items(30))
+    read, rows = [], bank.rows
+
+    def counting(chosen, device):
+        read.append(len(chosen))
+        return rows(chosen, device)
+
+    monkeypatch.setattr(bank, "rows", counting)
+    queries = torch.stack([vector_of("x"), vector_of("y"), vector_of("z")])
+    counts = []
+    for limit in (None, 0.5):
+        similarity_columns(
+            *(queries, [bank.ids[0]] * 3, bank), max_negative_similarity=limit, chunk_size=7
+        )
+        counts.append(read.copy())
+        read.clear()
+    assert counts[0] == counts[1]
+
+
+def test_without_pools_a_query_competes_with_the_whole_bank(tmp_path):
+    bank = build(tmp_path, make_items(9), pools=["a", "b", "c"] * 3)
+    columns = similarity_columns(vector_of("x")[None], [bank.ids[0]], bank, num_negatives=99)
+    assert len(columns["negative_similarities"][0]) == 8
+
+
+def test_a_query_equal_to_its_positive_ranks_first_and_ties_count_against_it(tmp_path):
+    items = make_items(6)
+    bank = build(tmp_path, items)
+    columns = similarity_columns(vector_of(items[2].text or "")[None], [bank.ids[2]], bank)
+    assert columns["target_rank"] == [1]
+    assert columns["positive_similarity"] == pytest.approx([1.0])
+    collapsed = build(tmp_path / "same", items, lambda batch: torch.eye(1, 4).repeat(len(batch), 1))
+    columns = similarity_columns(torch.eye(1, 4), [collapsed.ids[2]], collapsed)
+    assert columns["target_rank"] == [6]
+
+
+def test_a_pool_of_one_has_no_negatives(tmp_path):
+    bank = build(tmp_path, make_items(3), pools=["alone", "b", "b"])
+    columns = similarity_columns(
+        vector_of("x")[None], [bank.ids[0]], bank, pools=["alone"], temperature=TEMPERATURE
+    )
+    assert columns["info_nce"] == [0.0]
+    assert columns["negative_similarities"] == [[]]
+    assert columns["target_rank"] == [1]
+
+
+def test_a_bank_in_memory_gives_the_same_columns_without_gradient(tmp_path):
+    bank = build(tmp_path, make_items(9))
+    queries = torch.stack([vector_of("x"), vector_of("y")]).requires_grad_()
+    from_disk = similarity_columns(queries, bank.ids[:2], bank)
+    assert similarity_columns(queries, bank.ids[:2], bank.to("cpu")) == from_disk
+    assert json.loads(json.dumps(from_disk)) == from_disk
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positive_ids": ["unknown"]}, "positive of row 0 = unknown is not in the bank"),
+        ({"pools": ["b"]}, "positive of row 0 .* is not in pool 'b'"),
+        ({"pools": ["nowhere"]}, "pool = 'nowhere' is not in the bank"),
+        ({"query_embeds": torch.full((1, WIDTH), torch.nan)}, r"rows \[0\] hold NaN"),
+        ({"query_embeds": torch.ones(1, WIDTH + 1)}, "shape"),
+        ({"pools": ["a", "a"]}, "one entry per query"),
+        ({"num_negatives": 0}, "num_negatives = 0"),
+        ({"max_negative_similarity": -1.0}, r"max_negative_similarity = -1.0, .* in \(-1, 1\]"),
+        ({"max_negative_similarity": math.nan}, "max_negative_similarity = nan"),
+    ],
+)
+def test_queries_that_cannot_be_scored_are_refused(tmp_path, change, message):
+    bank = build(tmp_path, make_items(4), pools=["a", "a", "b", "b"])
+    arguments = {"query_embeds": vector_of("x")[None], "positive_ids": [bank.ids[0]], "bank": bank}
+    with pytest.raises(BankError, match=message):
+        similarity_columns(**{**arguments, **change})
+
+
+def make_model(interface="reencode"):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
+    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
+    peft_model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**lora))
+    peft_model.add_adapter("embedding", LoraConfig(**lora, trainable_token_indices=[30, 31]))
+    return SimpleNamespace(
+        peft_model=peft_model, config=TwnConfig(backbone="tiny", interface=interface)
+    )
+
+
+def nudge(model, adapter: str) -> None:
+    with torch.no_grad():
+        for name, parameter in model.peft_model.named_parameters():
+            if name.endswith(f"lora_B.{adapter}.weight"):
+                parameter += 1
+
+
+def test_the_fingerprint_follows_the_embedding_adapter_and_ignores_the_reasoner():
+    first, second = make_model(), make_model()
+    fingerprint = scorer_fingerprint(first)
+    assert scorer_fingerprint(second) == fingerprint
+    nudge(second, "default")
+    second.config.max_think_tokens = 7
+    second.config.gate_threshold = 0.3
+    assert scorer_fingerprint(second) == fingerprint
+    nudge(second, "embedding")
+    assert scorer_fingerprint(second) != fingerprint
+
+
+def test_the_fingerprint_follows_the_read_out_rows():
+    model = make_model()
+    fingerprint = scorer_fingerprint(model)
+    with torch.no_grad():
+        for name, parameter in model.peft_model.named_parameters():
+            if name.endswith("trainable_tokens_delta.embedding"):
+                parameter += 1
+    assert scorer_fingerprint(model) != fingerprint
+
+
+def test_with_kv_detach_the_reasoner_is_part_of_the_scorer():
+    model = make_model("kv_detach")
+    fingerprint = scorer_fingerprint(model)
+    nudge(model, "default")
+    assert scorer_fingerprint(model) != fingerprint
+
+
+@pytest.mark.parametrize(
+    "change", [{"backbone_revision": "abc"}, {"interface": "kv_detach"}, {"num_readout_tokens": 2}]
+)
+def test_the_fingerprint_follows_the_config(change):
+    model = make_model()
+    fingerprint = scorer_fingerprint(model)
+    vars(model.config).update(change)
+    assert scorer_fingerprint(model) != fingerprint
+
+
+def test_a_local_backbone_counts_by_its_weights_and_not_by_its_path(tmp_path):
+    fingerprints = []
+    for name, content in (("here", b"weights"), ("there", b"weights"), ("other", b"changed")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(content)
+        model = make_model()
+        model.config.backbone = str(tmp_path / name)
+        fingerprints.append(scorer_fingerprint(model))
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

@@ -1,0 +1,239 @@
+"""The endpoint writer against a real local server: slow, broken, busy, refusing and good."""
+
+import base64
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from conftest import picture
+from PIL import Image
+
+from twn_rl.data.chat import Renderer
+from twn_rl.data.record import Item, Record
+from twn_rl.training.thought_selection.endpoint import EndpointSettings, EndpointWriter
+from twn_rl.training.thought_selection.shards import RecordShards, SelectionError
+
+Answer = Callable[[dict[str, Any], int], tuple[int, str]]
+RECORDS = [
+    Record(id=f"r{n}", source="t", query=Item(text=f"question {n}"), positive=Item(text="camel"))
+    for n in range(5)
+]
+
+
+class Server(ThreadingHTTPServer):
+    """Answers by a function of (request, how often this question was asked before)."""
+
+    answer: Answer
+    requests: list[tuple[str, dict[str, str], dict[str, Any]]]
+    daemon_threads = True
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        question = json.dumps(body["messages"])
+        asked = sum(json.dumps(b["messages"]) == question for _, _, b in self.server.requests)
+        self.server.requests.append((self.path, dict(self.headers), body))
+        status, text = self.server.answer(body, asked)
+        try:
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(text.encode())
+        except OSError:
+            pass  # the client has gone
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[Server]:
+    server = Server(("127.0.0.1", 0), Handler)
+    server.answer, server.requests = answer, []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def writer(server: Server, **settings: Any) -> EndpointWriter:
+    settings = {
+        "url": f"http://127.0.0.1:{server.server_address[1]}/v1",
+        "model": "m",
+        "backoff_seconds": 0.01,
+        "timeout_seconds": 10.0,
+        "retries": 2,
+        **settings,
+    }
+    named = {f"endpoint_{name}": value for name, value in settings.items()}
+    return EndpointWriter(EndpointSettings(**named), Renderer())
+
+
+def chat(text: str | None, finish_reason: str = "stop") -> tuple[int, str]:
+    choice = {"message": {"content": text}, "finish_reason": finish_reason}
+    return 200, json.dumps({"choices": [choice]})
+
+
+def number(body: dict[str, Any]) -> int:
+    return int(body["messages"][-1]["content"][0]["text"].split()[-1])
+
+
+def test_thoughts_come_back_in_the_order_of_records_with_and_without_markers() -> None:
+    def answer(body: dict[str, Any], asked: int) -> tuple[int, str]:
+        time.sleep(0.02 * (5 - number(body)))  # the last question is answered first
+        text = f"thought {number(body)}"
+        return chat(f"<think> {text} </think> ok" if number(body) % 2 else f" {text}\n")
+
+    with serving(answer) as server:
+        asked = writer(server, thoughts=2)
+        written = asked.write(RECORDS)
+    assert [[c.cot for c in row] for row in written] == [[f"thought {n}"] * 2 for n in range(5)]
+    assert {c.source for row in written for c in row} == {"endpoint:m"}
+    assert all(c.problem is None for row in written for c in row)
+    assert asked.num_retries == 0
+    path, _, body = server.requests[0]
+    assert path == "/v1/chat/completions"
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("m", 1.0, 512)
+
+
+def test_pictures_travel_as_data_urls_and_the_key_as_a_header(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("MY_KEY", "secret")
+    shown = picture(3)
+    item = Item(instruction="find it", images=(shown,), video=(picture(4), picture(5)))
+    record = Record(id="r", source="t", query=item, positive=Item(text="camel"))
+    with serving(lambda body, asked: chat("a thought")) as server:
+        writer(server, key_variable="MY_KEY").write([record])
+    _, headers, body = server.requests[0]
+    assert headers["Authorization"] == "Bearer secret"
+    parts = body["messages"][0]["content"]
+    assert [part["type"] for part in parts] == ["image_url"] * 3 + ["text"] * 2
+    head, _, encoded = parts[0]["image_url"]["url"].partition(",")
+    assert head == "data:image/png;base64"
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as sent:
+        assert sent.convert("RGB").tobytes() == shown.tobytes()
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (200, "no json"),
+        (200, "[]"),
+        (200, '{"choices": []}'),
+        (200, '{"choices": [{"message": {"content": null}}]}'),
+        (503, "busy"),
+        (429, "slow down"),
+    ],
+)
+def test_junk_and_a_busy_server_are_asked_again(bad: tuple[int, str]) -> None:
+    with serving(lambda body, asked: bad if asked < 2 else chat("at last")) as server:
+        asked = writer(server)
+        [[candidate]] = asked.write(RECORDS[:1])
+    assert (candidate.cot, candidate.problem) == ("at last", None)
+    assert asked.num_retries == 2
+    assert len(server.requests) == 3
+
+
+def test_a_time_out_is_retried_and_counted_in_the_end() -> None:
+    stop = threading.Event()
+
+    def answer(body: dict[str, Any], asked: int) -> tuple[int, str]:
+        if number(body) == 1:
+            stop.wait(5)
+        return chat("quick")
+
+    with serving(answer) as server:
+        asked = writer(server, timeout_seconds=0.5, retries=1)
+        written = asked.write(RECORDS[:3])
+        stop.set()
+    assert [row[0].problem for row in written] == [None, "timeout", None]
+    assert asked.num_retries == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "problem"),
+    [
+        ("cut sho", "length", "truncated"),
+        ("  ", "stop", "empty"),
+        ("a </think> b", "stop", "marker"),
+        ("<think> open", "stop", "truncated"),
+    ],
+)
+def test_unusable_thoughts_are_kept_with_their_problem(
+    text: str, finish_reason: str, problem: str
+) -> None:
+    with serving(lambda body, asked: chat(text, finish_reason)) as server:
+        [[candidate]] = writer(server).write(RECORDS[:1])
+    assert candidate.problem == problem
+    assert len(server.requests) == 1, "an answer is an answer"
+
+
+def test_a_request_that_is_refused_is_not_asked_again() -> None:
+    def answer(body: dict[str, Any], asked: int) -> tuple[int, str]:
+        return (400, "picture too large") if number(body) == 0 else chat("fine")
+
+    with serving(answer) as server:
+        written = writer(server).write(RECORDS[:2])
+    assert [row[0].problem for row in written] == ["refused", None]
+    assert len(server.requests) == 2
+
+
+def test_a_wrong_key_stops_the_pass_at_once() -> None:
+    with (
+        serving(lambda body, asked: (401, "who are you")) as server,
+        pytest.raises(SelectionError, match=r"401.*who are you.*OPENAI_API_KEY"),
+    ):
+        writer(server, parallel=1).write(RECORDS)
+    assert len(server.requests) < len(RECORDS)
+
+
+def test_a_dead_endpoint_stops_the_pass_and_finished_shards_are_kept(tmp_path) -> None:
+    alive = {"is_up": True}
+
+    def answer(body: dict[str, Any], asked: int) -> tuple[int, str]:
+        return chat(f"thought {number(body)}") if alive["is_up"] else (503, "down")
+
+    with serving(answer) as server:
+        settings = {"retries": 0, "max_failures": 2, "parallel": 1}
+        asked = writer(server, **settings)
+
+        def make(positions: list[int]) -> list[dict[str, Any]]:
+            alive["is_up"] = alive["is_up"] and 2 not in positions
+            found = asked.write([RECORDS[n] for n in positions])
+            return [{"candidates": [c.to_dict() for c in row]} for row in found]
+
+        def make_again(positions: list[int]) -> list[dict[str, Any]]:
+            alive["is_up"] = True
+            found = writer(server, **settings).write([RECORDS[n] for n in positions])
+            return [{"candidates": [c.to_dict() for c in row]} for row in found]
+
+        ids = [record.id for record in RECORDS]
+        shards = RecordShards(tmp_path / "endpoint", ids, asked.plan, shard_size=2)
+        with pytest.raises(SelectionError, match=r"2 records in a row.*finished shards are kept"):
+            shards.fill(make, show_progress_bar=False)
+        seen = len(server.requests)
+        shards.fill(make_again, show_progress_bar=False)
+        assert len(server.requests) - seen == 3, "the first two records were not asked again"
+    cots = [row["candidates"][0]["cot"] for row in shards.rows()]
+    assert cots == [f"thought {n}" for n in range(5)]
+
+
+def test_settings_that_cannot_work_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"url = 'ftp://x'.*model is empty.*parallel = 0") as error:
+        EndpointSettings(endpoint_url="ftp://x", endpoint_parallel=0, endpoint_timeout_seconds=0)
+    assert "timeout_seconds = 0" in str(error.value)
+    assert EndpointSettings(endpoint_parallel=0).endpoint_url is None, "nothing is asked"

@@ -1,0 +1,207 @@
+"""Rows of Parquet and Arrow files. Knows the columns of a record and nothing of its meaning.
+
+Of the rooms of records the only one that needs pyarrow.
+"""
+
+import json
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
+from twn_rl.data.record import RecordError
+
+logger = logging.getLogger(__name__)
+
+COPY_SUFFIX = ".rows.arrow"
+_SIGNATURE_KEY = b"twn_rl_source"
+_IN_MEMORY_BYTES = 32 * 1024 * 1024
+_PARQUET_BATCH_ROWS = 1024
+_ITEM = pa.struct(
+    {
+        "instruction": pa.string(),
+        "text": pa.string(),
+        "images": pa.list_(pa.string()),
+        "video": pa.list_(pa.string()),
+    }
+)
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "source": pa.string(),
+        "query": _ITEM,
+        "positive": _ITEM,
+        "negatives": pa.list_(_ITEM),
+        "query_cot": pa.string(),
+        "positive_cot": pa.string(),
+        "metadata": pa.string(),  # JSON text: its shape differs between records
+    }
+)
+
+
+class ParquetRows:
+    """The rows of a `.parquet` file; a place is a 0-based row.
+
+    Parquet cannot give one row without decoding thousands. A small file is decoded into memory, a
+    large one into an uncompressed Arrow copy beside it, which is memory-mapped and reused while the
+    file stays the same.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Note the state of the file, so that a later change shows.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+        """
+        self.path = path
+        self._signature = file_signature(path.stat())
+        self._batches: list[pa.RecordBatch] | None = None
+        self._starts: list[int] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the decoded rows behind: another process opens the file itself."""
+        return {**self.__dict__, "_batches": None}
+
+    def scan(self) -> Iterator[tuple[int, int, Row]]:
+        """Yield row numbers, places and rows.
+
+        Raises:
+            RecordError: If the file is damaged or no Parquet.
+        """
+        place = 0
+        for batch in self._open():
+            for data in batch.to_pylist():
+                yield place + 1, place, _parse_metadata(data)
+                place += 1
+
+    def read(self, place: int) -> Row:
+        """Return the row at `place`."""
+        batches = self._open()
+        index = bisect_right(self._starts, place) - 1
+        (data,) = batches[index].slice(place - self._starts[index], 1).to_pylist()
+        return _parse_metadata(data)
+
+    def _open(self) -> list[pa.RecordBatch]:
+        if self._batches is None:
+            check_unchanged(self.path, self._signature, self.path.stat())
+            try:
+                self._batches = self._decode()
+            except (pa.ArrowInvalid, OSError) as error:
+                raise RecordError(
+                    f"file is no readable Parquet ({error}); expected a complete file; write it "
+                    "again",
+                    reason="bad_file",
+                    file=self.path,
+                ) from error
+            lengths = [batch.num_rows for batch in self._batches]
+            self._starts = list(accumulate(lengths, initial=0))[:-1]
+        return self._batches
+
+    def _decode(self) -> list[pa.RecordBatch]:
+        with pq.ParquetFile(self.path) as file:
+            groups = range(file.metadata.num_row_groups)
+            size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+            if size > _IN_MEMORY_BYTES:
+                copy = self.path.with_name(f"{self.path.name}{COPY_SUFFIX}")
+                mapped = _map_copy(copy, self._signature)
+                if mapped is None and _write_copy(copy, file, self._signature):
+                    mapped = _map_copy(copy, self._signature)
+                if mapped is not None:
+                    return mapped
+            return list(file.iter_batches(batch_size=_PARQUET_BATCH_ROWS))
+
+
+def _map_copy(copy: Path, signature: tuple[int, int]) -> list[pa.RecordBatch] | None:
+    """Return the memory-mapped rows of a copy, or None if there is none of this very file."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(copy)))
+    except (pa.ArrowInvalid, OSError):
+        return None
+    if (reader.schema.metadata or {}).get(_SIGNATURE_KEY) != str(signature).encode():
+        return None
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+
+
+def _write_copy(copy: Path, file: pq.ParquetFile, signature: tuple[int, int]) -> bool:
+    """Write the rows uncompressed; return whether that worked."""
+    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+    schema = file.schema_arrow.with_metadata({_SIGNATURE_KEY: str(signature).encode()})
+    batches = file.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
+    total = -(-file.metadata.num_rows // _PARQUET_BATCH_ROWS)
+    try:
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            for batch in tqdm(batches, desc=f"Writing {copy.name}", total=total, delay=5.0):
+                writer.write_batch(batch)
+        temporary.replace(copy)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); its rows stay in memory", copy, error)
+        return False
+    finally:
+        with suppress(OSError):  # on a read-only disk
+            temporary.unlink(missing_ok=True)
+    return True
+
+
+def _parse_metadata(data: dict[str, Any]) -> Row:
+    if isinstance(data.get("metadata"), str):
+        data["metadata"] = parse_json(data["metadata"], field="metadata")
+    bad = data.get("metadata")
+    return bad if isinstance(bad, RecordError) else data
+
+
+def read_table(path: Path, *, batch_rows: int) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a Parquet file, or of an Arrow stream (`.arrow`), whatever their columns.
+
+    Args:
+        path: File to read.
+        batch_rows: Rows held in memory at a time; small where cells hold pictures.
+
+    Raises:
+        RecordError: If the file is damaged or of another kind.
+        FileNotFoundError: If there is no such file.
+    """
+    try:
+        for batch in _batches_of(path, batch_rows):
+            yield from batch.to_pylist()
+    except (pa.ArrowInvalid, OSError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise RecordError(
+            f"file is no readable Parquet ({error}); expected a complete file; write it again",
+            reason="bad_file",
+            file=path,
+        ) from error
+
+
+def _batches_of(path: Path, batch_rows: int) -> Iterator[pa.RecordBatch]:
+    if path.suffix == ".arrow":
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+            for batch in reader:
+                for start in range(0, batch.num_rows, batch_rows):
+                    yield batch.slice(start, batch_rows)
+        return
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(batch_size=batch_rows)
+
+
+def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows with the columns of a record; `metadata` becomes JSON text."""
+    with pq.ParquetWriter(path, _SCHEMA) as writer:
+        for batch in _batches(rows):
+            table = [{**row, "metadata": json.dumps(row["metadata"])} for row in batch]
+            writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
+
+
+def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    iterator = iter(rows)
+    while batch := list(islice(iterator, _PARQUET_BATCH_ROWS)):
+        yield batch

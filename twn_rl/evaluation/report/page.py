@@ -1,0 +1,161 @@
+"""One self-contained HTML file of what was learned; knows no models and measures nothing."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from twn_rl.evaluation.modes import MODE_NAMES
+from twn_rl.evaluation.report.charts import (
+    Chart,
+    draw_bars,
+    draw_curves,
+    draw_tradeoff,
+    read_curves,
+)
+from twn_rl.evaluation.report.gallery import gallery, routing_gallery
+from twn_rl.evaluation.report.tables import (
+    further_table,
+    groups_of,
+    quality_table,
+    routing_table,
+    splits_of,
+)
+from twn_rl.evaluation.results import Evaluation
+from twn_rl.evaluation.routing import (
+    DECIDERS,
+    RoutedQuery,
+    describe_routing,
+    routed_queries,
+    routing_curve,
+    routing_points,
+    routing_summary,
+)
+from twn_rl.runtime.whole_files import write_text
+
+ABLATION_MODES = ("always", "gold", "shuffled", "foreign", "empty", "never")
+
+
+def write_report(
+    path: str | Path,
+    after: Evaluation | str | Path,
+    *,
+    before: Evaluation | str | Path | None = None,
+    curves: Mapping[str, str | Path] | None = None,
+    title: str = "What thinking is worth",
+    note: str = "",
+    num_examples: int = 12,
+    num_routing_examples: int = 4,
+) -> Path:
+    """Write the report and return its path.
+
+    Args:
+        path: HTML file to write; nothing beside it is needed to view it.
+        after: The evaluation to show, or its folder; with `before`, the one after RL.
+        before: The same queries before RL; adds columns and the earlier thoughts.
+        curves: Stage name -> its `metrics.jsonl`; a missing file is an error.
+        title: Headline.
+        note: A sentence below the headline, such as the configuration.
+        num_examples: Queries in the gallery; those that RL changed come first.
+        num_routing_examples: Queries shown of each way a decision can be right or wrong.
+    """
+    after = after if isinstance(after, Evaluation) else Evaluation.load(after)
+    if before is not None and not isinstance(before, Evaluation):
+        before = Evaluation.load(before)
+    stages = {name: draw_curves(read_curves(file)) for name, file in (curves or {}).items()}
+    environment = Environment(
+        loader=PackageLoader("twn_rl.evaluation.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template("report.html.j2").render(
+        title=title,
+        note=note,
+        has_before=before is not None,
+        tables=_tables(after, before),
+        ablations=_markup(_ablation_charts(after)),
+        stages={name: _markup(charts) for name, charts in stages.items() if charts},
+        routing=_routing(after, num_routing_examples),
+        examples=gallery(after, before, num_examples),
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, text)
+    return path
+
+
+def _tables(after: Evaluation, before: Evaluation | None) -> list[dict[str, Any]]:
+    splits = splits_of(after)
+    further = [further_table(split, after) for split in splits]
+    tables = [quality_table(split, after, before) for split in splits]
+    return tables + [table for table in further if table is not None]
+
+
+def _markup(charts: Sequence[Chart]) -> list[dict[str, Any]]:
+    # The only text that is not escaped: drawn here, its labels escaped by the drawing library.
+    return [{"title": c.title, "alt": c.alt, "svg": Markup(c.svg)} for c in charts]
+
+
+def _ablation_charts(evaluation: Evaluation) -> list[Chart]:
+    charts = []
+    for split in splits_of(evaluation):
+        groups = {}
+        for group in groups_of(evaluation, split):
+            keys = {MODE_NAMES[mode]: f"{split}/{group}/{mode}/hit@1" for mode in ABLATION_MODES}
+            groups[group] = {
+                name: tuple(evaluation.metrics[key + end] for end in ("", "_low", "_high"))
+                for name, key in keys.items()
+                if key in evaluation.metrics
+            }
+        is_ablated = any(set(bars) - {"own thoughts", "no thinking"} for bars in groups.values())
+        shown = {g: bars for g, bars in groups.items() if g == "all" or g.startswith("hop")}
+        if is_ablated:
+            charts.append(draw_bars(f"Whose thoughts help: {split}", shown, label="hit@1"))
+    return charts
+
+
+def _routing(evaluation: Evaluation, num_examples: int) -> list[dict[str, Any]]:
+    """Return what the page says of each mode that decides, where it was measured."""
+    routed = {mode: routed_queries(evaluation.queries, mode) for mode in DECIDERS}
+    return [
+        _routing_section(evaluation, mode, splits, num_examples)
+        for mode, splits in routed.items()
+        if splits
+    ]
+
+
+def _routing_section(
+    evaluation: Evaluation, mode: str, routed: Mapping[str, list[RoutedQuery]], num_examples: int
+) -> dict[str, Any]:
+    everything = [query for queries in routed.values() for query in queries]
+    return {
+        "decider": DECIDERS[mode].name,
+        "words": [
+            describe_routing(split, routing_summary(queries), mode)
+            for split, queries in routed.items()
+        ],
+        "charts": _markup([_routing_chart(s, queries, mode) for s, queries in routed.items()]),
+        "tables": [routing_table(split, evaluation, mode) for split in routed],
+        "kinds": routing_gallery(everything, evaluation, num_examples, DECIDERS[mode].name),
+    }
+
+
+def _routing_chart(split: str, queries: Sequence[RoutedQuery], mode: str) -> Chart:
+    names = MODE_NAMES | {"decided": MODE_NAMES[mode]}
+    points = {
+        names[rule]: (point.think_tokens, point.quality)
+        for rule, point in routing_points(queries).items()
+    }
+    curve = [(point.think_tokens, point.quality) for point in routing_curve(queries)]
+    chance = [points[names[rule]] for rule in ("never", "always")]
+    return draw_tradeoff(
+        f"Quality for thinking: {split}",
+        {f"{DECIDERS[mode].name} at every threshold": curve, "chance at every rate": chance},
+        points,
+        x_label="think tokens a query",
+        y_label="hit@1",
+    )

@@ -1,1 +1,0 @@
-"""Where a gate comes from: labels from the loss a thought saves, a threshold, files."""

@@ -1,0 +1,313 @@
+"""The items of a file -> a file of vectors, streamed and resumable.
+
+Knows neither how vectors are made nor how they are stored: a `ThinkingEmbedder` does the one,
+`vector_files` the other.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from twn_rl.data.record import Item, RecordError
+from twn_rl.inference.encode_settings import EncodeReport, EncodeSettings, ThinkMode
+from twn_rl.inference.item_rows import ItemRow, Side
+from twn_rl.inference.vector_files import VectorWriter, read_meta
+from twn_rl.modeling.adapter_files import adapter_state
+from twn_rl.modeling.adapters import REASONING_ADAPTER
+from twn_rl.modeling.fingerprints import scorer_fingerprint
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_ERRORS = 3
+
+
+class Embedder(Protocol):
+    """What the job needs of `twn_rl.inference.embedder.ThinkingEmbedder`."""
+
+    model: Any
+
+    def get_embedding_dimension(self) -> int:
+        """Return the width D of a vector."""
+        ...
+
+    def encode_query(self, items: Sequence[Item], **settings: Any) -> Any:
+        """Return details: embeddings and what happened to each item."""
+        ...
+
+    def encode_document(self, items: Sequence[Item], **settings: Any) -> Any:
+        """Return details, as `encode_query`."""
+        ...
+
+
+class ItemSource(Protocol):
+    """Rows to encode; `item_rows.ItemFile` is one."""
+
+    path: Path
+    side: Side
+    fields: dict[str, str]
+    data_root: Path
+    ignored_fields: Counter[str]
+
+    def rows(self, start: int = 0) -> Iterator[ItemRow]:
+        """Yield the rows from position `start` on."""
+        ...
+
+    def describe(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return `rows`, their number, and `sha256`, which changes when their content does."""
+        ...
+
+
+def encode_file(
+    embedder: Embedder,
+    source: ItemSource,
+    output: str | Path,
+    settings: EncodeSettings | None = None,
+    *,
+    overwrite: bool = False,
+    show_progress_bar: bool = True,
+    model_fingerprints: Mapping[str, str | None] | None = None,
+) -> EncodeReport:
+    """Write the vectors of all rows of `source` to `output`, going on where an earlier run stopped.
+
+    Beside the vectors stand the details of each row (`id`, `row`, `thought`, `gate_probability`,
+    `policy_probability`, `think_tokens`, `problem`, `error`) and what has been done; see
+    `vector_files`. A bad row has a zero vector and an error. Never more than a shard of rows is in
+    memory.
+
+    Args:
+        embedder: A `ThinkingEmbedder`.
+        source: Rows to encode; changed rows are refused, a changed file that holds the same is not.
+        output: The .npy file.
+        settings: How to encode.
+        overwrite: Start anew whatever is in `output`.
+        show_progress_bar: Show rows done.
+        model_fingerprints: What `fingerprints` said of the embedder's model, to hash it once for
+            many files; None asks.
+
+    Raises:
+        VectorFileError: If `output` was made otherwise, is damaged or in use.
+        RecordError: For a bad row, if `on_bad_row` is "raise".
+        OSError: If the disk is full; what is written stays, and the same call goes on.
+    """
+    settings = settings or EncodeSettings()
+    meta = None if overwrite else read_meta(Path(output))
+    described = source.describe(meta["notes"].get("input") if meta else None)
+    if not described["rows"]:
+        raise ValueError(f"{source.path} has no rows; expected at least one; check the file")
+    plan = {
+        "model": dict(
+            model_fingerprints
+            or fingerprints(embedder.model, source.side, settings.think_mode(source.side))
+        ),
+        "settings": {
+            "side": source.side,
+            "think": settings.think_mode(source.side),
+            "think_rate": settings.think_rate,
+            "think_threshold": settings.think_threshold,
+            "max_think_tokens": settings.max_think_tokens,
+            "shard_size": settings.shard_size,
+            "dtype": settings.dtype,
+            "fields": source.fields,
+            "data_root": str(source.data_root),
+        },
+        "input": {"sha256": described["sha256"], "rows": described["rows"]},
+    }
+    notes = {"input": described, "path": str(source.path), "settings": asdict(settings)}
+    shape = (described["rows"], embedder.get_embedding_dimension())
+    with VectorWriter(output, shape, plan, notes=notes, overwrite=overwrite) as writer:
+        resumed = writer.done_rows
+        if resumed:
+            logger.info("%s: going on after row %d of %d", output, resumed, writer.rows)
+        _encode_rest(embedder, source, writer, settings, show_progress_bar)
+        report = EncodeReport(writer.rows, resumed, dict(writer.counts))
+    if source.ignored_fields:
+        logger.info("%s: fields nothing reads: %s", source.path, dict(source.ignored_fields))
+    return report
+
+
+def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | None]:
+    """Return what tells models apart: `space`, who embeds, and `thinker`, who decides and thinks.
+
+    Vectors of one space can be compared, whoever wrote the thoughts. If nothing is written
+    `thinker` is None, so that documents stay valid when only the reasoning adapter or a gate is
+    trained on.
+
+    Args:
+        model: A `DualLoraModel`.
+        side: Whose gate decides.
+        think: When it thinks.
+    """
+    thinker = None
+    if think not in ("never", "latent"):
+        weights = dict(adapter_state(model.peft_model, REASONING_ADAPTER))
+        about: list[Any] = [model.config.max_think_tokens]
+        if think == "auto":
+            name = "gate_threshold" if side == "query" else "document_gate_threshold"
+            about.append(getattr(model.config, name, None))
+            if side == "query" and model.config.thinking_decision == "policy":
+                about += ["policy", model.config.policy_threshold]
+            gates = dict(getattr(model, "gates", {}).items())
+            if side in gates:
+                weights |= {f"gate.{key}": w for key, w in gates[side].state_dict().items()}
+        digest = hashlib.sha256(repr(about).encode())
+        for key, weight in sorted(weights.items()):
+            digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
+            # View as bytes: numpy has no bfloat16.
+            data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(data.numpy().tobytes())
+        thinker = digest.hexdigest()
+    return {"space": scorer_fingerprint(model), "thinker": thinker}
+
+
+def _encode_rest(
+    embedder: Embedder,
+    source: ItemSource,
+    writer: VectorWriter,
+    settings: EncodeSettings,
+    show_progress_bar: bool,
+) -> None:
+    rows = source.rows(writer.done_rows)
+    with tqdm(
+        total=writer.rows,
+        initial=writer.done_rows,
+        desc=f"encoding {source.path.name}",
+        unit="row",
+        disable=not show_progress_bar,
+    ) as bar:
+        while shard := list(islice(rows, settings.shard_size)):
+            vectors, details = _encode_shard(embedder, source.side, shard, writer, settings)
+            try:
+                writer.append(vectors, details, _count(details))
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}: cannot write rows from {writer.done_rows} on of "
+                    f"{writer.rows} to {writer.path}; expected room on the disk; free some and "
+                    f"run the same command again: the first {writer.done_rows} rows are kept",
+                ) from error
+            bar.update(len(shard))
+    if writer.done_rows != writer.rows:
+        raise ValueError(
+            f"{source.path} had {writer.rows} rows and now {writer.done_rows}; expected a file "
+            "that does not change while it is read; run again with --overwrite"
+        )
+
+
+def _encode_shard(
+    embedder: Embedder,
+    side: Side,
+    shard: list[ItemRow],
+    writer: VectorWriter,
+    settings: EncodeSettings,
+) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
+    """Return vectors (n, D) and details of n rows, good and bad."""
+    vectors = np.zeros((len(shard), writer.width), dtype=np.float32)
+    details = [_detail(row, writer.done_rows + i) for i, row in enumerate(shard)]
+    items = {i: row.item for i, row in enumerate(shard) if row.item is not None}
+    if len(items) < len(shard):
+        _refuse(shard, {i: row.error for i, row in enumerate(shard) if row.error}, settings)
+    if items:
+        encode = embedder.encode_query if side == "query" else embedder.encode_document
+        result = encode(
+            list(items.values()),
+            think=settings.think_mode(side),
+            batch_size=settings.batch_size,
+            max_think_tokens=settings.max_think_tokens,
+            think_rate=settings.think_rate,
+            think_threshold=settings.think_threshold,
+            on_bad_input="skip",
+            show_progress_bar=False,
+            return_details=True,
+        )
+        embeddings = _checked(result.embeddings, (len(items), writer.width))
+        for position, i in enumerate(items):
+            made = _happened(result, position)
+            if made["error"] is None and not np.isfinite(embeddings[position]).all():
+                made["error"] = "the model gave NaN or infinity for this row"
+            if made["error"] is None:
+                vectors[i] = embeddings[position]
+            details[i].update(made)
+        _refuse(shard, {i: details[i]["error"] for i in items if details[i]["error"]}, settings)
+    _log_errors(details, writer.counts.get("failed", 0))
+    return vectors, details
+
+
+def _refuse(
+    shard: Sequence[ItemRow], errors: Mapping[int, str | RecordError], settings: EncodeSettings
+) -> None:
+    """Raise the first error, if bad rows are to stop the job."""
+    if settings.on_bad_row == "skip" or not errors:
+        return
+    place, error = next(iter(errors.items()))
+    if isinstance(error, RecordError):
+        raise error
+    raise RecordError(f"row with id {shard[place].id!r}: {error}", reason="bad_input")
+
+
+def _detail(row: ItemRow, number: int) -> dict[str, Any]:
+    return {
+        "id": row.id,
+        "row": number,
+        "thought": None,
+        "gate_probability": None,
+        "policy_probability": None,
+        "think_tokens": None,
+        "problem": None,
+        "error": None if row.error is None else str(row.error),
+    }
+
+
+def _happened(result: Any, position: int) -> dict[str, Any]:
+    """Return what the embedder says of one item, JSON-ready."""
+    gate, policy = result.gate_probabilities[position], result.policy_probabilities[position]
+    tokens = result.think_tokens[position]
+    problems = [problem for problem in result.problems[position] if problem is not None]
+    if position in result.truncated:
+        problems.append("input_cut")
+    return {
+        "thought": next(iter(result.thoughts[position]), None),
+        "gate_probability": None if gate is None else float(gate),
+        "policy_probability": None if policy is None else float(policy),
+        "think_tokens": int(tokens),
+        "problem": ", ".join(problems) or None,
+        "error": result.errors.get(position),
+    }
+
+
+def _checked(embeddings: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
+    vectors = np.asarray(embeddings, dtype=np.float32)
+    if vectors.shape != shape:
+        raise ValueError(
+            f"the embedder returned shape {vectors.shape}; expected {shape}: one vector an item; "
+            "correct the embedder"
+        )
+    return vectors
+
+
+def _count(details: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    counts = Counter(
+        failed=sum(line["error"] is not None for line in details),
+        thoughts=sum(line["thought"] is not None for line in details),
+        think_tokens=sum(line["think_tokens"] or 0 for line in details),
+    )
+    counts.update(f"problem: {line['problem']}" for line in details if line["problem"] is not None)
+    return dict(counts)
+
+
+def _log_errors(details: Sequence[Mapping[str, Any]], known: int) -> None:
+    """Log the first bad rows of a file; the others are in the details."""
+    errors = [line["error"] for line in details if line["error"] is not None]
+    for error in errors[: max(0, _SHOWN_ERRORS - known)]:
+        logger.warning("%s", error)
+    if known < _SHOWN_ERRORS < known + len(errors):
+        logger.warning("further bad rows are only counted; the details file has their errors")

@@ -1,0 +1,85 @@
+"""How the rows of a file are encoded, and what came of it. Knows no rows and no models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from twn_rl.inference.item_rows import Side
+from twn_rl.inference.options import ThinkMode
+
+
+@dataclass(frozen=True)
+class EncodeSettings:
+    """How the rows of a file become vectors.
+
+    Attributes:
+        think: When to write a thought; None is "auto" for queries and "never" for documents.
+        think_rate: Share of the items of a shard that may think, in [0, 1]; None is off.
+        think_threshold: Gate probability above which to think, in [0, 1]; None is the model's.
+        max_think_tokens: Budget of one thought; None is the model's.
+        batch_size: Items per forward pass. It may change between runs, as after a full memory.
+        shard_size: Rows between two writes; a kill loses at most these.
+        dtype: Parameter type the model was loaded with; None is the stored one.
+        on_bad_row: "skip" leaves a zero vector and counts; "raise" stops.
+    """
+
+    think: ThinkMode | None = None
+    think_rate: float | None = None
+    think_threshold: float | None = None
+    max_think_tokens: int | None = None
+    batch_size: int = 32
+    shard_size: int = 1024
+    dtype: str | None = None
+    on_bad_row: Literal["raise", "skip"] = "skip"
+
+    def __post_init__(self) -> None:
+        """Collect every problem of the settings into one error."""
+        checks = {
+            f"think = {self.think!r}, expected one of {get_args(ThinkMode)} or none": self.think
+            in (*get_args(ThinkMode), None),
+            f"think_rate = {self.think_rate}, expected in [0, 1] or none": self.think_rate is None
+            or 0.0 <= self.think_rate <= 1.0,
+            f"think_threshold = {self.think_threshold}, expected in [0, 1] or none": (
+                self.think_threshold is None or 0.0 <= self.think_threshold <= 1.0
+            ),
+            f"max_think_tokens = {self.max_think_tokens}, expected >= 1 or none": (
+                self.max_think_tokens is None or self.max_think_tokens >= 1
+            ),
+            f"batch_size = {self.batch_size}, expected >= 1": self.batch_size >= 1,
+            f"shard_size = {self.shard_size}, expected >= 1": self.shard_size >= 1,
+            f"on_bad_row = {self.on_bad_row!r}, expected 'raise' or 'skip'": self.on_bad_row
+            in ("raise", "skip"),
+        }
+        if problems := [problem for problem, is_fine in checks.items() if not is_fine]:
+            raise ValueError("; ".join(problems) + "; change these settings")
+
+    def think_mode(self, side: Side) -> ThinkMode:
+        """Return when items of this side think."""
+        return self.think or ("auto" if side == "query" else "never")
+
+
+@dataclass(frozen=True)
+class EncodeReport:
+    """What a file of vectors holds after a run.
+
+    Attributes:
+        rows: Rows of the file.
+        resumed_rows: How many of them an earlier run had made.
+        counts: Over all rows: `failed`, `thoughts`, `think_tokens`, and `problem: ...` by kind.
+    """
+
+    rows: int
+    resumed_rows: int
+    counts: Mapping[str, int]
+
+    @property
+    def failed_rows(self) -> int:
+        """Rows without a vector."""
+        return self.counts.get("failed", 0)
+
+    def __str__(self) -> str:
+        """Return the report as one line."""
+        rest = {name: count for name, count in self.counts.items() if name != "failed"}
+        text = f"{self.rows} rows, {self.failed_rows} failed"
+        text += f", {self.resumed_rows} from an earlier run" if self.resumed_rows else ""
+        return text + "".join(f", {name} {count}" for name, count in sorted(rest.items()))

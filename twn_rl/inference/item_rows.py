@@ -1,0 +1,277 @@
+"""Rows of a file, one at a time, as items to encode. Knows no model and keeps no row.
+
+A row is a record of `records` (one of its sides is taken), a plain item (`id`, `text`, `image` or
+`images`, `video`, `instruction`), or anything whose fields are named. A bad row is yielded as what
+is wrong with it, because among millions of rows one must not end a job.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from twn_rl.data.images import ImageError, ImageSource, resolve_inside
+from twn_rl.data.jsonl import JsonLines, parse_json
+from twn_rl.data.record import Item, RecordError
+
+Side = Literal["query", "document"]
+
+# What a plain row may hold; `--field` gives them other names. "item" holds a whole item or a text.
+ROW_FIELDS = ("id", "item", "text", "image", "images", "video", "instruction")
+_RECORD_SIDE = {"query": "query", "document": "positive"}
+_KNOWN = {*ROW_FIELDS, "source", "pool", "metadata"}
+_RECORD_ONLY = {"query", "positive", "negatives", "query_cot", "positive_cot"}
+_PARQUET_BATCH_ROWS = 256
+_CHUNK_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class ItemRow:
+    """One row of a file.
+
+    Attributes:
+        id: Its `id`, or its position among the rows if it has none.
+        item: What to encode, image paths absolute; None if the row is bad.
+        error: What is wrong with the row; None if it is usable.
+        pool: Its `pool`, at the top or in `metadata`, if it names one.
+    """
+
+    id: str
+    item: Item | None
+    error: RecordError | None = None
+    pool: str | None = None
+
+
+class ItemFile:
+    """A `.jsonl` or `.parquet` file of items, read anew by each iteration.
+
+    Attributes:
+        path: The file.
+        side: "query" takes a record's query, "document" its positive.
+        fields: Field of `ROW_FIELDS` -> name (or dotted path) it has in this file.
+        data_root: Folder image paths are relative to and may not leave.
+        limit: Rows to read; None reads all.
+        ignored_fields: How many rows of the last iteration had each field that nothing reads.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        side: Side,
+        fields: Mapping[str, str] | None = None,
+        data_root: str | Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        """Check the settings; the file itself is opened by each iteration.
+
+        Raises:
+            ValueError: For another kind of file, side, field or limit.
+            FileNotFoundError: If there is no such file.
+        """
+        self.path, self.limit = Path(path), limit
+        self.side: Side = side
+        self.fields = dict(fields or {})
+        self.data_root = (self.path.parent if data_root is None else Path(data_root)).resolve()
+        self.ignored_fields: Counter[str] = Counter()
+        unknown = sorted(set(self.fields) - set(ROW_FIELDS))
+        problems = {
+            f"file = {str(path)!r}, expected .jsonl or .parquet": self.path.suffix
+            in (".jsonl", ".parquet"),
+            f"side = {side!r}, expected 'query' or 'document'": side in _RECORD_SIDE,
+            f"fields = {unknown}, expected only {list(ROW_FIELDS)}": not unknown,
+            f"limit = {limit}, expected >= 1 or none": limit is None or limit >= 1,
+            "both images and image (or item and text) are named, expected one of them": not (
+                {"image", "images"} <= set(self.fields) or {"item", "text"} <= set(self.fields)
+            ),
+        }
+        if wrong := [problem for problem, is_fine in problems.items() if not is_fine]:
+            raise ValueError("; ".join(wrong) + "; change these settings")
+        if not self.path.is_file():
+            raise FileNotFoundError(
+                f"file = {str(path)!r} does not exist; expected a .jsonl or .parquet file; "
+                "check the path"
+            )
+
+    def __iter__(self) -> Iterator[ItemRow]:
+        """Yield every row, good or bad, in the order of the file."""
+        return self.rows()
+
+    def rows(self, start: int = 0) -> Iterator[ItemRow]:
+        """Yield the rows from position `start` on; those before are passed over unjudged."""
+        self.ignored_fields = Counter()
+        rows = enumerate(islice(self._read(), self.limit))
+        for position, (number, data) in islice(rows, start, None):
+            yield self._to_item(position, number, data)
+
+    def describe(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return size, time of change and sha256 of the file, and how many of its rows are read.
+
+        Args:
+            known: An earlier description; believed if size, time and limit are the same.
+        """
+        stat = self.path.stat()
+        state = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limit": self.limit}
+        if known is not None and all(known.get(key) == value for key, value in state.items()):
+            return dict(known)
+        digest, rows = hashlib.sha256(), 0
+        with self.path.open("rb") as file:
+            if self.path.suffix == ".parquet":
+                while chunk := file.read(_CHUNK_BYTES):
+                    digest.update(chunk)
+                rows = self._parquet().metadata.num_rows
+            else:
+                for line in file:
+                    digest.update(line)
+                    rows += bool(line.strip())
+        return {**state, "sha256": digest.hexdigest(), "rows": min(rows, self.limit or rows)}
+
+    def _read(self) -> Iterator[tuple[int, Any]]:
+        """Yield 1-based row (line) numbers with parsed rows, or what kept one from being parsed."""
+        if self.path.suffix == ".parquet":
+            number = 0
+            for batch in self._parquet().iter_batches(batch_size=_PARQUET_BATCH_ROWS):
+                for data in batch.to_pylist():
+                    number += 1
+                    yield number, data
+            return
+        for number, _, data in JsonLines(self.path).scan():
+            yield number, data
+
+    def _parquet(self) -> Any:
+        try:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "module pyarrow is missing; expected it for .parquet files; install pyarrow or "
+                "use .jsonl",
+                name="pyarrow",
+            ) from error
+        try:
+            return pq.ParquetFile(self.path)
+        except pa.ArrowInvalid as error:
+            raise RecordError(
+                f"file is no readable Parquet ({error}); expected a complete file; write it again",
+                reason="bad_file",
+                file=self.path,
+            ) from error
+
+    def _to_item(self, position: int, number: int, data: Any) -> ItemRow:
+        row_id = str(position)
+        try:
+            if isinstance(data, RecordError):
+                raise data
+            if not isinstance(data, Mapping):
+                raise RecordError(
+                    f"row is {type(data).__name__} {data!r:.60}; expected an object with named "
+                    "fields; correct the row",
+                    reason="bad_type",
+                )
+            row_id = self._id(data, row_id)
+            item = self._absolute(self._item(data))
+        except RecordError as error:
+            return ItemRow(row_id, None, error.at(file=self.path, row=number))
+        read = {name.split(".")[0] for name in self.fields.values()}
+        self.ignored_fields.update(set(map(str, data)) - _KNOWN - _RECORD_ONLY - read)
+        return ItemRow(row_id, item, pool=_pool(data))
+
+    def _id(self, data: Mapping[str, Any], default: str) -> str:
+        value = _lookup(data, self.fields.get("id", "id"))
+        if value is None and "id" not in self.fields:
+            return default
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            raise RecordError(
+                f"value = {value!r:.60}; expected a string or whole number; correct the id",
+                reason="bad_type",
+                field=self.fields.get("id", "id"),
+            )
+        return str(value)
+
+    def _item(self, data: Mapping[str, Any]) -> Item:
+        if "item" in self.fields:
+            whole = self.fields["item"]
+        elif set(self.fields) <= {"id"} and isinstance(data.get(_RECORD_SIDE[self.side]), Mapping):
+            whole = _RECORD_SIDE[self.side]
+        else:
+            return self._plain(data)
+        value = _lookup(data, whole)
+        if value is None:
+            raise RecordError(
+                f"{whole} is missing; expected a text or an item; add it or name another --field",
+                reason="missing_field",
+                field=whole,
+            )
+        return Item.from_dict({"text": value} if isinstance(value, str) else value, where=whole)
+
+    def _plain(self, data: Mapping[str, Any]) -> Item:
+        """Return the item whose parts are fields of the row."""
+        values = {
+            name: _lookup(data, self.fields.get(name, name))
+            for name in ROW_FIELDS
+            if name not in ("id", "item")
+        }
+        image = values.pop("image")
+        if image is not None:
+            if values["images"]:
+                raise RecordError(
+                    "row has both image and images; expected one of them; remove the other",
+                    reason="unknown_field",
+                    field="image",
+                )
+            values["images"] = [image] if isinstance(image, str) else image
+        # Named fields that are absent would otherwise pass for items that have none.
+        absent = [
+            name
+            for name, field in self.fields.items()
+            if name not in ("id", "item") and not _has(data, field)
+        ]
+        if absent or all(values[name] is None for name in ("text", "images", "video")):
+            wanted = [self.fields.get(name, name) for name in absent or ["text"]]
+            raise RecordError(
+                f"{', '.join(wanted)} missing among the fields {sorted(map(str, data))[:20]}; "
+                "expected text, image, images or video, or a record with query and positive; "
+                "name the fields with --field",
+                reason="missing_field",
+            )
+        return Item.from_dict(values)
+
+    def _absolute(self, item: Item) -> Item:
+        def absolute(name: str, sources: Sequence[ImageSource]) -> tuple[str, ...]:
+            try:
+                return tuple(str(resolve_inside(str(s), self.data_root)) for s in sources)
+            except ImageError as error:
+                raise RecordError(str(error), reason=error.reason, field=name) from error
+
+        return replace(
+            item, images=absolute("images", item.images), video=absolute("video", item.video)
+        )
+
+
+def _pool(data: Mapping[str, Any]) -> str | None:
+    metadata = data.get("metadata")
+    if isinstance(metadata, str):  # records in Parquet keep it as JSON text
+        metadata = parse_json(metadata, field="metadata")
+    pool = data.get("pool")
+    if pool is None and isinstance(metadata, Mapping):
+        pool = metadata.get("pool")
+    return None if pool is None else str(pool)
+
+
+def _has(data: Mapping[str, Any], name: str) -> bool:
+    parent, _, leaf = name.rpartition(".")
+    holder = _lookup(data, parent) if parent else data
+    return name in data or (isinstance(holder, Mapping) and leaf in holder)
+
+
+def _lookup(data: Mapping[str, Any], name: str) -> Any:
+    """Return the value of a field; "a.b" is field b of field a unless a field has that name."""
+    if name in data:
+        return data[name]
+    value: Any = data
+    for part in name.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value

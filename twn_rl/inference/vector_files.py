@@ -1,0 +1,253 @@
+"""Vectors of the rows of a file, on disk while they are being made. Knows no model and no items.
+
+`NAME.npy` is (N, D) float32 and has its full size from the start, so that `np.load(mmap_mode="r")`
+works at any time and a full disk shows before the first row; rows not yet written are zero.
+`NAME.details.jsonl` has one line a row, and `NAME.meta.json`, replaced after every shard, says how
+much of both counts. A killed run, or one whose disk filled up, goes on from there.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twn_rl.runtime.whole_files import map_file, read_json
+
+VECTORS_FORMAT = 1
+
+
+class VectorFileError(ValueError):
+    """A file of vectors that is damaged, foreign, in use, or made with other settings."""
+
+
+def details_path(path: Path) -> Path:
+    """Return where the lines about the rows of `path` are."""
+    return path.with_suffix(".details.jsonl")
+
+
+def meta_path(path: Path) -> Path:
+    """Return where it says how much of `path` is done."""
+    return path.with_suffix(".meta.json")
+
+
+def read_meta(path: Path) -> dict[str, Any] | None:
+    """Return what is known of the vectors of `path`, or None if nothing is."""
+    meta = read_json(meta_path(path))
+    return meta if isinstance(meta, dict) and meta.get("format") == VECTORS_FORMAT else None
+
+
+class VectorWriter:
+    """Writes vectors and details shard by shard; opening it again goes on after the last shard.
+
+    Attributes:
+        rows: N, rows of the whole file.
+        done_rows: Rows that count already.
+        counts: What the caller counted over these rows.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        shape: tuple[int, int],
+        plan: Mapping[str, Any],
+        *,
+        notes: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        """Open or create the three files; the space of all vectors is reserved.
+
+        Args:
+            path: The .npy file.
+            shape: N rows of width D.
+            plan: JSON-ready; what must be the same for the rows of two runs to fit together.
+            notes: JSON-ready; stored and not compared.
+            overwrite: Start anew whatever is there.
+
+        Raises:
+            VectorFileError: If there are vectors made otherwise, damaged, or being written.
+            OSError: If the disk has no room for all vectors.
+        """
+        self.path, (self.rows, self.width) = Path(path), shape
+        if self.path.suffix != ".npy":
+            raise VectorFileError(f"output = {str(path)!r}; expected a name in .npy; rename it")
+        self._plan: dict[str, Any] = json.loads(json.dumps(dict(plan)))
+        self._notes = dict(notes or {})
+        self.done_rows, self._details_bytes, self.counts = 0, 0, dict[str, int]()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.path.exists():
+            self._descriptor = _lock(self.path)
+            meta = read_meta(self.path)
+            try:
+                # A run that failed at its first shard must not stand in the way of a corrected one.
+                if not overwrite and (meta is None or meta["done_rows"]):
+                    self._resume(meta)
+                    return
+            except VectorFileError:
+                os.close(self._descriptor)
+                raise
+            meta_path(self.path).unlink(missing_ok=True)  # stops existing before it is touched
+            os.close(self._descriptor)
+        self._create()
+
+    def append(
+        self,
+        vectors: NDArray[np.float32],
+        details: Sequence[Mapping[str, Any]],
+        counts: Mapping[str, int],
+    ) -> None:
+        """Add the next shard; it counts when this returns, and not at all if it raises.
+
+        Args:
+            vectors: (n, D) rows.
+            details: n JSON-ready objects.
+            counts: Added to `counts`.
+        """
+        if vectors.shape != (len(details), self.width) or not len(details):
+            raise ValueError(
+                f"vectors = {vectors.shape} for {len(details)} details; expected "
+                f"({len(details)}, {self.width}) and at least one row; pass one each"
+            )
+        data = np.ascontiguousarray(vectors, dtype="<f4").tobytes()
+        # Not through a memory map: a write that fails there kills the process.
+        _write_at(self._descriptor, data, self._header_bytes + 4 * self.width * self.done_rows)
+        lines = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in details).encode()
+        _write_at(self._details, lines, self._details_bytes)
+        self.done_rows += len(details)
+        self._details_bytes += len(lines)
+        for name, count in counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        self._write_meta()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        os.close(self._details)
+        os.close(self._descriptor)
+
+    def __enter__(self) -> "VectorWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _create(self) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
+        try:
+            with temporary.open("wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                self._header_bytes = file.tell()
+                file.flush()
+                self._reserve(file.fileno(), self._header_bytes + 4 * self.rows * self.width)
+            self._open_details()
+            self._write_meta()  # before the vectors: a disk that is full now leaves none behind
+            self._descriptor = _lock(temporary)
+            temporary.replace(self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _reserve(self, descriptor: int, size: int) -> None:
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: no {size} bytes for {self.rows} vectors of width "
+                f"{self.width} in {self.path.parent}; expected room for all of them; free space "
+                "or write elsewhere. Nothing was written",
+            ) from error
+
+    def _resume(self, meta: dict[str, Any] | None) -> None:
+        if meta is None:
+            raise VectorFileError(
+                f"{self.path} exists without a readable {meta_path(self.path).name}; expected "
+                "none, or vectors this command began; pass --overwrite or another --output"
+            )
+        if different := _differences(meta["plan"], self._plan):
+            raise VectorFileError(
+                f"{self.path} was begun otherwise: {'; '.join(different)}; expected the same, "
+                "else its rows would not fit together; pass --overwrite to make all "
+                f"{self.rows} rows anew, or another --output"
+            )
+        details = details_path(self.path)
+        have = details.stat().st_size if details.exists() else 0
+        if (
+            map_file(self.path, (self.rows, self.width)) is None
+            or have < meta["details_bytes"]
+            or meta["width"] != self.width
+        ):
+            raise VectorFileError(
+                f"{self.path} or {details.name} is cut short; expected {self.rows} x {self.width} "
+                f"vectors and {meta['details_bytes']} bytes of details; pass --overwrite"
+            )
+        self._header_bytes = self.path.stat().st_size - 4 * self.rows * self.width
+        self.done_rows, self.counts = meta["done_rows"], meta["counts"]
+        self._details_bytes = meta["details_bytes"]
+        self._open_details()
+
+    def _open_details(self) -> None:
+        self._details = os.open(details_path(self.path), os.O_RDWR | os.O_CREAT, 0o644)
+        os.ftruncate(self._details, self._details_bytes)  # lines of a shard that never counted
+
+    def _write_meta(self) -> None:
+        content = {
+            "format": VECTORS_FORMAT,
+            "rows": self.rows,
+            "width": self.width,
+            "done_rows": self.done_rows,
+            "is_complete": self.done_rows == self.rows,
+            "details_bytes": self._details_bytes,
+            "counts": self.counts,
+            "plan": self._plan,
+            "notes": self._notes,
+        }
+        path = meta_path(self.path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
+    """Return "name = wanted, stored as ..." for every leaf that differs."""
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        keys = [*wanted, *(key for key in stored if key not in wanted)]
+        return [
+            difference
+            for key in keys
+            for difference in _differences(
+                stored.get(key), wanted.get(key), f"{name}.{key}" if name else key
+            )
+        ]
+    return [] if stored == wanted else [f"{name} = {wanted!r:.70}, there {stored!r:.70}"]
+
+
+def _lock(path: Path) -> int:
+    """Return the file opened for writing, which no other run may have open."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise VectorFileError(
+            f"{path} is being written by another run; expected one at a time; wait for it or "
+            "pass another --output"
+        ) from error
+    return descriptor
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+    os.fsync(descriptor)

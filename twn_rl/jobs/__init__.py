@@ -1,1 +1,0 @@
-"""Resumable jobs over files: items to vectors, search in them, hard negatives. Know no training."""

@@ -1,0 +1,253 @@
+"""Settings of a run from YAML and flags: which model, which records; knows no losses."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
+
+from twn_rl.data.chat import Renderer
+from twn_rl.data.mixture import Mixture, is_mixture, load_mixture
+from twn_rl.data.record_files import RecordSet, load_records
+from twn_rl.demo.dataset import DemoSettings, write_demo
+from twn_rl.demo.questions import TeacherNoise
+from twn_rl.demo.tiny_vlm import BACKBONE_DIR
+from twn_rl.modeling.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import join_processes
+
+Split = Literal["train", "rl", "validation", "test", "ood"]
+
+
+@dataclass
+class ModelArguments:
+    """Backbone and adapters of a new model; a warm-started checkpoint brings its own."""
+
+    backbone: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone."
+        },
+    )
+    backbone_revision: str | None = field(
+        default=None, metadata={"help": "Commit of the backbone; default: its main branch."}
+    )
+    dtype: str = field(
+        default="auto", metadata={"help": "Parameter type: auto, float32, bfloat16."}
+    )
+    interface: str = field(
+        default="reencode",
+        metadata={
+            "help": "reencode (input + CoT are read again) or kv_detach (read-outs use the cache)."
+        },
+    )
+    num_readout_tokens: int = field(default=4, metadata={"help": "Learned read-out tokens Q."})
+    num_reason_tokens: int = field(
+        default=0, metadata={"help": "Learned reason tokens K of a latent thought; 0 is none."}
+    )
+    latent_bottleneck: bool = field(
+        default=False,
+        metadata={"help": "Read-outs of a latent thought see the reason states only."},
+    )
+    latent_documents: bool = field(
+        default=False, metadata={"help": "Documents have a latent thought too, not only queries."}
+    )
+    reasoning_rank: int = field(
+        default=32, metadata={"help": "LoRA rank of the reasoning adapter."}
+    )
+    embedding_rank: int = field(
+        default=64, metadata={"help": "LoRA rank of the embedding adapter."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 is off."})
+    max_think_tokens: int = field(default=256, metadata={"help": "Longest CoT in tokens."})
+    max_length: int | None = field(
+        default=MAX_LENGTH,
+        metadata={
+            "help": "Longest prompt in tokens, pictures included; longer texts are cut; 0 is off."
+        },
+    )
+    max_image_pixels: int | None = field(
+        default=MAX_IMAGE_PIXELS,
+        metadata={"help": "Largest picture or frame in pixels; others are scaled down; 0 is off."},
+    )
+    system_prompt: str | None = field(
+        default=None,
+        metadata={"help": "System message of every prompt; default: what the chat template adds."},
+    )
+
+    def config(self) -> TwnConfig:
+        """Return the model config; alpha is twice the rank, as in Embed-RL (2602.13823)."""
+        reasoning, embedding = self.reasoning_rank, self.embedding_rank
+        return TwnConfig(
+            backbone=self.backbone or str(BACKBONE_DIR),
+            backbone_revision=self.backbone_revision,
+            interface=self.interface,  # pyright: ignore[reportArgumentType]  (checked by TwnConfig)
+            num_readout_tokens=self.num_readout_tokens,
+            num_reason_tokens=self.num_reason_tokens,
+            latent_bottleneck=self.latent_bottleneck,
+            latent_documents=self.latent_documents,
+            reasoning_lora=LoraSettings(reasoning, 2 * reasoning, self.lora_dropout),
+            embedding_lora=LoraSettings(embedding, 2 * embedding, self.lora_dropout),
+            renderer=Renderer(system_prompt=self.system_prompt),
+            max_think_tokens=self.max_think_tokens,
+            max_length=self.max_length or None,
+            max_image_pixels=self.max_image_pixels or None,
+        )
+
+    def build(self, seed: int) -> DualLoraModel:
+        """Return a new model with untrained adapters."""
+        config = self.config()
+        return DualLoraModel.from_backbone(config.backbone, config, dtype=self.dtype, seed=seed)
+
+
+@dataclass
+class DataArguments:
+    """Where the records are. Without files the embedded emoji scenes are written and used."""
+
+    train_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Records of the warm start: .jsonl, .parquet, or .yaml of a weighted mixture."
+        },
+    )
+    rl_file: str | None = field(
+        default=None, metadata={"help": "Records of RL; default: train_file."}
+    )
+    validation_file: str | None = field(default=None, metadata={"help": "Records to tune on."})
+    test_file: str | None = field(default=None, metadata={"help": "Records to report on."})
+    ood_file: str | None = field(
+        default=None, metadata={"help": "Out-of-domain records to report on."}
+    )
+    data_root: str | None = field(
+        default=None,
+        metadata={"help": "Folder no image path may leave; default: each file's folder."},
+    )
+    on_bad_record: str = field(
+        default="raise", metadata={"help": "raise, or skip (counted) for single bad records."}
+    )
+    verify_workers: int = field(
+        default=0, metadata={"help": "Processes that verify images; 0 is threads of this one."}
+    )
+    demo_dir: str = field(
+        default="outputs/demo/data",
+        metadata={"help": "Where the embedded emoji scenes are written."},
+    )
+    demo_seed: int = field(
+        default=0, metadata={"help": "Seed of scenes, questions and teacher mistakes."}
+    )
+    demo_scale: float = field(
+        default=1.0, metadata={"help": "Multiplies the sizes of the emoji splits, for quick tries."}
+    )
+    teacher_random_rate: float = field(
+        default=0.15, metadata={"help": "Share of teacher CoTs with a random wrong hop; 0 is off."}
+    )
+    teacher_swap_rate: float = field(
+        default=0.7,
+        metadata={
+            "help": "Share of the deciding right/below hops that the teacher swaps; 0 is off."
+        },
+    )
+
+    def is_demo(self) -> bool:
+        """Tell whether the embedded default is used."""
+        return not any(getattr(self, f"{split}_file") for split in get_args(Split))
+
+    def load(self, split: Split) -> RecordSet | Mixture:
+        """Return the verified records of a split, or of the mixture that a YAML file describes.
+
+        Raises:
+            ValueError: If files are given, but none for this split.
+        """
+        if self.is_demo():
+            path = self._write_demo()[split]
+        else:
+            path = self._given(split)
+            if path is None:
+                raise ValueError(
+                    f"{split}_file = None while other record files are given; expected a .jsonl, "
+                    f".parquet or mixture .yaml file; pass --{split}_file"
+                )
+        # One process of a machine decodes the images, the others read what it found.
+        with join_processes().one_first():
+            load = load_mixture if is_mixture(path) else load_records
+            return load(
+                path,
+                data_root=self.data_root,
+                on_bad_record=self.on_bad_record,  # pyright: ignore[reportArgumentType]
+                workers=self.verify_workers,
+            )
+
+    def has(self, split: Split) -> bool:
+        """Tell whether `load(split)` would find records."""
+        return self.is_demo() or self._given(split) is not None
+
+    def _given(self, split: Split) -> str | None:
+        path = getattr(self, f"{split}_file")
+        return self.train_file if path is None and split == "rl" else path
+
+    def flags_of_seed(self, root: Path, seed: int) -> list[str]:
+        """Return the flags that give every stage of a seed the same records, below `root`."""
+        own = {**asdict(self), "demo_dir": str(root / "data"), "demo_seed": seed}
+        return [f"--{name}={value}" for name, value in own.items() if value is not None]
+
+    def demo_settings(self) -> DemoSettings:
+        """Return what the emoji scenes are written by."""
+        sizes = {
+            name: max(8, round(size * self.demo_scale))
+            for name, size in asdict(DemoSettings()).items()
+            if name.startswith("num_")
+        }
+        noise = TeacherNoise(self.teacher_random_rate, self.teacher_swap_rate)
+        return DemoSettings(seed=self.demo_seed, noise=noise, **sizes)
+
+    def _write_demo(self) -> dict[str, Path]:
+        with join_processes().one_first():
+            return write_demo(Path(self.demo_dir), self.demo_settings())
+
+
+def parse_arguments(
+    types: Sequence[type],
+    *,
+    arguments: Sequence[str] | None = None,
+    default_config: Path | None = None,
+    description: str | None = None,
+) -> Any:
+    """Parse YAML, then flags, into one object per dataclass.
+
+    Without `--config` the default file is read. Unknown keys and flags raise. `arguments` are the
+    process's own if None.
+
+    Raises:
+        ValueError: With the problems of all dataclasses together.
+    """
+    words: list[str] = []
+    for word in sys.argv[1:] if arguments is None else arguments:
+        # TrlParser knows the two-word form only.
+        words += word.split("=", 1) if word.startswith("--config=") else [word]
+    if default_config is not None and "--config" not in words:
+        words = ["--config", str(default_config), *words]
+    parser = TrlParser(types, description=description)  # pyright: ignore[reportArgumentType]
+    try:
+        parsed = parser.parse_args_and_config(args=words)
+    except ValueError as error:
+        # The parser stops at the first dataclass that refuses its settings.
+        problems = [problem for kind in types if (problem := _refusal(kind, words))]
+        if len(problems) < 2:
+            raise
+        raise ValueError("\n".join(problems)) from error
+    join_processes()  # for recipes without training arguments, which have joined by now
+    return parsed
+
+
+def _refusal(kind: type, words: Sequence[str]) -> str | None:
+    """Return why one dataclass refuses its share of the settings, None if it takes them."""
+    parser = TrlParser([kind], allow_abbrev=False)  # pyright: ignore[reportArgumentType]
+    try:
+        parser.parse_args_and_config(args=words, return_remaining_strings=True)
+    except ValueError as error:
+        return str(error)
+    return None

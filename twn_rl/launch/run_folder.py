@@ -1,0 +1,110 @@
+"""What surrounds every run: processes, logs, what was resolved, where to go on; knows no losses."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from twn_rl.runtime.processes import join_processes
+from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "numpy")
+
+
+def set_up_logging() -> None:
+    """Log at INFO on the first process and at WARNING on the others."""
+    level = logging.INFO if join_processes().is_main_process else logging.WARNING
+    logging.basicConfig(
+        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+    for noisy in ("httpx", "filelock", "deepspeed", "DeepSpeed"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def save_run(directory: str | Path, *arguments: Any) -> None:
+    """Write `run.yaml` (resolved settings) and `environment.json` (versions, commit, command)."""
+    if not join_processes().is_main_process:
+        return
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    resolved = {type(a).__name__: _plain(a) for a in arguments}
+    text = yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True)
+    (directory / "run.yaml").write_text(text, encoding="utf-8")
+    environment = {
+        "command": sys.argv,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "num_processes": join_processes().num_processes,
+        "distributed_type": join_processes().distributed_type,
+    }
+    (directory / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+
+
+def _plain(arguments: Any) -> Any:
+    if hasattr(arguments, "to_dict"):  # TrainingArguments hides tokens in it
+        return json.loads(json.dumps(arguments.to_dict(), default=str))
+    if is_dataclass(arguments) and not isinstance(arguments, type):
+        return json.loads(json.dumps(asdict(arguments), default=str))
+    return arguments
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Return the commit of the working tree, with "-dirty" if it was changed; None outside git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> str | None:
+    """Return the checkpoint to resume from: a path, the newest whole one for "true", or None.
+
+    Raises:
+        FileNotFoundError: If a path is given that is no folder.
+        ValueError: If the checkpoint at a given path is damaged.
+    """
+    resume = str(resume)  # YAML gives true as a bool, a flag gives it as a word
+    if resume.lower() in ("false", "none", ""):
+        return None
+    if resume.lower() in ("true", "last"):
+        last = newest_whole(Path(output_dir))
+        if last is None:
+            logger.warning("No checkpoint in %s to resume from; starting at step 0", output_dir)
+            return None
+        logger.info("Resuming from %s", last)
+        return str(last)
+    if not Path(resume).is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint = {resume!r} is no folder; expected a checkpoint-N folder, or "
+            "true for the last one in output_dir; correct the path"
+        )
+    damage = damage_of(Path(resume))
+    if damage is not None and (Path(resume) / SEAL_FILE).exists():
+        raise ValueError(
+            f"resume_from_checkpoint = {resume}: {damage}; expected a whole checkpoint; resume "
+            "from an older one, or pass true for the newest whole one in output_dir"
+        )
+    if damage is not None:
+        logger.warning("%s cannot be checked: %s, or it is of an earlier version", resume, damage)
+    return resume

@@ -1,0 +1,233 @@
+"""Any Hugging Face VLM or causal LM with its processor, and where its language layers are.
+
+Knows no adapters and no read-out; nothing here depends on what the model will be trained for.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE
+
+# Placeholders that some tokenizers do not flag as special.
+PLACEHOLDER_TOKENS = (
+    "<image>",
+    "<video>",
+    "<fake_token_around_image>",
+    "<global-img>",
+    "<end_of_utterance>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|im_start|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+    *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)),
+)
+_CONFIG_TOKEN_PREFIXES = ("image", "video", "vision", "audio", "boi", "eoi")
+_CONFIG_TOKEN_SUFFIXES = ("_token_id", "_token_index")
+
+
+@dataclass
+class Backbone:
+    """A model, its processor and what the adapters need to know about it.
+
+    Attributes:
+        model: The whole model with its language head.
+        processor: The processor of a VLM, the tokenizer of an LM.
+        tokenizer: The tokenizer inside `processor`.
+        is_multimodal: Whether items may hold images.
+        language_prefix: Qualified module name of the decoder, the parent of `layers`.
+        hidden_size: Width D of the decoder.
+        uses_mrope: Whether positions are 3-D (Qwen-VL family) and come from `get_rope_index`.
+        name: Name or path it was loaded from; empty if built in code.
+        revision: Commit it was loaded at.
+        blank_picture: Processor's tensors of a blank picture, made when first needed.
+    """
+
+    model: PreTrainedModel
+    processor: Any
+    tokenizer: Any  # transformers types special tokens as int | list | str
+    is_multimodal: bool
+    language_prefix: str
+    hidden_size: int
+    uses_mrope: bool
+    name: str = ""
+    revision: str | None = None
+    blank_picture: dict[str, Any] | None = None
+
+    @property
+    def inner_model(self) -> nn.Module:
+        """The model without its language head."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a completion."""
+        return int(self.tokenizer.eos_token_id)
+
+    def suppressed_token_ids(self, keep: Iterable[str] = ()) -> list[int]:
+        """Return the sorted ids a policy must never write.
+
+        These are image and video placeholders, vision and turn marks, read-out tokens, every other
+        special token, and rows of the output layer that no token belongs to. A placeholder inside a
+        completion would make the next forward look for an image that does not exist.
+
+        Args:
+            keep: Tokens to allow although they are special, such as think tags. The end-of-sequence
+                token is always allowed.
+        """
+        vocabulary = self.tokenizer.get_vocab()
+        added = self.tokenizer.added_tokens_decoder.items()
+        suppressed = {token_id for token_id, token in added if token.special}
+        suppressed |= {vocabulary[token] for token in PLACEHOLDER_TOKENS if token in vocabulary}
+        suppressed |= set(self.tokenizer.all_special_ids)
+        suppressed |= _config_token_ids(self.model.config)
+        text_config = self.model.config.get_text_config(decoder=True)
+        suppressed |= set(range(len(self.tokenizer), text_config.vocab_size))
+        allowed = {vocabulary[token] for token in keep if token in vocabulary}
+        return sorted(suppressed - allowed - {self.eos_token_id})
+
+    def placeholder_tokens(self) -> set[str]:
+        """Return the tokens that stand for pictures; a text with one would ask for a picture."""
+        ids = _config_token_ids(self.model.config) if self.is_multimodal else set()
+        return set(self.tokenizer.convert_ids_to_tokens(sorted(ids))) - {None}
+
+
+def _config_token_ids(config: Any) -> set[int]:
+    values = {
+        value
+        for name, value in config.to_dict().items()
+        if name.startswith(_CONFIG_TOKEN_PREFIXES) and name.endswith(_CONFIG_TOKEN_SUFFIXES)
+    }
+    vocab_size = config.get_text_config(decoder=True).vocab_size
+    return {value for value in values if isinstance(value, int) and 0 <= value < vocab_size}
+
+
+@contextmanager
+def whole_parameters() -> Iterator[None]:
+    """Load whole weights although a ZeRO-3 config is alive.
+
+    transformers would otherwise hand out partitioned, empty tensors, and adapters could not be
+    created on them without a GPU. DeepSpeed partitions the weights later, when it is initialised;
+    the price is one full copy of the backbone per process in host memory until then.
+    """
+    from transformers.integrations import deepspeed
+
+    alive = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = alive
+
+
+def load_backbone(
+    name_or_path: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype | None = "auto",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    with_weights: bool = True,
+) -> Backbone:
+    """Return the backbone stored at `name_or_path`; weights come from safetensors only.
+
+    Args:
+        name_or_path: Hub name or local folder.
+        revision: Commit, tag or branch of a hub name.
+        dtype: Parameter type; "auto" keeps the stored one.
+        trust_remote_code: Allow code from the hub; off unless you read that code.
+        attn_implementation: Attention kernel; None leaves the choice to transformers.
+        with_weights: False reads none and leaves the model on the meta device, which is enough to
+            render and tokenize.
+    """
+    shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = AutoConfig.from_pretrained(name_or_path, **shared)
+    is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    processor_class = AutoProcessor if is_vlm else AutoTokenizer
+    processor = processor_class.from_pretrained(name_or_path, **shared)
+    if with_weights:
+        with whole_parameters():
+            model = model_class.from_pretrained(
+                name_or_path,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                attn_implementation=attn_implementation,
+                **shared,
+            )
+    else:
+        with torch.device("meta"):
+            model = model_class.from_config(config, trust_remote_code=trust_remote_code)
+    backbone = from_parts(model, processor)
+    backbone.name, backbone.revision = str(name_or_path), revision
+    return backbone
+
+
+def from_parts(model: PreTrainedModel, processor: Any) -> Backbone:
+    """Return the backbone of a model and a processor that already exist.
+
+    The tokenizer is set to left padding and gets a padding token and, if it is a plain tokenizer
+    without a chat template, `PLAIN_CHAT_TEMPLATE`.
+
+    Raises:
+        ValueError: If there is no end-of-sequence token, no chat template on a processor, or no
+            decoder layers can be found.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    is_multimodal = hasattr(processor, "image_processor")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "tokenizer.eos_token = None; expected the token that ends a turn; "
+            "set tokenizer.eos_token"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"
+    if getattr(processor, "chat_template", None) is None:
+        if is_multimodal:
+            raise ValueError(
+                f"processor {type(processor).__name__} has chat_template = None; expected the "
+                "backbone's own template, which places its image tokens; use a chat model"
+            )
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    return Backbone(
+        model=model,
+        processor=processor,
+        tokenizer=tokenizer,
+        is_multimodal=is_multimodal,
+        language_prefix=_find_language_prefix(model),
+        hidden_size=model.config.get_text_config(decoder=True).hidden_size,
+        uses_mrope=hasattr(getattr(model, model.base_model_prefix, model), "get_rope_index"),
+        name=getattr(model, "name_or_path", "") or "",
+    )
+
+
+def _find_language_prefix(model: PreTrainedModel) -> str:
+    decoder = model.get_decoder()
+    for name, module in model.named_modules():
+        if module is decoder and isinstance(getattr(module, "layers", None), nn.ModuleList):
+            return name
+    raise ValueError(
+        f"{type(model).__name__}.get_decoder() gave {type(decoder).__name__} without `layers`; "
+        "expected the language model's stack of layers; use another backbone"
+    )

@@ -1,0 +1,152 @@
+"""Items and completions -> padded tensors, with one processor call. Knows no model weights."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from twn_rl.data.chat import Renderer
+from twn_rl.data.record import Item
+from twn_rl.modeling.backbone import Backbone
+from twn_rl.modeling.limits import PromptLengthError, PromptLimits, item_name
+
+Completion = str | Sequence[int] | None
+
+
+def prompt_texts(backbone: Backbone, renderer: Renderer, items: Sequence[Item]) -> list[str]:
+    """Return the prompt of each item, rendered by the backbone's chat template."""
+    return [
+        backbone.processor.apply_chat_template(
+            renderer.messages(item, is_multimodal=backbone.is_multimodal),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for item in items
+    ]
+
+
+def collate_prompts(
+    backbone: Backbone,
+    renderer: Renderer,
+    items: Sequence[Item],
+    *,
+    limits: PromptLimits | None = None,
+) -> dict[str, Tensor]:
+    """Return left-padded prompts and their pixels.
+
+    Args:
+        backbone: Whose processor to use.
+        renderer: How items become messages.
+        items: N items; images may be PIL images or paths.
+        limits: What to cut texts and scale pictures to; None is unlimited.
+
+    Returns:
+        `input_ids`, `attention_mask` (N, P) and the processor's other tensors.
+
+    Raises:
+        ValueError: If a prompt is too long even without its text.
+    """
+    return _fit(backbone, renderer, items, limits or PromptLimits())[0]
+
+
+def fit_item(backbone: Backbone, renderer: Renderer, item: Item, limits: PromptLimits) -> Item:
+    """Return what `collate_prompts` shows of an item: pictures opened and scaled, text cut.
+
+    Raises:
+        ValueError: If its prompt is too long even without its text.
+    """
+    return _fit(backbone, renderer, [item], limits)[1][0]
+
+
+def _fit(
+    backbone: Backbone, renderer: Renderer, items: Sequence[Item], limits: PromptLimits
+) -> tuple[dict[str, Tensor], list[Item]]:
+    """Return the prompts of items within the limits, and those items."""
+    if not items:
+        raise ValueError("items is empty; expected at least one item; skip empty batches")
+    fitted = [limits.open(item) for item in items]
+    batch = collate_opened(backbone, renderer, fitted)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    too_long = [row for row, tokens in enumerate(lengths) if limits.is_too_long(tokens)]
+    for row in too_long:
+        try:
+            fitted[row] = cut_item(backbone, renderer, fitted[row], lengths[row], limits)
+        except PromptLengthError as error:
+            raise error.of(f"item {row} ({item_name(items[row])})") from error
+    if too_long:
+        batch = collate_opened(backbone, renderer, fitted)
+    example = item_name(items[too_long[0]]) if too_long else ""
+    limits.count_prompts(len(items), len(too_long), example)
+    return batch, fitted
+
+
+def cut_item(
+    backbone: Backbone, renderer: Renderer, item: Item, tokens: int, limits: PromptLimits
+) -> Item:
+    """Return an item, its pictures opened, with as much of its text as the limits leave room for.
+
+    Args:
+        backbone: Whose processor to use.
+        renderer: How items become messages.
+        item: The item.
+        tokens: Tokens of its prompt.
+        limits: What to cut to.
+
+    Raises:
+        PromptLengthError: If it does not fit without its text either.
+    """
+
+    def count_tokens(shorter: Item) -> int:
+        return int(collate_opened(backbone, renderer, [shorter])["attention_mask"].sum())
+
+    return limits.cut(backbone, item, tokens, count_tokens)
+
+
+def collate_opened(
+    backbone: Backbone, renderer: Renderer, items: Sequence[Item]
+) -> dict[str, Tensor]:
+    """Return left-padded prompts of items as they are, their pictures opened; no limits."""
+    texts = prompt_texts(backbone, renderer, items)
+    return _process(backbone, texts, [renderer.images(item) for item in items])
+
+
+def _process(backbone: Backbone, texts: list[str], images: list[list[Any]]) -> dict[str, Tensor]:
+    bos = backbone.tokenizer.bos_token
+    options: dict[str, Any] = {
+        "padding": True,
+        "return_tensors": "pt",
+        # The template has written the special tokens; only some processors leave BOS to themselves.
+        "add_special_tokens": backbone.is_multimodal and not (bos and texts[0].startswith(bos)),
+    }
+    if not backbone.is_multimodal:
+        return dict(backbone.tokenizer(texts, **options, return_token_type_ids=False))
+    if any(images):
+        options["images"] = images
+    return dict(backbone.processor(text=texts, **options))
+
+
+def collate_completions(backbone: Backbone, completions: Sequence[Completion]) -> dict[str, Tensor]:
+    """Return right-padded `completion_ids` and `completion_mask` (N, C), C >= 1.
+
+    Strings are tokenized as they are, without special tokens or end of turn; id lists are taken as
+    they are; None and empty ones give rows whose mask is all 0.
+    """
+    rows = [completion_ids(backbone, completion) for completion in completions]
+    width = max(1, *(len(row) for row in rows))
+    ids = torch.full((len(rows), width), backbone.tokenizer.pad_token_id, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[index, : len(row)] = 1
+    return {"completion_ids": ids, "completion_mask": mask}
+
+
+def completion_ids(backbone: Backbone, completion: Completion) -> list[int]:
+    """Return the token ids of one completion; see `collate_completions`."""
+    if completion is None:
+        return []
+    if isinstance(completion, str):
+        encoded = backbone.tokenizer(completion, add_special_tokens=False)
+        return list(encoded["input_ids"])
+    return [int(token_id) for token_id in completion]

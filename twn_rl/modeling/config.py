@@ -1,0 +1,195 @@
+"""What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors."""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from twn_rl.data.chat import Renderer
+
+CONFIG_FILE = "twn_config.json"
+INTERFACES = ("reencode", "kv_detach")
+# As Qwen3-VL-Embedding.
+MAX_LENGTH = 8192
+# About 1024 tokens of 32 x 32 pixels, as Qwen3-VL makes them.
+MAX_IMAGE_PIXELS = 1_048_576
+ThinkingDecision = Literal["gate", "policy"]
+LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def _check_keys(owner: str, data: dict[str, Any], known: list[str]) -> None:
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{owner} has unknown keys {unknown}; expected only {known}; "
+            "remove them or use the version that wrote them"
+        )
+
+
+@dataclass
+class LoraSettings:
+    """Size of one LoRA adapter.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale numerator; updates are scaled by `alpha / r`.
+        dropout: Dropout on the adapter's input; 0 is off.
+        targets: Names of the language model's linear maps that get an adapter. The vision tower
+            never gets one, also where its maps have the same names.
+    """
+
+    r: int = 32
+    alpha: int = 64
+    dropout: float = 0.0
+    targets: tuple[str, ...] = LINEAR_TARGETS
+
+    def __post_init__(self) -> None:
+        """Collect every problem of the settings into one error."""
+        self.targets = tuple(self.targets)
+        problems = []
+        if self.r < 1:
+            problems.append(f"r = {self.r}, expected >= 1")
+        if self.alpha <= 0:
+            problems.append(f"alpha = {self.alpha}, expected > 0")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout = {self.dropout}, expected in [0, 1)")
+        if not self.targets:
+            problems.append("targets is empty, expected at least one linear map")
+        if problems:
+            raise ValueError("LoraSettings: " + "; ".join(problems) + "; change these fields")
+
+
+@dataclass
+class TwnConfig:
+    """Everything needed to rebuild a model around its adapter weights.
+
+    Attributes:
+        backbone: Name or path of the backbone; empty until a model is built.
+        backbone_revision: Commit of the backbone; None follows its default branch.
+        interface: "reencode" re-reads input and CoT under the embedding adapter; "kv_detach" lets
+            the read-out tokens attend to the detached cache the reasoning adapter left.
+        num_readout_tokens: Q, learned tokens whose last states are averaged into the vector.
+        num_reason_tokens: K, learned tokens before the read-outs in which a latent thought happens
+            (LaME, arXiv 2606.13061); 0 is none.
+        latent_bottleneck: Let the read-outs of a latent thought see the K reason states only.
+        latent_documents: Embed documents with a latent thought too, in training and serving;
+            otherwise only queries have one, and documents are indexed as without reason tokens.
+        reasoning_lora: Adapter that writes CoTs.
+        embedding_lora: Adapter that makes vectors.
+        renderer: How items become prompts.
+        max_length: Longest prompt in tokens, picture tokens included: longer ones lose the end of
+            their text. A model lowers it to what its backbone's context leaves. None is unlimited.
+        max_image_pixels: Largest picture or video frame in pixels; larger ones are scaled down,
+            aspect kept. None is unlimited.
+        max_think_tokens: Default budget of one CoT, in tokens.
+        gate_threshold: Gate probability above which a query thinks; None while no gate was fitted.
+        document_gate_threshold: The same for documents.
+        thinking_decision: Who is asked whether a query is worth a thought: the "gate", or the
+            "policy" itself, which was trained (`training.adaptive`) to open a thought or to end its
+            turn at once.
+        policy_threshold: Probability of opening a thought above which such a query thinks.
+        versions: Library versions that wrote the checkpoint.
+    """
+
+    backbone: str = ""
+    backbone_revision: str | None = None
+    interface: Literal["reencode", "kv_detach"] = "reencode"
+    num_readout_tokens: int = 4
+    num_reason_tokens: int = 0
+    latent_bottleneck: bool = False
+    latent_documents: bool = False
+    reasoning_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=32, alpha=64))
+    embedding_lora: LoraSettings = field(default_factory=lambda: LoraSettings(r=64, alpha=128))
+    renderer: Renderer = field(default_factory=Renderer)
+    max_length: int | None = MAX_LENGTH
+    max_image_pixels: int | None = MAX_IMAGE_PIXELS
+    max_think_tokens: int = 256
+    gate_threshold: float | None = None
+    document_gate_threshold: float | None = None
+    thinking_decision: ThinkingDecision = "gate"
+    policy_threshold: float = 0.5
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Collect every problem of the config into one error."""
+        problems = []
+        if self.interface not in INTERFACES:
+            problems.append(f"interface = {self.interface!r}, expected one of {INTERFACES}")
+        if self.num_readout_tokens < 1:
+            problems.append(f"num_readout_tokens = {self.num_readout_tokens}, expected >= 1")
+        if self.num_reason_tokens < 0:
+            problems.append(f"num_reason_tokens = {self.num_reason_tokens}, expected >= 0")
+        for name in ("latent_bottleneck", "latent_documents"):
+            if getattr(self, name) and self.num_reason_tokens == 0:
+                problems.append(f"{name} = True with num_reason_tokens = 0, expected >= 1 of them")
+        if self.max_think_tokens < 1:
+            problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
+        for name in ("max_length", "max_image_pixels"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                problems.append(f"{name} = {limit}, expected None or >= 1")
+        for name in ("gate_threshold", "document_gate_threshold"):
+            threshold = getattr(self, name)
+            if threshold is not None and not 0.0 <= threshold <= 1.0:
+                problems.append(f"{name} = {threshold}, expected None or in [0, 1]")
+        if self.thinking_decision not in get_args(ThinkingDecision):
+            problems.append(
+                f"thinking_decision = {self.thinking_decision!r}, expected one of "
+                f"{get_args(ThinkingDecision)}"
+            )
+        if not 0.0 <= self.policy_threshold <= 1.0:
+            problems.append(f"policy_threshold = {self.policy_threshold}, expected in [0, 1]")
+        if problems:
+            raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
+
+    @property
+    def readout_settings(self) -> dict[str, Any]:
+        """What the read-out is made of, for fingerprints; as ever without reason tokens."""
+        settings: dict[str, Any] = {"num_readout_tokens": self.num_readout_tokens}
+        if self.num_reason_tokens:
+            settings["num_reason_tokens"] = self.num_reason_tokens
+            settings["latent_bottleneck"] = self.latent_bottleneck
+            settings["latent_documents"] = self.latent_documents
+        return settings
+
+    @property
+    def limit_settings(self) -> dict[str, int]:
+        """What limits a prompt, for fingerprints; nothing without limits, as ever."""
+        limits = {"max_length": self.max_length, "max_image_pixels": self.max_image_pixels}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-ready dict; `from_dict` is its inverse."""
+        return {**asdict(self), "renderer": self.renderer.to_dict()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "TwnConfig":
+        """Return the config of a `to_dict` result; one older than the limits of prompts has none.
+
+        Raises:
+            ValueError: For keys this version does not know.
+        """
+        _check_keys(CONFIG_FILE, data, [f.name for f in fields(cls)])
+        values = {"max_length": None, "max_image_pixels": None, **data}
+        lora_keys = [f.name for f in fields(LoraSettings)]
+        for name in ("reasoning_lora", "embedding_lora"):
+            if name in values:
+                _check_keys(name, values[name], lora_keys)
+                values[name] = LoraSettings(**values[name])
+        if "renderer" in values:
+            values["renderer"] = Renderer.from_dict(values["renderer"])
+        return cls(**values)
+
+    def save(self, directory: str | Path) -> None:
+        """Write `twn_config.json` into `directory`."""
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        path = Path(directory) / CONFIG_FILE
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, directory: str | Path) -> "TwnConfig":
+        """Read `twn_config.json` from `directory`."""
+        return cls.from_dict(json.loads((Path(directory) / CONFIG_FILE).read_text("utf-8")))

@@ -1,0 +1,247 @@
+"""Gates beside a checkpoint: what they were fitted to, writing, reading back, refusing strangers.
+
+`gate.safetensors` holds the tensors of every side, prefixed by it; what they were fitted to is in
+the file's metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twn_rl.modeling.adapter_files import adapter_state
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
+from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE, SIDES, Gate
+
+if TYPE_CHECKING:
+    from twn_rl.modeling.model import DualLoraModel
+
+logger = logging.getLogger(__name__)
+
+GATE_FILE = "gate.safetensors"
+GATE_FORMAT = "1"
+THRESHOLD_FIELDS = {QUERY_SIDE: "gate_threshold", DOCUMENT_SIDE: "document_gate_threshold"}
+_PROBE_VALUES = 16
+
+
+def set_threshold(config: TwnConfig, side: str, threshold: float | None) -> None:
+    """Set the threshold of one side in a model's settings."""
+    setattr(config, THRESHOLD_FIELDS[side], threshold)
+
+
+def gate_fingerprints(model: DualLoraModel) -> dict[str, str]:
+    """Return sha256 digests of what a gate depends on: `embedding` (what it reads) and `reasoning`.
+
+    `embedding` covers samples of the backbone's weights, the embedding adapter, read-out,
+    interface, renderer and limits of prompts, with "kv_detach" also the reasoning adapter;
+    `reasoning` is the adapter that writes the thoughts. Other than in `scoring.scorer_fingerprint`,
+    which guards stored vectors, weights count rounded to bfloat16 and the backbone by its weights,
+    not its name: loading it from elsewhere or in another precision changes nothing. The model must
+    be unsharded.
+    """
+    config = model.config
+    reasoning = _digest(adapter_state(model.peft_model, REASONING_ADAPTER))
+    described = {
+        "interface": config.interface,
+        **config.readout_settings,
+        **config.limit_settings,
+        "renderer": config.renderer.to_dict(),
+        "backbone": _digest(_backbone_probe(model)),
+        "embedding": _digest(adapter_state(model.peft_model, EMBEDDING_ADAPTER)),
+        "reasoning": reasoning if config.interface == "kv_detach" else "",
+    }
+    text = json.dumps(described, sort_keys=True)
+    return {"embedding": hashlib.sha256(text.encode()).hexdigest(), "reasoning": reasoning}
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, weight in sorted(weights.items()):
+        digest.update(f"{key} {tuple(weight.shape)}".encode())
+        rounded = weight.to(torch.bfloat16).contiguous().flatten()
+        digest.update(rounded.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _backbone_probe(model: DualLoraModel) -> dict[str, Tensor]:
+    """Return a few numbers of every frozen weight; token tables may have got new random rows."""
+    base: Any = model.peft_model.get_base_model()
+    tables = {id(p) for p in base.get_input_embeddings().parameters()}
+    head = base.get_output_embeddings()
+    tables |= {id(p) for p in head.parameters()} if head is not None else set()
+    probe = {}
+    for name, weight in base.named_parameters():
+        if id(weight) not in tables and "lora_" not in name:
+            values = weight.detach().flatten()
+            probe[name] = values[:: max(1, len(values) // _PROBE_VALUES)][:_PROBE_VALUES].cpu()
+    return probe
+
+
+def save_gates(model: DualLoraModel, path: str | Path) -> None:
+    """Write the model's gates into a checkpoint folder, or remove the file if it has none.
+
+    Gates that no longer fit the model are dropped with a warning. Of several processes only the
+    first writes.
+    """
+    if model.gates:
+        now = gate_fingerprints(model)
+        stale = [side for side, gate in model.gates.items() if _fitted_to(gate) != now]
+        if stale:
+            drop_gates(model, f"the adapters have changed since gates {stale} were fitted", path)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    target = Path(path) / GATE_FILE
+    if not model.gates:
+        target.unlink(missing_ok=True)
+        return
+    tensors = {
+        f"{side}.{key}": tensor.detach().cpu().contiguous()
+        for side, gate in model.gates.items()
+        for key, tensor in gate.state_dict().items()
+    }
+    metadata = {
+        "format": "pt",
+        "gate_format": GATE_FORMAT,
+        "backbone": model.config.backbone,
+        "hidden_size": str(model.hidden_size),
+        "sides": json.dumps({side: _gate(gate).hidden_size for side, gate in model.gates.items()}),
+        **next(_fitted_to(gate) for gate in model.gates.values()),
+    }
+    temporary = target.with_name(f".{GATE_FILE}.tmp")
+    save_file(tensors, temporary, metadata=metadata)
+    temporary.replace(target)
+
+
+def load_gates(model: DualLoraModel, path: str | Path) -> None:
+    """Give the model the gates stored in a checkpoint folder; none stored leaves it without.
+
+    A gate whose thoughts came from other reasoning weights still loads, with a warning.
+
+    Raises:
+        KeyError: If tensors are missing or unexpected; the message lists them.
+        ValueError: If the gate belongs to another backbone or embedding adapter, or shapes differ.
+    """
+    file = Path(path) / GATE_FILE
+    if not file.is_file():
+        return
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata() or {}
+        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    now = gate_fingerprints(model)
+    _check_origin(file, metadata, model, now)
+    sides: dict[str, int] = json.loads(metadata["sides"])
+    gates = {side: Gate(model.hidden_size, size) for side, size in sides.items()}
+    own = {
+        f"{s}.{key}": value for s, gate in gates.items() for key, value in gate.state_dict().items()
+    }
+    _check_tensors(file, tensors, own)
+    for side, gate in gates.items():
+        prefix = f"{side}."
+        gate.load_state_dict(
+            {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        )
+        gate.fitted_to = {name: metadata[name] for name in now}
+        model.gates[side] = gate.to(model.device)
+    if metadata["reasoning"] != now["reasoning"]:
+        logger.warning(
+            "gate of %s was fitted to other reasoning weights: its probabilities are about other "
+            "thoughts; %s",
+            path,
+            _refit(path),
+        )
+
+
+def drop_gates(model: DualLoraModel, reason: str, path: str | Path = "MODEL") -> None:
+    """Remove the model's gates and thresholds with one warning; without gates do nothing.
+
+    Args:
+        model: The model.
+        reason: Why they do not fit any more.
+        path: Folder to name in the advice to refit.
+    """
+    if not model.gates:
+        return
+    model.gates.clear()
+    forget_thresholds(model.config)
+    warn_dropped(reason, path)
+
+
+def forget_thresholds(config: TwnConfig) -> None:
+    """Leave the settings without a threshold: they belong to a gate."""
+    for side in SIDES:
+        set_threshold(config, side, None)
+
+
+def warn_dropped(reason: str, path: str | Path) -> None:
+    """Log, on the first process, that a gate was left behind and how to fit it anew."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        logger.warning("the routing gate is dropped: %s; afterwards %s", reason, _refit(path))
+
+
+def _refit(path: str | Path) -> str:
+    return f"fit it anew: accelerate launch recipes/gate_embed.py --model {path}"
+
+
+def _gate(module: Any) -> Gate:
+    return module
+
+
+def _fitted_to(module: Any) -> dict[str, str]:
+    return _gate(module).fitted_to
+
+
+def _check_origin(
+    file: Path, metadata: Mapping[str, str], model: DualLoraModel, now: Mapping[str, str]
+) -> None:
+    needed = ("gate_format", "backbone", "hidden_size", "sides", *now)
+    absent = [name for name in needed if name not in metadata]
+    if (
+        absent
+        or metadata["gate_format"] != GATE_FORMAT
+        or not set(json.loads(metadata["sides"])) <= set(SIDES)
+    ):
+        raise ValueError(
+            f"{file} has metadata {dict(metadata)}; expected {list(needed)}, gate_format = "
+            f"{GATE_FORMAT} and sides among {list(SIDES)}; delete the file and "
+            + _refit(file.parent)
+        )
+    if (
+        metadata["hidden_size"] != str(model.hidden_size)
+        or metadata["embedding"] != now["embedding"]
+    ):
+        raise ValueError(
+            f"{file} was fitted to backbone {metadata['backbone']!r} (width "
+            f"{metadata['hidden_size']}, embedding side {metadata['embedding'][:12]}); expected "
+            f"the loaded {model.config.backbone!r} (width {model.hidden_size}, embedding side "
+            f"{now['embedding'][:12]}); load the model it was fitted to, or delete the file and "
+            + _refit(file.parent)
+        )
+
+
+def _check_tensors(file: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or unexpected:
+        raise KeyError(
+            f"{file}: missing tensors {missing}, unexpected tensors {unexpected}; expected exactly "
+            f"the {len(own)} tensors of its gates; delete the file and " + _refit(file.parent)
+        )
+    misshapen = [
+        f"{key}: file {tuple(tensors[key].shape)} {tensors[key].dtype}, gate {tuple(value.shape)}"
+        for key, value in own.items()
+        if tensors[key].shape != value.shape or tensors[key].dtype != value.dtype
+    ]
+    if misshapen:
+        raise ValueError(
+            f"{file} has other tensors than its gates: {misshapen}; expected equal shapes in "
+            "float32; delete the file and " + _refit(file.parent)
+        )

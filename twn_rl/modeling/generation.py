@@ -1,0 +1,299 @@
+"""What both adapters do without gradient: read prompts once, write thoughts, read states out.
+
+Knows neither losses nor files; `model.DualLoraModel` adds training, loading and saving.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twn_rl.data.chat import Think
+from twn_rl.data.record import Item
+from twn_rl.modeling import collator as batching
+from twn_rl.modeling import thoughts
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
+from twn_rl.modeling.backbone import Backbone
+from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.decoding import decode, dice
+from twn_rl.modeling.kv_prefix import Prefix, read_rows, read_tail
+from twn_rl.modeling.limits import LimitCounts, PromptLimits, settle_limits
+from twn_rl.modeling.prompt_features import Prompts, prepare_prompts
+from twn_rl.modeling.readout import Tail, without_checkpointing
+
+# Tensors, and `mm_encoder_outputs` once pictures are encoded.
+Batch = Mapping[str, Any]
+
+
+class DualLoraInference(nn.Module):
+    """A frozen backbone with a reasoning and an embedding adapter, as far as it serves.
+
+    Attributes:
+        backbone: Model, processor and what is known of them.
+        peft_model: The backbone with both adapters; what TRL trains.
+        processor: The backbone's processor, or tokenizer for text-only models.
+        tokenizer: The tokenizer inside it.
+        renderer: How items become prompts.
+        config: Settings stored with the checkpoint.
+        readout_ids: Q ids of the read-out tokens.
+        reason_ids: K ids of the reason tokens, for latent thoughts; [] if there are none.
+        prefill_adapter: Adapter that fills the cache in "kv_detach"; a frozen snapshot while the
+            reasoning adapter is trained by RL.
+        gates: Fitted routing gates by side (`gate.QUERY_SIDE`, `gate.DOCUMENT_SIDE`), frozen.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        peft_model: Any,
+        config: TwnConfig,
+        readout_ids: list[int],
+        reason_ids: Sequence[int] = (),
+    ) -> None:
+        """Hold parts made by `DualLoraModel.from_backbone`."""
+        super().__init__()
+        self.backbone = backbone
+        self.peft_model = peft_model
+        self.config = settle_limits(backbone, config)
+        self._limit_counts = LimitCounts()
+        self.renderer = config.renderer
+        self.processor = backbone.processor
+        self.tokenizer = backbone.tokenizer
+        self.readout_ids, self.reason_ids = readout_ids, list(reason_ids)
+        self.prefill_adapter = REASONING_ADAPTER
+        self.gates = nn.ModuleDict()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.peft_model.device
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of a vector."""
+        return self.backbone.hidden_size
+
+    @property
+    def limits(self) -> PromptLimits:
+        """What texts are cut and pictures are scaled to, with counts of both since construction."""
+        config = self.config
+        return PromptLimits(config.max_length, config.max_image_pixels, self._limit_counts)
+
+    @property
+    def suppressed_token_ids(self) -> list[int]:
+        """Ids the policy must never write, for `generation_kwargs={"suppress_tokens": ...}`."""
+        return thoughts.suppressed_token_ids(self.backbone, self.renderer)
+
+    @property
+    def is_policy_deciding(self) -> bool:
+        """Whether the policy was trained to decide by its first token if it thinks."""
+        return self.config.thinking_decision == "policy"
+
+    def collate(
+        self,
+        items: Sequence[Item],
+        completions: Sequence[batching.Completion] | None = None,
+        *,
+        max_length: int | None = None,
+    ) -> dict[str, Tensor]:
+        """Return a batch of N prompts, left-padded, and completions, right-padded.
+
+        Args:
+            items: N items.
+            completions: Per item a string, a list of ids, or None for no thinking.
+            max_length: Longest prompt in tokens, to which texts are cut; the model's if None.
+
+        Returns:
+            `input_ids`, `attention_mask` (N, P), the processor's image tensors and, if completions
+            are given, `completion_ids`, `completion_mask` (N, C). Masks are 1 on real tokens.
+        """
+        limits = self.limits if max_length is None else replace(self.limits, max_length=max_length)
+        batch = batching.collate_prompts(self.backbone, self.renderer, items, limits=limits)
+        if completions is not None:
+            if len(completions) != len(items):
+                raise ValueError(
+                    f"{len(completions)} completions for {len(items)} items; expected one each; "
+                    "use None for items without a thought"
+                )
+            batch |= batching.collate_completions(self.backbone, completions)
+        return batch
+
+    def collate_completions(self, completions: Sequence[batching.Completion]) -> dict[str, Tensor]:
+        """Return right-padded `completion_ids`, `completion_mask` (N, C); see `batching`."""
+        return batching.collate_completions(self.backbone, completions)
+
+    def completion_ids(self, text: str, *, add_eos: bool = False) -> list[int]:
+        """Return the ids of a completion; an SFT target ends with the end of turn."""
+        ids = batching.completion_ids(self.backbone, text)
+        return [*ids, self.backbone.eos_token_id] if add_eos else ids
+
+    def prepare(self, batch: Batch) -> Prompts:
+        """Return the prompts of a batch from `collate`, pictures encoded; no gradient."""
+        with torch.no_grad():
+            return prepare_prompts(self.backbone, self._on_device(batch))
+
+    def read(
+        self,
+        prompts: Prompts,
+        rows: Sequence[int] | None = None,
+        *,
+        started: Prefix | None = None,
+    ) -> Prefix:
+        """Return what the embedding side has read of N prompts, for any number of `read_out`.
+
+        Args:
+            prompts: Prompts from `prepare`.
+            rows: Which of them; all if None.
+            started: What `start_reasoning` read of the same rows; serves both sides where one
+                adapter reads for both, in "kv_detach".
+        """
+        if started is not None and self._is_detached and self.prefill_adapter == REASONING_ADAPTER:
+            return started
+        adapter = self.prefill_adapter if self._is_detached else EMBEDDING_ADAPTER
+        with self._inference():
+            return read_rows(self.backbone, self.peft_model, prompts, rows, adapter=adapter)
+
+    def read_out(
+        self,
+        prefix: Prefix,
+        completions: Sequence[batching.Completion] | None = None,
+        *,
+        is_latent: bool = False,
+    ) -> Tensor:
+        """Return the mean read-out states (N, D), float32, not normalised, no gradient.
+
+        Normalised they are the vectors of `embed`, for the price of completion and read-outs alone.
+
+        Args:
+            prefix: What `read` returned.
+            completions: Per sequence a string, a list of ids, or None for no thinking.
+            is_latent: Put the reason tokens before the read-outs: a latent thought.
+        """
+        batch = {} if completions is None else self.collate_completions(completions)
+        tail = self._tail(is_latent)
+        with self._inference():
+            states = self._read_tail(prefix, self._on_device(batch), tail)
+        return states[:, len(tail.reason_ids) :].float().mean(1)
+
+    def _read_tail(self, prefix: Prefix, batch: Batch, tail: Tail) -> Tensor:
+        return read_tail(
+            self.backbone,
+            self.peft_model,
+            prefix,
+            batch,
+            tail,
+            prefill_adapter=self.prefill_adapter if self._is_detached else None,
+        )
+
+    def start_reasoning(self, prompts: Prompts, rows: Sequence[int] | None = None) -> Prefix:
+        """Return what the reasoning adapter has read of prompts: to decide, and to `reason` from.
+
+        Args:
+            prompts: Prompts from `prepare`.
+            rows: Which of them; all if None.
+        """
+        parts = self.backbone, self.peft_model
+        with self._inference():
+            return read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
+
+    def think_probability(self, prefix: Prefix) -> Tensor:
+        """Return (N,) how likely the policy opens a thought, from `start_reasoning`."""
+        assert prefix.logits is not None
+        return thoughts.think_probability(self.backbone, self.renderer, prefix.logits)
+
+    def is_direct(self, ids: Sequence[int]) -> bool:
+        """Return whether a completion is the policy's decision to answer without a thought."""
+        return self.is_policy_deciding and thoughts.is_direct(self.backbone, ids)
+
+    def reason(
+        self,
+        batch: Batch | Prompts | Prefix,
+        rows: Sequence[int] | None = None,
+        *,
+        max_think_tokens: int | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        num_thoughts: int = 1,
+        seeds: int | Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """Return completion ids written by the reasoning adapter, `num_thoughts` rows per prompt.
+
+        Thoughts of a prompt stand next to each other; a row ends with the end of turn if it was
+        written, and holds no padding. Sampling settings stored with the backbone are not used.
+        Where the policy decides who thinks, that has been decided: the thought is opened for it.
+
+        Args:
+            batch: Prompts from `prepare`, a batch from `collate`, or what `start_reasoning` read.
+            rows: Which prompts; all if None.
+            max_think_tokens: Budget; the config's if None.
+            do_sample: Sample instead of taking the likeliest token.
+            temperature: Of sampling.
+            top_p: Of nucleus sampling; 1 is off.
+            num_thoughts: Completions per prompt.
+            seeds: Makes sampling repeatable: one seed a prompt, so that its thoughts do not depend
+                on its batch mates, or one for the batch. None draws from torch's global state.
+        """
+        if num_thoughts > 1 and not do_sample:
+            raise ValueError(
+                f"num_thoughts = {num_thoughts} with do_sample = False; expected sampling, greedy "
+                "thoughts are all equal; set do_sample=True"
+            )
+        if isinstance(batch, Prefix):
+            prefix = batch if rows is None else batch.select(rows)
+        else:
+            prompts = batch if isinstance(batch, Prompts) else self.prepare(batch)
+            prefix = self.start_reasoning(prompts, rows)
+        budget = max_think_tokens or self.config.max_think_tokens
+        opening = thoughts.think_open_ids(self.backbone, self.renderer)
+        with self._inference():
+            uniforms = dice(len(prefix), seeds, num_thoughts, budget) if do_sample else None
+            with use_adapter(self.peft_model, REASONING_ADAPTER):
+                return decode(
+                    self.backbone,
+                    prefix.select([row for row in range(len(prefix)) for _ in range(num_thoughts)]),
+                    max_new_tokens=budget,
+                    suppress_tokens=self.suppressed_token_ids,
+                    opening=opening if self.is_policy_deciding else (),
+                    uniforms=uniforms,
+                    temperature=temperature,
+                    top_p=top_p,
+                )
+
+    def think(self, ids: Sequence[int]) -> Think:
+        """Return what a generated completion thought, or why it is not a thought."""
+        return thoughts.parse_completion(self.backbone, self.renderer, ids)
+
+    def completion_for_embedding(self, ids: Sequence[int]) -> list[int]:
+        """Return a completion without end of turn, or [] (no-think) if it is malformed."""
+        return thoughts.completion_for_embedding(self.backbone, self.renderer, ids)
+
+    @property
+    def _is_detached(self) -> bool:
+        return self.config.interface == "kv_detach"
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Switch gradient, dropout and recomputation off in the body."""
+        model = self.peft_model
+        with torch.no_grad(), without_checkpointing(model), thoughts.evaluating(model):
+            yield
+
+    def _tail(self, is_latent: bool) -> Tail:
+        if not is_latent:
+            return Tail(self.readout_ids)
+        if not self.reason_ids:
+            raise ValueError(
+                "num_reason_tokens = 0; a latent thought needs at least one; train a model with "
+                "recipes/latent_embed.py, or think in another way"
+            )
+        return Tail(self.readout_ids, self.reason_ids, self.config.latent_bottleneck)
+
+    def _on_device(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            key: value.to(self.device) if isinstance(value, Tensor) else value
+            for key, value in batch.items()
+        }

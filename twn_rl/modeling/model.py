@@ -1,0 +1,245 @@
+"""One backbone that thinks and embeds: the room where adapters, read-out and prompts meet.
+
+Knows no losses, no rewards, no trainers.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from twn_rl.modeling.adapters import (
+    EMBEDDING_ADAPTER,
+    REASONING_ADAPTER,
+    attach_adapters,
+    under_own_adapter,
+    use_adapter,
+)
+from twn_rl.modeling.backbone import Backbone, load_backbone
+from twn_rl.modeling.checkpoint import load_model, save_model
+from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.generation import Batch, DualLoraInference
+from twn_rl.modeling.kv_prefix import read_rows
+from twn_rl.modeling.prompt_features import prepare_prompts
+from twn_rl.modeling.readout import (
+    Tail,
+    add_readout_tokens,
+    check_bottleneck,
+    join_sequence,
+    kv_detach,
+    pool,
+    position_ids,
+    reencode,
+)
+from twn_rl.modeling.vision import share_images
+
+
+class DualLoraModel(DualLoraInference):
+    """A frozen backbone with a reasoning and an embedding adapter: trained, stored, and served.
+
+    Attributes are those of `DualLoraInference`.
+    """
+
+    @classmethod
+    def from_backbone(
+        cls,
+        backbone: str | Path | Backbone,
+        config: TwnConfig | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
+        seed: int = 0,
+    ) -> "DualLoraModel":
+        """Return a model with new adapters on a backbone.
+
+        Args:
+            backbone: Name, path, or a loaded backbone, which is changed in place.
+            config: Settings; defaults if None. Its `backbone` field is filled in.
+            dtype: Parameter type when loading; None keeps the stored one.
+            seed: Decides the initial adapter weights; the global random state is untouched.
+        """
+        config = config or TwnConfig()
+        if not isinstance(backbone, Backbone):
+            revision = config.backbone_revision
+            backbone = load_backbone(backbone, revision=revision, dtype=dtype)
+        config = replace(config, backbone=backbone.name or config.backbone)
+        if config.latent_bottleneck:
+            check_bottleneck(backbone)
+        num_readouts = config.num_readout_tokens
+        tail_ids = add_readout_tokens(backbone, num_readouts, config.num_reason_tokens)
+        peft_model = attach_adapters(
+            backbone,
+            reasoning=config.reasoning_lora,
+            embedding=config.embedding_lora,
+            readout_ids=tail_ids,
+            seed=seed,
+        )
+        tail = tail_ids[:num_readouts], tail_ids[num_readouts:]
+        return cls(backbone, peft_model, config, *tail)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        backbone: str | Path | Backbone | None = None,
+        dtype: str | torch.dtype | None = None,
+        is_trainable: bool = False,
+    ) -> "DualLoraModel":
+        """Return the model stored by `save_pretrained`; see `checkpoint.load_model`."""
+        return load_model(cls, path, backbone=backbone, dtype=dtype, is_trainable=is_trainable)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write adapters and settings; see `checkpoint.save_model`."""
+        save_model(self, path)
+
+    def embed(self, batch: Batch, *, is_latent: bool = False) -> Tensor:
+        """Return unit-norm float32 vectors (N, D), local, of a batch from `collate`.
+
+        Rows whose completion is empty give the no-think vector. Gradient reaches the embedding
+        adapter and the rows of the tail only.
+
+        Args:
+            batch: N prompts, with or without completions.
+            is_latent: Put the reason tokens before the read-outs: a latent thought.
+        """
+        tail = self._tail(is_latent)
+        return pool(self._tail_states(batch, tail)[:, len(tail.reason_ids) :])
+
+    def _tail_states(self, batch: Batch, tail: Tail) -> Tensor:
+        """Return the states (N, K + Q, D) of the tail after prompts and completions."""
+        parts = self.backbone, self.peft_model, self._on_device(batch), tail
+        if self._is_detached:
+            return kv_detach(*parts, prefill_adapter=self.prefill_adapter)
+        return reencode(*parts)
+
+    def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the summed NLL (N,) in nats of each completion, and its length (N,) in tokens.
+
+        Logits are computed for the completion only. Gradient reaches the reasoning adapter only.
+        """
+        batch = self._on_device(batch)
+        if "completion_ids" not in batch:
+            raise ValueError(
+                "batch has no completion_ids; expected completions; pass them to collate"
+            )
+        targets, mask = batch["completion_ids"], batch["completion_mask"]
+        inputs = join_sequence(batch)
+        with use_adapter(self.peft_model, REASONING_ADAPTER):
+            logits = self.backbone.model(
+                **inputs,
+                position_ids=position_ids(self.backbone, inputs),
+                logits_to_keep=targets.shape[1] + 1,
+                use_cache=False,
+            ).logits[:, :-1]
+        labels = targets.masked_fill(mask == 0, -100)
+        nll = nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100
+        )
+        return nll.view_as(labels).sum(1), mask.sum(1)
+
+    def forward(
+        self,
+        embed: Mapping[str, Batch] | None = None,
+        token_nll: Batch | None = None,
+        latent: Mapping[str, Batch] | None = None,
+    ) -> dict[str, Any]:
+        """Return every vector and token loss of one training step in one forward.
+
+        DDP and DeepSpeed must see exactly one forward of the wrapped module per backward. Batches
+        that hold the very same prompt tensor share one pass of the vision tower and, where they are
+        embedded, one key/value cache, gradient included.
+
+        Args:
+            embed: Batches by name, each given to `embed`.
+            token_nll: Batch given to `token_nll`.
+            latent: Batches by other names, embedded with a latent thought.
+
+        Returns:
+            `embeds`: name -> (N, D); `reason_states`: name -> (N, K, D) of the latent ones;
+            `token_nll`, `token_count`: (N,), if asked for. Gradient flows into all of them.
+        """
+        tails = {name: self._tail(False) for name in embed or {}}
+        tails |= {name: self._tail(True) for name in latent or {}}
+        embedded = {**(embed or {}), **(latent or {})}
+        groups = _by_prompt(embedded)
+        batches: dict[Any, Batch] = {("embed", name): batch for name, batch in embedded.items()}
+        if token_nll is not None:
+            batches["token_nll", ""] = token_nll
+        moved = {key: self._on_device(batch) for key, batch in batches.items()}
+        batches = dict(share_images(self.backbone, moved))
+        last = batches.pop(("token_nll", ""), None)
+        states: dict[str, Tensor] = {}
+        for names in groups:
+            shared = [(batches["embed", name], tails[name]) for name in names]
+            states |= dict(zip(names, self._read_together(shared), strict=True))
+        lengths = {name: len(tails[name].reason_ids) for name in embedded}
+        embeds = {name: pool(states[name][:, k:]) for name, k in lengths.items()}
+        output: dict[str, Any] = {"embeds": embeds}
+        if latent:
+            output["reason_states"] = {name: states[name][:, : lengths[name]] for name in latent}
+        if last is not None:
+            output["token_nll"], output["token_count"] = self.token_nll(last)
+        return output
+
+    def _read_together(self, batches: Sequence[tuple[Batch, Tail]]) -> list[Tensor]:
+        """Return tail states of batches with the same prompts, which are read once if possible."""
+        # A recomputed layer drops its cache, and "kv_detach" has no gradient in the prompt anyway.
+        if len(batches) == 1 or self._is_detached or self.is_gradient_checkpointing:
+            return [self._tail_states(batch, tail) for batch, tail in batches]
+        prompts = prepare_prompts(self.backbone, batches[0][0])
+        prefix = read_rows(self.backbone, self.peft_model, prompts, adapter=EMBEDDING_ADAPTER)
+        return [self._read_tail(prefix, batch, tail) for batch, tail in batches]
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether activations are recomputed in the backward pass; trainers ask for it."""
+        return bool(self.backbone.model.is_activation_checkpointing)
+
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        *,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Trade time for memory; each layer is recomputed under the adapter of its forward.
+
+        Arguments are those of `transformers.PreTrainedModel`.
+        """
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
+        self.backbone.model.activation_checkpointing_enable(
+            activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+        )
+        if kwargs["use_reentrant"]:
+            self.backbone.model.enable_input_require_grads()
+        for module in self.backbone.model.modules():
+            if hasattr(module, "_gradient_checkpointing_func"):
+                checkpoint: Any = module._gradient_checkpointing_func
+                module._gradient_checkpointing_func = under_own_adapter(  # type: ignore[assignment]
+                    checkpoint, self.peft_model
+                )
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.backbone.model.activation_checkpointing_disable()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Do `activation_checkpointing_enable` under its old name, which TRL still calls."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Do `activation_checkpointing_disable` under its old name."""
+        self.activation_checkpointing_disable()
+
+
+def _by_prompt(batches: Mapping[str, Batch]) -> list[list[str]]:
+    """Return the names grouped by the very tensor that holds their prompts."""
+    groups: dict[int, list[str]] = {}
+    for name, batch in batches.items():
+        groups.setdefault(id(batch["input_ids"]), []).append(name)
+    return list(groups.values())

@@ -1,0 +1,268 @@
+"""What trainers of adapters share: checkpoints, mixtures, logged means. Knows no losses."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor
+from transformers.integrations.deepspeed import set_hf_deepspeed_config
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl.models.utils import unwrap_model_for_generation
+
+from twn_rl.data.mixture import Mixture, MixtureSampler
+from twn_rl.data.record import Record
+from twn_rl.modeling.checkpoint import load_weights
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import check_engaged, join_processes
+from twn_rl.runtime.whole_files import read_json, write_json
+from twn_rl.runtime.zero import deepspeed_dtype, describe_engine, fill_auto_sizes, save_trained_only
+from twn_rl.training.whole_checkpoints import is_finished, seal
+
+logger = logging.getLogger(__name__)
+ENGINE_FILE = "deepspeed.json"
+
+
+class AdapterCheckpoints:
+    """Mixin, before an HF trainer: checkpoints hold adapters and settings, never the backbone.
+
+    It also sees to it that what the launch asked for is what runs.
+
+    Attributes:
+        dual_model: The model the trainer trains, unwrapped.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+    is_deepspeed_enabled: bool
+    model_wrapped: Any
+    dual_model: DualLoraModel
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let HF make the accelerator of this trainer, not of one that ran before it."""
+        AcceleratorState._reset_state()
+        if self.args.deepspeed:
+            set_hf_deepspeed_config(self.args.hf_deepspeed_config)
+        super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
+        check_engaged(self)
+
+    def train(
+        self,
+        resume_from_checkpoint: Any = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> Any:
+        """Let HF train; of a finished run only the weights are read back."""
+        resume = resume_from_checkpoint
+        if isinstance(resume, str | Path) and is_finished(Path(resume), self.args):
+            logger.info("%s is the end of this run: nothing is left to train", resume)
+            self._load_from_checkpoint(str(resume))
+            return None
+        return super().train(resume, trial, ignore_keys_for_eval)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Let HF do a step, and end the run where its loss is not finite.
+
+        Raises:
+            FloatingPointError: With the step, and the weights that are not finite.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if not torch.isfinite(loss):
+            named = self.dual_model.named_parameters()
+            bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p).all()]
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: loss = {loss.item()}, expected a finite "
+                f"number; {len(bad)} trained tensors are not finite{': ' if bad else ''}"
+                f"{', '.join(bad[:3])}; nothing is saved; lower learning_rate, raise warmup_steps, "
+                "or resume from the last checkpoint"
+            )
+        return loss
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Let HF save a checkpoint, seal it, and only then delete older ones."""
+        trainer: Any = self
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            self.args.save_total_limit = limit
+        join_processes().wait_for_everyone()  # all have written their parts
+        if self.args.should_save:
+            folder = Path(trainer._get_output_dir(trial=trial))
+            seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            rotate_checkpoints(
+                output_dir=str(folder),
+                save_total_limit=limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    @property
+    def is_zero3(self) -> bool:
+        """Whether every process holds a part of each parameter only."""
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        return plugin is not None and plugin.zero_stage == 3
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Gather the weights in the body, so that the model can be called outside of the engine.
+
+        Inside, the processes need not stay in step. Without ZeRO-3 nothing happens.
+        """
+        if not self.is_zero3:
+            yield
+            return
+        with unwrap_model_for_generation(
+            cast(Any, self.model_wrapped),
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+        ):
+            yield
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write both adapters and the settings; every process must call this.
+
+        Under ZeRO-3 the adapters alone are gathered, never the backbone.
+        """
+        self._save(output_dir)
+        join_processes().wait_for_everyone()  # what comes next may read it
+        if self.args.push_to_hub and not _internal_call:
+            trainer: Any = self
+            trainer.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
+    ) -> None:
+        directory = Path(output_dir or self.args.output_dir or ".")
+        self.dual_model.save_pretrained(directory)
+        if self.args.should_save:
+            torch.save(self.args, directory / "training_args.bin")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_weights(self.dual_model, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write what resuming needs besides the adapters, and what an engine's files are of."""
+        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        if self.is_deepspeed_enabled and self.args.should_save:
+            write_json(Path(output_dir) / ENGINE_FILE, self._engine_layout())
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+    ) -> Any:
+        """Let HF wrap the model; an engine goes on from its own files, which hold no backbone."""
+        resume = resume_from_checkpoint
+        if resume is not None:
+            self._check_layout(Path(resume))
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume)  # pyright: ignore[reportAttributeAccessIssue]
+        fill_auto_sizes(
+            self.accelerator.state.deepspeed_plugin.deepspeed_config, self.dual_model.hidden_size
+        )
+        if resume is not None:
+            self._load_from_checkpoint(resume)  # also what is frozen, before it is taken apart
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # pyright: ignore[reportAttributeAccessIssue]
+        engine = self.model_wrapped
+        save_trained_only(engine)
+        logger.info("%s", describe_engine(engine))
+        if resume is None:
+            return prepared
+        loaded, _ = engine.load_checkpoint(resume, load_module_strict=False)
+        if loaded is None:
+            raise ValueError(
+                f"{resume} holds no readable state of a DeepSpeed engine; expected a checkpoint-N "
+                "folder that a killed run left; resume from an older one"
+            )
+        trainer: Any = self
+        trainer._load_optimizer_and_scheduler(resume)
+        trainer._load_scaler(resume)
+        return prepared
+
+    def _engine_layout(self) -> dict[str, Any]:
+        """Return what the files of an engine depend on; {} without DeepSpeed."""
+        if not self.is_deepspeed_enabled:
+            return {}
+        plugin = self.accelerator.state.deepspeed_plugin
+        return {
+            "zero_stage": int(plugin.zero_stage),
+            "num_processes": self.accelerator.num_processes,
+            "dtype": str(deepspeed_dtype(self.args)).removeprefix("torch."),
+        }
+
+    def _check_layout(self, checkpoint: Path) -> None:
+        stored, own = read_json(checkpoint / ENGINE_FILE) or {}, self._engine_layout()
+        if stored != own:
+            raise ValueError(
+                f"resume_from_checkpoint = {checkpoint} was saved by {_layout_name(stored)} and "
+                f"this run is {_layout_name(own)}; expected the same, an optimizer's state fits no "
+                "other; launch as before, or start anew from its adapters, which any launch can "
+                "load (--checkpoint or --warm_start), without the optimizer's state"
+            )
+
+
+def _layout_name(layout: Mapping[str, Any]) -> str:
+    if not layout:
+        return "a run without DeepSpeed"
+    return "ZeRO-{zero_stage} on {num_processes} processes in {dtype}".format(**layout)
+
+
+class RecordTraining:
+    """Mixin, before an HF trainer: batches of a mixture's sources, means of what was noted.
+
+    Attributes:
+        records: What is trained on.
+    """
+
+    args: Any
+    accelerator: Any
+    state: Any
+    dual_model: DualLoraModel
+    _train_batch_size: int
+    records: Sequence[Record]
+
+    @cached_property
+    def _noted(self) -> dict[str, list[float]]:
+        return defaultdict(list)
+
+    @property
+    def _done(self) -> float:
+        """Share of the steps that are behind us."""
+        return self.state.global_step / max(1, self.state.max_steps)
+
+    def _note(self, name: str, value: float) -> None:
+        """Keep a value for the next log, which shows the mean."""
+        self._noted[name].append(value)
+
+    def _log_parts(self, parts: Mapping[str, Tensor]) -> None:
+        """Note each loss for the log; the mean over processes, since one has its own rows only."""
+        own = torch.stack([part.detach() for part in parts.values()])
+        logged: Any = self.accelerator.reduce(own, "mean")
+        for name, part in zip(parts, logged.tolist(), strict=True):
+            self._note(f"loss_{name}", part)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Draw a mixture's sources by weight, one a global batch; else as HF does."""
+        records = self.records
+        if not isinstance(records, Mixture):
+            return super()._get_train_sampler(train_dataset)  # pyright: ignore[reportAttributeAccessIssue]
+        processes = 1 if self.accelerator.split_batches else self.accelerator.num_processes
+        return MixtureSampler(
+            records,
+            batch_size=self._train_batch_size * processes,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            epoch=lambda: int(self.state.epoch or 0),
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the means of what was noted since the last log."""
+        means = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
+        self._noted.clear()
+        means |= self.dual_model.limits.counts.take_ratios()
+        super().log({**logs, **means}, start_time)  # pyright: ignore[reportAttributeAccessIssue]

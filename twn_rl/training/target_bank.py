@@ -1,0 +1,186 @@
+"""Target vectors on disk, embedded once; knows no query, no reward and no model.
+
+Layout of the folder: `embeddings.npy` (M, D) float32, `targets.json` (ids and pools) and, written
+last, `meta.json`: without it the bank does not exist. While it is being built, `shards/` holds one
+file per finished shard, so that a killed build goes on where it stopped.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from twn_rl.data.record import Item
+from twn_rl.runtime.processes import Processes, wait
+from twn_rl.runtime.whole_files import digest, map_file, read_json
+from twn_rl.training.bank_building import (
+    BankBuilder,
+    BankError,
+    Encode,
+    ScorerMismatchError,
+    check_finite,
+)
+
+BANK_FORMAT = 1
+ROWS_PER_CHECK = 65_536
+
+
+class TargetBank:
+    """The vectors of all targets, memory-mapped, with their ids and pools.
+
+    Attributes:
+        directory: Folder of the bank; all processes must see the same one.
+        ids: Content keys of the M distinct targets, in bank order.
+        row_of: Id to row.
+        pools: Pool name to its sorted rows, int64. A target may be in several pools.
+        embeddings: (M, D) float32 unit vectors, read-only and memory-mapped.
+        fingerprint: The scorer that made them.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.ids: list[str] = []
+        self.row_of: dict[str, int] = {}
+        self.pools: dict[str, np.ndarray] = {}
+        self.embeddings: np.ndarray = np.empty((0, 0), dtype=np.float32)
+        self.fingerprint = ""
+        self._resident: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def build(
+        self,
+        items: Sequence[Item],
+        encode: Encode,
+        *,
+        fingerprint: str,
+        batch_size: int,
+        pools: Sequence[str] | None = None,
+        data_root: str | Path | None = None,
+        shard_size: int = 1024,
+        rebuild: bool = False,
+        processes: Processes | None = None,
+        show_progress_bar: bool = True,
+    ) -> "TargetBank":
+        """Embed every distinct target once, or reopen what an earlier call left; return self.
+
+        The stored bank is reused if targets, pools and scorer are the same. Other targets are
+        embedded anew. With several processes each embeds its share of the shards, and `encode` is
+        called equally often on each, as ZeRO-3 needs.
+
+        Args:
+            items: Targets; equal content (`Item.content_key`) is embedded once.
+            encode: Batch of items to (n, D) unit vectors, without gradient, on any device.
+            fingerprint: Names the scorer, see `scoring.scorer_fingerprint`.
+            batch_size: Items per call of `encode`.
+            pools: Name of the pool of each item; `None` puts all into one pool named "".
+            data_root: Folder that relative image paths start from.
+            shard_size: Items between two writes; a kill loses at most one shard per process.
+            rebuild: Embed anew, whatever is stored.
+            processes: An `Accelerator` or `PartialState`; `None` builds alone.
+            show_progress_bar: Show batches done, on the main process.
+
+        Raises:
+            ScorerMismatchError: If the stored vectors come from another scorer, unless `rebuild`.
+            BankError: If the stored bank is damaged, or `encode` returns wrong shapes, values that
+                are not finite or vectors that are not of unit length.
+        """
+        first_of, pool_rows = _distinct(items, pools, data_root)
+        plan = {
+            "format": BANK_FORMAT,
+            "targets_hash": digest([list(first_of), pool_rows]),
+            "fingerprint": fingerprint,
+        }
+        stored = None if rebuild else read_json(self.directory / "meta.json")
+        if stored is not None and stored["fingerprint"] != fingerprint:
+            raise ScorerMismatchError(
+                f"bank {self.directory} was built by scorer {stored['fingerprint'][:12]}, expected "
+                f"{fingerprint[:12]}; pass rebuild=True to embed {len(first_of)} targets anew, or "
+                "use another directory"
+            )
+        if stored is not None and all(stored.get(key) == value for key, value in plan.items()):
+            return self.open()
+        wait(processes)  # every process has looked before any of them changes the folder
+        builder = BankBuilder(
+            self.directory,
+            [items[row] for row in first_of.values()],
+            encode,
+            {**plan, "shard_size": shard_size},
+            batch_size,
+            processes,
+            show_progress_bar,
+        )
+        builder.run(list(first_of), pool_rows)
+        return self.open()
+
+    def open(self, *, fingerprint: str | None = None) -> "TargetBank":
+        """Memory-map a finished bank after checking it whole; return self.
+
+        Args:
+            fingerprint: Scorer that must have made it; `None` accepts any.
+
+        Raises:
+            BankError: If the bank is missing, truncated or holds values that are not finite.
+            ScorerMismatchError: If another scorer made it.
+        """
+        meta = read_json(self.directory / "meta.json")
+        if meta is None or meta.get("format") != BANK_FORMAT:
+            raise BankError(
+                f"bank {self.directory} has no readable meta.json of format {BANK_FORMAT}, "
+                "expected a finished bank; build it"
+            )
+        if fingerprint is not None and meta["fingerprint"] != fingerprint:
+            raise ScorerMismatchError(
+                f"bank {self.directory} was built by scorer {meta['fingerprint'][:12]}, expected "
+                f"{fingerprint[:12]}; build it with rebuild=True"
+            )
+        targets = read_json(self.directory / "targets.json")
+        shape = (meta["rows"], meta["width"])
+        embeddings = map_file(self.directory / "embeddings.npy", shape)
+        if targets is None or embeddings is None or len(targets["ids"]) != meta["rows"]:
+            raise BankError(
+                f"bank {self.directory} is damaged, expected embeddings.npy of shape {shape} and "
+                "as many ids in targets.json; build it with rebuild=True"
+            )
+        for start in range(0, len(embeddings), ROWS_PER_CHECK):
+            check_finite(embeddings[start : start + ROWS_PER_CHECK], start, str(self.directory))
+        self.ids = targets["ids"]
+        self.row_of = {target_id: row for row, target_id in enumerate(self.ids)}
+        self.pools = {name: np.array(rows) for name, rows in targets["pools"].items()}
+        self.embeddings, self.fingerprint = embeddings, meta["fingerprint"]
+        self._resident = None
+        return self
+
+    def to(self, device: torch.device | str) -> "TargetBank":
+        """Keep a copy of all vectors in memory on `device`, so that `rows` reads no file."""
+        self._resident = torch.from_numpy(np.array(self.embeddings)).to(device)
+        return self
+
+    def rows(self, rows: np.ndarray, device: torch.device) -> Tensor:
+        """Return vectors (len(rows), D) float32 on `device`, as a copy."""
+        if self._resident is not None:
+            return self._resident[torch.from_numpy(rows).to(self._resident.device)].to(device)
+        return torch.from_numpy(self.embeddings[rows]).to(device)
+
+
+def _distinct(
+    items: Sequence[Item], pools: Sequence[str] | None, data_root: str | Path | None
+) -> tuple[dict[str, int], dict[str, list[int]]]:
+    """Return the first position of each content key, and the bank rows of each pool."""
+    if not items or (pools is not None and len(pools) != len(items)):
+        raise BankError(
+            f"items = {len(items)}, pools = {None if pools is None else len(pools)}, expected at "
+            "least one item and one pool name per item; pass matching lists"
+        )
+    first_of: dict[str, int] = {}
+    row_of: dict[str, int] = {}
+    members: dict[str, set[int]] = {}
+    for position, item in enumerate(items):
+        key = item.content_key(data_root)
+        first_of.setdefault(key, position)
+        row = row_of.setdefault(key, len(row_of))
+        members.setdefault("" if pools is None else pools[position], set()).add(row)
+    return first_of, {name: sorted(rows) for name, rows in members.items()}

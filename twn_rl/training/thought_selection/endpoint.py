@@ -1,0 +1,238 @@
+"""Candidates from an OpenAI-compatible chat endpoint; knows no adapters and no evaluator.
+
+The only room that talks to a network, to the one address it is given; redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import os
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import httpx2
+
+from twn_rl.data.chat import Renderer, parse_think
+from twn_rl.data.images import ImageSource, open_image
+from twn_rl.data.record import Record
+from twn_rl.training.thought_selection.candidates import Candidate, problem_of
+from twn_rl.training.thought_selection.shards import SelectionError
+
+logger = logging.getLogger(__name__)
+
+PROMPT = (
+    "Think about what the input above shows and what it asks for, step by step and in a few short "
+    "sentences, so that the matching item can be found by your reasoning. Write the reasoning only."
+)
+FAILURES = ("timeout", "junk", "refused")
+# Answers that another try may change; other refusals are about the request or the settings.
+_RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
+_ABOUT_THE_REQUEST = (400, 413, 415, 422)
+_BACKOFF_CAP_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class EndpointSettings:
+    """Which endpoint, if any, and how it is asked; a recipe's flags have the same names."""
+
+    endpoint_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "OpenAI-compatible endpoint that writes candidates, such as "
+            "http://localhost:8000/v1; /chat/completions is added."
+        },
+    )
+    endpoint_model: str = field(default="", metadata={"help": "Name of the model there."})
+    endpoint_thoughts: int = field(
+        default=1, metadata={"help": "Candidates a record from there, one request each."}
+    )
+    endpoint_temperature: float = field(default=1.0, metadata={"help": "Of its sampling."})
+    endpoint_max_tokens: int = field(default=512, metadata={"help": "Its longest answer."})
+    endpoint_timeout_seconds: float = field(
+        default=60.0, metadata={"help": "Longest wait for one answer."}
+    )
+    endpoint_retries: int = field(
+        default=4,
+        metadata={
+            "help": "Further tries after a time-out, a broken connection, junk or a busy server."
+        },
+    )
+    endpoint_backoff_seconds: float = field(
+        default=1.0, metadata={"help": "Wait before the first further try; doubles each time."}
+    )
+    endpoint_max_failures: int = field(
+        default=16, metadata={"help": "So many records without an answer in a row end the pass."}
+    )
+    endpoint_parallel: int = field(default=8, metadata={"help": "Requests at a time."})
+    endpoint_prompt: str = field(
+        default=PROMPT, metadata={"help": "What follows the query's own text and pictures."}
+    )
+    endpoint_key_variable: str = field(
+        default="OPENAI_API_KEY",
+        metadata={"help": "Environment variable of the key; none is sent if it is unset."},
+    )
+
+    def __post_init__(self) -> None:
+        """Collect every problem into one error."""
+        if self.endpoint_url is None:
+            return
+        problems = []
+        if not self.endpoint_url.startswith(("http://", "https://")):
+            problems.append(f"endpoint_url = {self.endpoint_url!r}, expected http:// or https://")
+        if not self.endpoint_model:
+            problems.append("endpoint_model is empty, expected the endpoint's name of a model")
+        counts = {"thoughts": 1, "max_tokens": 1, "max_failures": 1, "parallel": 1, "retries": 0}
+        for short, least in {**counts, "backoff_seconds": 0}.items():
+            name = f"endpoint_{short}"
+            if getattr(self, name) < least:
+                problems.append(f"{name} = {getattr(self, name)}, expected >= {least}")
+        if not self.endpoint_timeout_seconds > 0:
+            problems.append(
+                f"endpoint_timeout_seconds = {self.endpoint_timeout_seconds}, expected > 0"
+            )
+        if problems:
+            raise ValueError("EndpointSettings: " + "; ".join(problems) + "; change these fields")
+
+
+class EndpointWriter:
+    """CoTs of a model behind an endpoint; what fails for good is a candidate with a problem.
+
+    Attributes:
+        num_retries: Tries after the first one, so far.
+    """
+
+    name = "endpoint"
+    shard_size = 16
+
+    def __init__(self, settings: EndpointSettings, renderer: Renderer) -> None:
+        self.settings, self.renderer = settings, renderer
+        shapes_answers = ("url", "model", "thoughts", "temperature", "max_tokens", "prompt")
+        described = asdict(settings)
+        self.plan: dict[str, Any] = {n: described[f"endpoint_{n}"] for n in shapes_answers}
+        self.num_retries = 0
+        self._failures_in_a_row = 0
+        self._lock = threading.Lock()
+
+    def write(self, records: Sequence[Record]) -> list[list[Candidate]]:
+        """Return the candidates of each record.
+
+        Raises:
+            SelectionError: If the endpoint refuses for reasons that concern every request, or does
+                not answer many records in a row.
+        """
+        asked = self.settings
+        key = os.environ.get(asked.endpoint_key_variable)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        jobs = [record for record in records for _ in range(asked.endpoint_thoughts)]
+        with (
+            httpx2.Client(timeout=asked.endpoint_timeout_seconds, headers=headers) as client,
+            ThreadPoolExecutor(asked.endpoint_parallel) as pool,
+        ):
+            try:
+                answers = list(pool.map(lambda record: self._candidate(client, record), jobs))
+            except SelectionError:
+                pool.shutdown(cancel_futures=True)
+                raise
+        count = asked.endpoint_thoughts
+        return [answers[start : start + count] for start in range(0, len(answers), count)]
+
+    def _candidate(self, client: httpx2.Client, record: Record) -> Candidate:
+        source = f"{self.name}:{self.settings.endpoint_model}"
+        problem, detail = "junk", ""
+        for attempt in range(1 + self.settings.endpoint_retries):
+            if attempt:
+                with self._lock:
+                    self.num_retries += 1
+                pause = self.settings.endpoint_backoff_seconds * 2 ** (attempt - 1)
+                time.sleep(min(pause, _BACKOFF_CAP_SECONDS))
+            try:
+                response = client.post(self._address(), json=self._request(record))
+            except httpx2.TimeoutException as error:
+                problem, detail = "timeout", repr(error)
+                continue
+            except httpx2.TransportError as error:
+                problem, detail = "refused", repr(error)
+                continue
+            detail = f"status {response.status_code}: {response.text[:200]!r}"
+            if response.status_code in _ABOUT_THE_REQUEST:
+                problem = "refused"
+                break
+            if response.status_code in _RETRIED:
+                problem = "refused"
+                continue
+            if response.status_code != 200:
+                raise SelectionError(
+                    f"endpoint {self._address()} answered {detail}; expected status 200; check "
+                    "endpoint_url, endpoint_model and the key in "
+                    f"{self.settings.endpoint_key_variable}"
+                )
+            candidate = self._parse(response, source)
+            if candidate is not None:
+                with self._lock:
+                    self._failures_in_a_row = 0
+                return candidate
+            problem = "junk"
+        self._count_failure(record, problem, detail)
+        return Candidate("", source, problem)
+
+    def _count_failure(self, record: Record, problem: str, detail: str) -> None:
+        with self._lock:
+            self._failures_in_a_row += 1
+            failures = self._failures_in_a_row
+        logger.warning("record %s: no CoT from the endpoint (%s): %s", record.id, problem, detail)
+        if failures >= self.settings.endpoint_max_failures:
+            raise SelectionError(
+                f"endpoint {self._address()} failed {failures} records in a row, last {problem}: "
+                f"{detail}; expected chat completions; check the server, then run the same command "
+                "again: finished shards are kept"
+            )
+
+    def _address(self) -> str:
+        return str(self.settings.endpoint_url).rstrip("/") + "/chat/completions"
+
+    def _request(self, record: Record) -> dict[str, Any]:
+        pictures = iter(self.renderer.images(record.query))
+        messages: list[dict[str, Any]] = self.renderer.messages(record.query)
+        for message in messages:
+            message["content"] = [
+                {"type": "image_url", "image_url": {"url": data_url(next(pictures))}}
+                if part["type"] == "image"
+                else part
+                for part in message["content"]
+            ]
+        messages[-1]["content"].append({"type": "text", "text": self.settings.endpoint_prompt})
+        return {
+            "model": self.settings.endpoint_model,
+            "messages": messages,
+            "temperature": self.settings.endpoint_temperature,
+            "max_tokens": self.settings.endpoint_max_tokens,
+        }
+
+    def _parse(self, response: httpx2.Response, source: str) -> Candidate | None:
+        """Return the candidate of an answer, or None for junk."""
+        try:
+            choice = response.json()["choices"][0]
+            text = choice["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError):
+            return None
+        if not isinstance(text, str):
+            return None
+        if choice.get("finish_reason") == "length":
+            return Candidate(text.strip(), source, "truncated")
+        if self.renderer.think_open in text:
+            think = parse_think(text, self.renderer)
+            return Candidate(think.text, source, think.problem)
+        return Candidate(text.strip(), source, problem_of(text, self.renderer))
+
+
+def data_url(image: ImageSource) -> str:
+    """Return a picture, loaded as every other one, as a PNG data URL."""
+    buffer = io.BytesIO()
+    open_image(image).save(buffer, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

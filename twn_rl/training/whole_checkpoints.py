@@ -1,0 +1,88 @@
+"""Checkpoints to resume from: sealed when they are whole, checked before they are used.
+
+The seal is written last and names every file with its size and digest. Knows no trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from twn_rl.modeling.config import CONFIG_FILE
+from twn_rl.runtime.whole_files import digest, read_json, write_text
+
+logger = logging.getLogger(__name__)
+
+SEAL_FILE = "manifest.json"
+# Fitting a gate to a checkpoint writes its thresholds there; resuming does not read them.
+_UNSEALED = (SEAL_FILE, CONFIG_FILE)
+
+
+def seal(folder: Path) -> None:
+    """Write down every file of a finished checkpoint; without this it does not count as one."""
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in _UNSEALED
+    }
+    sealed = {"files": files, "digest": digest(files)}
+    write_text(folder / SEAL_FILE, json.dumps(sealed, indent=1) + "\n")
+
+
+def damage_of(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, in words; None if it is whole."""
+    sealed = read_json(folder / SEAL_FILE)
+    files = sealed.get("files") if isinstance(sealed, dict) else None
+    if not files or digest(files) != sealed.get("digest"):
+        return f"no readable {SEAL_FILE}: saving it was cut short"
+    for name, expected in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        size = path.stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+        if _digest(path) != expected["sha256"]:
+            return f"{name} has other content than was saved"
+    return None
+
+
+def newest_whole(output_dir: Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, None if there is none; say why not a newer."""
+    found = {
+        int(match.group(1)): path
+        for path in (output_dir.iterdir() if output_dir.is_dir() else ())
+        if (match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name)) and path.is_dir()
+    }
+    for step in sorted(found, reverse=True):
+        damage = damage_of(found[step])
+        if damage is None:
+            return found[step]
+        logger.warning("%s is passed over: %s", found[step], damage)
+    return None
+
+
+def is_finished(checkpoint: Path, args: Any) -> bool:
+    """Return whether a run with these training arguments has nothing left to do after a checkpoint.
+
+    Args:
+        checkpoint: Folder with `trainer_state.json`.
+        args: HF training arguments.
+    """
+    state = read_json(checkpoint / "trainer_state.json") or {}
+    done = state.get("global_step", 0)
+    if args.max_steps > 0:
+        return done >= args.max_steps
+    same_length = state.get("num_train_epochs") == args.num_train_epochs
+    return same_length and 0 < state.get("max_steps", 0) <= done
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
