@@ -15,7 +15,6 @@ import torch
 from conftest import picture
 from short_runs import small_model
 from transformers import TrainerCallback
-from twn_rl.rewards import REWARDS
 
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records, write_records
@@ -24,6 +23,7 @@ from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.modeling.backbone import whole_parameters
 from twn_rl.modeling.config import LoraSettings
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.rewards import REWARDS
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.zero import is_sharded
 from twn_rl.training.adapter_trainer import AdapterCheckpoints

@@ -6,13 +6,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from twn_rl.rewards import REWARDS
 
 from twn_rl.metrics.calibration import expected_calibration_error, roc_auc
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parameters
 from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE, FitSettings, Gate, fit_gate
 from twn_rl.modeling.gate_files import GATE_FILE, drop_gates, gate_fingerprints
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.rewards import REWARDS
 from twn_rl.training.grpo import EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
 from twn_rl.training.reward_loading import load_rewards
 from twn_rl.training.rollout_scorer import RolloutScorer

@@ -7,6 +7,8 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from twn_rl.metrics.negatives import margin as margin_over
 from twn_rl.rewards import (
     REWARDS,
     adaptive,
@@ -17,8 +19,6 @@ from twn_rl.rewards import (
     softmax_margin,
     think_gain,
 )
-
-from twn_rl.metrics.negatives import margin as margin_over
 from twn_rl.training.think_decisions import utility_gaps
 
 SIMILARITY_REWARDS = ["margin", "info_nce", "rank_gap", "softmax_margin", "think_gain"]

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from short_runs import SHORT_RUN, small_model
 from test_grpo import MAX_TOKENS
 from trl import GRPOTrainer
-from twn_rl.rewards import REWARDS
 
 import twn_rl.modeling.generation
 from twn_rl.data.record_files import RecordSet
@@ -28,6 +27,7 @@ from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate import Gate
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import think_open_ids, think_probability
+from twn_rl.rewards import REWARDS
 from twn_rl.training.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 from twn_rl.training.grpo import ROLLOUT_COLUMNS, freeze_scorer
 from twn_rl.training.reward_loading import load_rewards

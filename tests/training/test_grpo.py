@@ -10,12 +10,12 @@ import torch
 from conftest import make_idefics3
 from short_runs import SHORT_RUN, moved, small_model, weights
 from trl import GRPOTrainer
-from twn_rl.rewards import REWARDS
 
 from twn_rl.data.record_files import RecordSet
 from twn_rl.launch.run_folder import checkpoint_to_resume
 from twn_rl.modeling.adapters import REASONING_ADAPTER, SNAPSHOT_ADAPTER, adapter_parameters
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.rewards import REWARDS
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.checked_rewards import RewardError
 from twn_rl.training.grpo import (

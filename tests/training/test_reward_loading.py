@@ -6,8 +6,8 @@ import pickle
 import pytest
 import torch
 from trl.trainer.utils import get_callable_name, is_async_callable
-from twn_rl.rewards import REWARDS, margin
 
+from twn_rl.rewards import REWARDS, margin
 from twn_rl.training.reward_loading import RewardError, RewardLoadingError, checked, load_rewards
 
 COLUMNS = {"positive_similarity": [0.75, 0.5], "negative_similarities": [[0.25], [0.5]]}
@@ -107,7 +107,10 @@ def test_a_file_is_imported_once(tmp_path):
         ("twn_rl.rewards.nowhere:f", r"no module 'twn_rl\.rewards\.nowhere'"),
         ("not a module:f", "is no module path"),
         ("missing/file.py:f", "no Python file at"),
-        ("twn_rl.rewards.margins:margn", r"has no 'margn', expected one of its functions \['margin'"),
+        (
+            "twn_rl.rewards.margins:margn",
+            r"has no 'margn', expected one of its functions \['margin'",
+        ),
         (f"{__name__}:NOT_A_FUNCTION", "is int 3, expected a function"),
         (f"{__name__}:MODULE_REWARD", "is an nn.Module, expected a plain function"),
         ("torch.nn:Linear", "is an nn.Module"),
