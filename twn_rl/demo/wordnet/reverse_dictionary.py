@@ -19,6 +19,7 @@ from pathlib import Path
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
 from twn_rl.demo.wordnet.database import Nouns, Synset
+from twn_rl.runtime.problems import Problems
 
 logger = logging.getLogger(__name__)
 
@@ -60,16 +61,11 @@ class ReverseDictionarySettings:
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
-        lowest = {"seed": 0, "num_features": 0, "num_negatives": 0}
-        problems = [
-            f"{name} = {value}, expected >= {lowest.get(name, 1)}"
-            for name, value in asdict(self).items()
-            if name != "everyday_words_only" and value < lowest.get(name, 1)
-        ]
-        if problems:
-            raise ValueError(
-                "ReverseDictionarySettings: " + "; ".join(problems) + "; change these fields"
-            )
+        problems = Problems()
+        sizes = (f"num_{split}" for split in SPLITS)
+        problems.expect(self, ">= 1", *sizes, "num_kinds", "max_definition_words")
+        problems.expect(self, ">= 0", "seed", "num_negatives", "num_features")
+        problems.refuse("ReverseDictionarySettings")
 
     def size(self, split: str) -> int:
         """Return the number of records of a split."""

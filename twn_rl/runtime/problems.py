@@ -1,0 +1,62 @@
+"""Everything that is wrong with settings, told in one error."""
+
+import operator
+import re
+from typing import Any
+
+_COMPARISONS = {
+    ">=": operator.ge, ">": operator.gt,
+    "[": operator.ge, "(": operator.gt, "]": operator.le, ")": operator.lt,
+}  # fmt: skip
+_LOW = re.compile(r"(>=?|[\[(]) ?(-?[\d.]+)")
+_HIGH = re.compile(r", (-?[\d.]+)([\])])")
+
+
+class Problems(list[str]):
+    """What is wrong with settings, a phrase each such as "seed = -1, expected >= 0".
+
+    >>> from types import SimpleNamespace
+    >>> RULES = ("all",)
+    >>> settings = SimpleNamespace(seed=-1, share=1.0, limit=None, rule="best")
+    >>> problems = Problems()
+    >>> problems.expect(settings, ">= 0", "seed")
+    >>> problems.expect(settings, "in [0, 1)", "share")
+    >>> problems.expect(settings, "None or >= 1", "limit")
+    >>> problems.unless(settings.rule in RULES, f"rule = {settings.rule!r}, expected all")
+    >>> problems.refuse("Settings")
+    Traceback (most recent call last):
+    ValueError: Settings: seed = -1, expected >= 0; share = 1.0, expected in [0, 1); rule = 'best',
+    expected all; change these fields
+    """
+
+    def unless(self, is_fine: object, problem: str) -> None:
+        """Add a problem unless a condition holds."""
+        if not is_fine:
+            self.append(problem)
+
+    def expect(self, settings: Any, expected: str, *names: str) -> None:
+        """Add a problem for each named field of `settings` that is not what is expected.
+
+        Args:
+            settings: Object with the fields.
+            expected: Bounds of a number, ">= 1", "> 0" or "in [0, 1)", as the message says them;
+                None passes where "None" or "null" is one of the words.
+            names: Names of the fields.
+        """
+        for name in names:
+            value = getattr(settings, name)
+            if value is None and re.search(r"\b(None|null)\b", expected):
+                continue
+            bounds = [*_LOW.findall(expected), *(found[::-1] for found in _HIGH.findall(expected))]
+            assert bounds, f"{expected!r} names no bounds"
+            if not all(_COMPARISONS[sign](value, float(bound)) for sign, bound in bounds):
+                self.append(f"{name} = {value}, expected {expected}")
+
+    def refuse(self, what: str, remedy: str = "change these fields") -> None:
+        """Raise one error with every problem; without any, do nothing.
+
+        Raises:
+            ValueError: If there is a problem.
+        """
+        if self:
+            raise ValueError(f"{what}: {'; '.join(self)}; {remedy}")
