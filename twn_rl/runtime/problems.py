@@ -44,7 +44,7 @@ class Problems(list[str]):
             names: Names of the fields.
         """
         for name in names:
-            value = getattr(settings, name)
+            value: Any = getattr(settings, name)
             if value is None and re.search(r"\b(None|null)\b", expected):
                 continue
             bounds = [*_LOW.findall(expected), *(found[::-1] for found in _HIGH.findall(expected))]
