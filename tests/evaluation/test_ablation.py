@@ -18,6 +18,8 @@ from twn_rl.evaluation.seed_tables import (
 )
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.stages import FINISHED_FILE, Stages
+from twn_rl.recipes import eval_embed
+from twn_rl.recipes.experiments import ablate
 
 ALWAYS = "test/hop2/always/hit@1"
 NEVER = "test/all/never/hit@1"
@@ -150,15 +152,7 @@ def test_a_measured_gate_gets_a_second_row_of_panels(two_arms, tmp_path):
 
 
 @pytest.fixture
-def ablate(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import ablate
-
-    return ablate
-
-
-@pytest.fixture
-def launched(ablate, tmp_path, monkeypatch):
+def launched(tmp_path, monkeypatch):
     """Let `accelerate launch` be a program that leaves its recipe and flags in a file."""
     log = tmp_path / "launched.jsonl"
     program = tmp_path / "program.py"
@@ -182,7 +176,7 @@ def launched(ablate, tmp_path, monkeypatch):
     return read
 
 
-def test_the_flags_of_the_gate_recipe_name_the_model_its_data_and_its_seed(ablate, tmp_path):
+def test_the_flags_of_the_gate_recipe_name_the_model_its_data_and_its_seed(tmp_path):
     plain, own = ablate.AblateArguments(), ablate.AblateArguments(gate_config="gate.yaml")
     flags = [f"--model={tmp_path / 'grpo'}", "--demo_seed=3", "--seed=3"]
     assert ablate.gate_flags(plain, tmp_path / "grpo", ["--demo_seed=3"], 3) == flags
@@ -193,10 +187,8 @@ def test_the_flags_of_the_gate_recipe_name_the_model_its_data_and_its_seed(ablat
 
 
 def test_the_flags_of_an_evaluation_are_understood_and_ask_for_the_gate_only_if_there_is_one(
-    ablate, tmp_path
+    tmp_path,
 ):
-    import eval_embed
-
     for gate in (False, True):
         script = ablate.AblateArguments(gate=gate)
         flags = ablate.evaluation_flags(script, tmp_path, ["--demo_seed=3"])
@@ -206,7 +198,7 @@ def test_the_flags_of_an_evaluation_are_understood_and_ask_for_the_gate_only_if_
         assert set(ablate.GATE_MODES) <= set(parsed.modes) if gate else "auto" not in parsed.modes
 
 
-def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(ablate, launched, tmp_path):
+def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(launched, tmp_path):
     model, gated = tmp_path / "model", ablate.AblateArguments(gate=True, launcher=["--quiet"])
     ablate.measure(gated, model, [], 0)
     assert [words[0] for words in launched()] == ["gate_embed.py", "eval_embed.py"]
@@ -217,7 +209,7 @@ def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(ablate, launch
     assert [words[0] for words in launched()] == ["gate_embed.py", "eval_embed.py"]
 
 
-def test_an_evaluation_without_the_gate_is_not_taken_for_one_with_it(ablate, launched, tmp_path):
+def test_an_evaluation_without_the_gate_is_not_taken_for_one_with_it(launched, tmp_path):
     model = tmp_path / "model"
     plain, gated = (
         ablate.AblateArguments(gate=gate, launcher=["--quiet"]) for gate in (False, True)
@@ -231,7 +223,7 @@ def test_an_evaluation_without_the_gate_is_not_taken_for_one_with_it(ablate, lau
 
 
 def test_training_anew_forgets_what_was_measured_and_other_flags_are_reported(
-    ablate, launched, tmp_path, caplog
+    launched, tmp_path, caplog
 ):
     model, script = tmp_path / "model", ablate.AblateArguments(gate=True, launcher=["--quiet"])
     run_stage = Stages(ROOT / "recipes", ["--quiet"]).run

@@ -1,7 +1,5 @@
 """Methods next to each other: every number is by hand."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -9,8 +7,7 @@ from safetensors.numpy import save_file
 
 from twn_rl.evaluation.comparison import Measured, compare, comparison_table, plot_comparison
 from twn_rl.launch.arguments import DataArguments
-
-ROOT = Path(__file__).parents[2]
+from twn_rl.recipes.experiments import compare_methods
 
 
 def measured(hit: float, milliseconds: float = 2.0) -> Measured:
@@ -67,15 +64,7 @@ def test_the_plot_has_a_panel_for_each_measured_quality(tmp_path):
 
 
 @pytest.fixture
-def compare_methods(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import compare_methods
-
-    return compare_methods
-
-
-@pytest.fixture
-def started(compare_methods, monkeypatch):
+def started(monkeypatch):
     """Note the stages instead of running them."""
     stages: list[tuple[str, str, list[str]]] = []
 
@@ -88,7 +77,7 @@ def started(compare_methods, monkeypatch):
 
 
 def test_every_stage_of_a_seed_sees_the_same_records_and_only_what_is_needed_runs(
-    compare_methods, started, tmp_path
+    started, tmp_path
 ):
     script = compare_methods.CompareArguments(output_dir=str(tmp_path))
     compare_methods.run_seed(script, DataArguments(), 3)
@@ -121,9 +110,7 @@ def test_every_stage_of_a_seed_sees_the_same_records_and_only_what_is_needed_run
         compare_methods.CompareArguments(methods=["thinking"])
 
 
-def test_parameters_are_counted_in_the_folders_and_files_that_serve_a_method(
-    compare_methods, tmp_path
-):
+def test_parameters_are_counted_in_the_folders_and_files_that_serve_a_method(tmp_path):
     (tmp_path / "embedding").mkdir()
     save_file(
         {"a": np.zeros((2, 3)), "b": np.zeros(4)}, tmp_path / "embedding" / "adapter.safetensors"

@@ -23,8 +23,8 @@ from twn_rl.evaluation.routing import (
     spread_over_tasks,
 )
 from twn_rl.modeling.config import TwnConfig
+from twn_rl.recipes import eval_embed
 
-ROOT = Path(__file__).parents[2]
 # (rank without, rank with, tokens of the thought): helped, harmed, indifferent twice, helped.
 OUTCOMES = ((3, 1, 10), (1, 2, 4), (1, 1, 6), (5, 5, 8), (2, 1, 2))
 HELPED = (1, 0, 0, 0, 1)
@@ -195,15 +195,7 @@ def test_examples_take_turns_over_tasks_and_begin_with_what_is_at_stake() -> Non
     ]
 
 
-@pytest.fixture
-def eval_embed(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import eval_embed
-
-    return eval_embed
-
-
-def test_a_gate_or_a_threshold_adds_the_modes_of_a_gate(eval_embed: Any) -> None:
+def test_a_gate_or_a_threshold_adds_the_modes_of_a_gate() -> None:
     script = eval_embed.EvalScriptArguments()
     assert not {"auto", "random"} & set(eval_embed.default_modes(script, TwnConfig()))
     gated = eval_embed.default_modes(script, TwnConfig(gate_threshold=0.4))
@@ -212,7 +204,7 @@ def test_a_gate_or_a_threshold_adds_the_modes_of_a_gate(eval_embed: Any) -> None
     assert {"never", "always", "oracle", "auto", "random"} <= set(gated)
 
 
-def test_a_threshold_that_no_mode_looks_at_is_refused(eval_embed: Any) -> None:
+def test_a_threshold_that_no_mode_looks_at_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gate_threshold = 0\.3 with modes = \['never'\]"):
         eval_embed.EvalScriptArguments(gate_threshold=0.3, modes=["never"])
 
@@ -221,7 +213,7 @@ def test_a_threshold_that_no_mode_looks_at_is_refused(eval_embed: Any) -> None:
     ("mode", "field"), [("auto", "gate_threshold"), ("policy", "policy_threshold")]
 )
 def test_routing_json_holds_a_split_each_and_goes_with_who_decided(
-    eval_embed: Any, tmp_path: Path, mode: str, field: str
+    tmp_path: Path, mode: str, field: str
 ) -> None:
     path = tmp_path / "routing.json"
     rows = make_rows([0.9, 0.6, 0.1], mode=mode) + make_rows([0.9], split="ood", mode=mode)

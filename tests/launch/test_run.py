@@ -14,6 +14,8 @@ from twn_rl.data.record_files import write_records
 from twn_rl.evaluation.gate_threshold import ThresholdRule
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.launch.run_folder import checkpoint_to_resume, save_run
+from twn_rl.recipes import adaptive_embed, gate_embed, grpo_embed, latent_embed, sft_embed
+from twn_rl.recipes.experiments import ablate, compare_selection
 from twn_rl.training.adaptive import AdaptiveGRPOConfig
 from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.latent_config import LatentConfig
@@ -22,12 +24,6 @@ from twn_rl.training.whole_checkpoints import seal
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
-
-
-@pytest.fixture
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make recipes importable as they import each other."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
 def write_yaml(folder: Path, **values) -> Path:
@@ -98,42 +94,27 @@ def test_all_settings_are_refused_together(tmp_path: Path) -> None:
     assert "ThresholdRule: think_rate = 30.0" in str(caught.value)
 
 
-@pytest.mark.usefixtures("recipes")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
     if "sft" in path.name:
-        import sft_embed
-
         types = (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig)
         values = parse(types, path)
         values[1].config()
     elif "grpo" in path.name:
-        import grpo_embed
-
         types = (grpo_embed.GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
         values = parse(types, path)
     elif "adaptive" in path.name:
-        import adaptive_embed
-
         types = (adaptive_embed.AdaptiveScriptArguments, DataArguments, AdaptiveGRPOConfig)
         values = parse(types, path)
     elif "gate" in path.name:
-        import gate_embed
-
         values = parse((gate_embed.GateScriptArguments, ThresholdRule, DataArguments), path)
     elif "selection" in path.name:
-        import compare_selection
-
         values = parse((compare_selection.CompareArguments, DataArguments), path)
     elif "latent" in path.name:
-        import latent_embed
-
         types = (latent_embed.LatentScriptArguments, ModelArguments, DataArguments, LatentConfig)
         values = parse(types, path)
         values[1].config()
     elif path.name == "wordnet_smollm2.yaml":
-        import ablate
-
         values = parse((ablate.AblateArguments, DataArguments), path)
         for name in ("sft_config", "grpo_config", "gate_config"):
             assert (ROOT / getattr(values[0], name)).is_file()

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 from conftest import make_idefics3
-from launching import ROOT
 from short_runs import small_model
 
 from twn_rl.data.record_files import RecordSet
@@ -13,14 +12,7 @@ from twn_rl.evaluation.gate_threshold import ThresholdRule
 from twn_rl.evaluation.routing import RoutedQuery
 from twn_rl.launch.arguments import DataArguments
 from twn_rl.modeling.model import DualLoraModel
-
-
-@pytest.fixture
-def policy_threshold(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import policy_threshold
-
-    return policy_threshold
+from twn_rl.recipes import policy_threshold
 
 
 def query(probability: float, before: int, after: int, tokens: int, task: str) -> RoutedQuery:
@@ -34,7 +26,7 @@ def query(probability: float, before: int, after: int, tokens: int, task: str) -
     )
 
 
-def test_the_cheapest_threshold_close_to_the_best_quality_is_chosen(policy_threshold):
+def test_the_cheapest_threshold_close_to_the_best_quality_is_chosen() -> None:
     queries = [
         *[query(0.9, 2, 1, 10, "hard")] * 2,
         *[query(0.7, 1, 1, 10, "easy")] * 2,  # thought about by default, for nothing
@@ -52,7 +44,7 @@ def test_the_cheapest_threshold_close_to_the_best_quality_is_chosen(policy_thres
 
 
 def test_the_model_keeps_the_threshold_and_everything_else(
-    policy_threshold, records: RecordSet, tmp_path: Path
+    records: RecordSet, tmp_path: Path
 ) -> None:
     path = tmp_path / "model"
     small_model(thinking_decision="policy", max_think_tokens=8).save_pretrained(path)

@@ -16,7 +16,7 @@ def test_probing_writes_one_row_for_each_kind_of_thought(tmp_path: Path) -> None
         model
     )
     flags = [f"--model={model}", "--demo_scale=0.01", "--demo_dir=data", "--splits", "test"]
-    done = launch("probe_cot.py", flags, config=None, cwd=tmp_path)
+    done = launch("experiments/probe_cot.py", flags, config=None, cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     text = (model / "probe_cot" / "probe_cot.md").read_text(encoding="utf-8")
     assert text.strip() in done.stdout

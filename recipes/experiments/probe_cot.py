@@ -1,6 +1,6 @@
 """Does the vector read its thought? Score a model with own, gold, borrowed, empty and cut thoughts.
 
-    accelerate launch recipes/probe_cot.py --model outputs/demo/grpo
+    accelerate launch recipes/experiments/probe_cot.py --model outputs/demo/grpo
 
 Prints and writes one table: hit@1 under each kind of thought, and the cosine between a query's
 vector with its own thought and with the other one (1 with no spread: thoughts are not read). On the

@@ -6,8 +6,8 @@ one warm start on them: `all` meets all candidates in turn, `random` one drawn c
 order of the records are equal: every arm's file holds each record `num_candidates` times. The model
 that selects is arm `all` of the same seed.
 
-    python recipes/compare_selection.py
-    python recipes/compare_selection.py --seeds 0 --max_steps 200 --output_dir outputs/quick
+    python recipes/experiments/compare_selection.py
+    python recipes/experiments/compare_selection.py --seeds 0 --max_steps 200 --output_dir outputs/q
 
 Without arguments it reads recipes/configs/demo_selection.yaml. Writes summary.json ({arm: {metric
 key: {mean, std, values}}}), tables, a plot and selection.json, which says how many wrong CoTs were
@@ -34,7 +34,7 @@ from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parent
+RECIPES = Path(__file__).parents[1]
 DEFAULT_CONFIG = RECIPES / "configs" / "demo_selection.yaml"
 ARMS = ("all", "random", "selected")
 RULES = {"all": "all", "random": "random", "selected": "best"}

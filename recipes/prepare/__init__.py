@@ -1,0 +1,1 @@
+"""What is made once before a run: backbones and records."""
