@@ -20,7 +20,6 @@ again if the model, the gate or the modes have changed. About 15 minutes a seed 
 
 from __future__ import annotations
 
-import json
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.launch.stages import Stages, forget
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
+from twn_rl.runtime.whole_files import write_json, write_text
 from twn_rl.training.grpo import EmbedGRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -96,10 +96,10 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
         for arm in arms
     }
     summary = summarize_runs(runs)
-    (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    write_json(output / "summary.json", summary, indent=1)
     plot_summary(summary, output / "summary.png")
     text = tables(summary)
-    (output / "summary.md").write_text(text, encoding="utf-8")
+    write_text(output / "summary.md", text)
     logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     return output
 

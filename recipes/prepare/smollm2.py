@@ -15,8 +15,6 @@ other architectures that transformers can read convert the same way.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from twn_rl.launch.arguments import parse_arguments
 from twn_rl.launch.run_folder import set_up_logging
 from twn_rl.modeling.backbone import load_backbone
+from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +66,9 @@ def main(arguments: ConvertArguments) -> Path:
             f"--backbone {output}, or remove it to convert again"
         )
     source = find_gguf(arguments.gguf_file)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        convert(source, temporary, getattr(torch, arguments.dtype))
-        load_backbone(temporary)
-        temporary.replace(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with written_aside(output) as aside:
+        convert(source, aside, getattr(torch, arguments.dtype))
+        load_backbone(aside)
     logger.info("Converted %s to %s", source.name, output)
     return output
 

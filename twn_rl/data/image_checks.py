@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +18,7 @@ from twn_rl.data.images import (
     remember_images,
     remembered_facts,
 )
+from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -99,19 +99,14 @@ def _read_cache(path: Path) -> dict[str, ImageFacts]:
 
 def _write_cache(path: Path, facts: Mapping[str, ImageFacts]) -> None:
     """Write facts by path relative to the cache, so that data can move as a whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     folder = path.parent.resolve()
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
             file.write(json.dumps({"format": _CACHE_FORMAT}) + "\n")
             for name, fact in facts.items():
                 file.write(json.dumps([os.path.relpath(name, folder), *fact]) + "\n")
-        temporary.replace(path)
     except OSError as error:
         logger.warning("Image cache %s cannot be written (%s); going on without", path, error)
-    finally:
-        with suppress(OSError):  # on a read-only disk
-            temporary.unlink(missing_ok=True)
 
 
 def _examine_all(paths: list[str], workers: int) -> Iterator[ImageFacts | ImageError]:

@@ -5,7 +5,6 @@ Knows no models and no terminal; `token_lengths` adds lengths after rendering.
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from twn_rl.data.images import ImageFacts, image_facts
 from twn_rl.data.record import Record
 from twn_rl.data.record_files import RecordSet
+from twn_rl.runtime.whole_files import write_text
 
 _BINS = 10
 _SHOWN_SIZES = 5
@@ -123,16 +123,7 @@ class RecordReport:
 
     def save(self, path: str | Path) -> None:
         """Write everything as JSON; the file appears whole or not at all."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text(
-                json.dumps(asdict(self), indent=1, ensure_ascii=False), encoding="utf-8"
-            )
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(Path(path), json.dumps(asdict(self), indent=1, ensure_ascii=False))
 
 
 def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:

@@ -5,10 +5,8 @@ Of the rooms of records the only one that needs pyarrow.
 
 import json
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from tqdm import tqdm
 
 from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
 from twn_rl.data.record import RecordError
+from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -133,21 +132,20 @@ def _map_copy(copy: Path, signature: tuple[int, int]) -> list[pa.RecordBatch] | 
 
 def _write_copy(copy: Path, file: pq.ParquetFile, signature: tuple[int, int]) -> bool:
     """Write the rows uncompressed; return whether that worked."""
-    temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
     schema = file.schema_arrow.with_metadata({_SIGNATURE_KEY: str(signature).encode()})
     batches = file.iter_batches(batch_size=_PARQUET_BATCH_ROWS)
     total = -(-file.metadata.num_rows // _PARQUET_BATCH_ROWS)
     try:
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        with (
+            written_aside(copy) as aside,
+            pa.OSFile(str(aside), "wb") as sink,
+            pa.ipc.new_file(sink, schema) as writer,
+        ):
             for batch in tqdm(batches, desc=f"Writing {copy.name}", total=total, delay=5.0):
                 writer.write_batch(batch)
-        temporary.replace(copy)
     except OSError as error:
         logger.warning("%s cannot be written (%s); its rows stay in memory", copy, error)
         return False
-    finally:
-        with suppress(OSError):  # on a read-only disk
-            temporary.unlink(missing_ok=True)
     return True
 
 

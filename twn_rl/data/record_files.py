@@ -7,7 +7,6 @@ JSON lines (`.jsonl`) and Parquet (`.parquet`) hold one record a row: `id`, `sou
 
 import importlib
 import json
-import os
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from twn_rl.data.images import ImageSource
 from twn_rl.data.jsonl import JsonLines, RowFile, StoredRecords, sources_of
 from twn_rl.data.record import Item, Record, RecordError
 from twn_rl.data.verification import RecordChecks
+from twn_rl.runtime.whole_files import write_json_lines, written_aside
 
 T = TypeVar("T")
 _PROGRESS_AFTER_SECONDS = 5.0
@@ -162,18 +162,12 @@ def write_records(
     path = Path(path)
     _check_suffix(path)
     root = (path.parent if data_root is None else Path(data_root)).resolve()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        if path.suffix == ".parquet":
-            _parquet().write_parquet(temporary, (_to_row(record, root) for record in records))
-        else:
-            with temporary.open("w", encoding="utf-8") as file:
-                for record in records:
-                    file.write(json.dumps(_to_row(record, root), ensure_ascii=False) + "\n")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    rows = (_to_row(record, root) for record in records)
+    if path.suffix == ".parquet":
+        with written_aside(path) as aside:
+            _parquet().write_parquet(aside, rows)
+    else:
+        write_json_lines(path, rows)
 
 
 def _check_suffix(path: Path) -> None:

@@ -9,9 +9,10 @@ import json
 import logging
 import os
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +22,7 @@ from twn_rl.data.images import ImageError
 from twn_rl.data.record import Item, pool_of
 from twn_rl.data.record_files import RecordSet
 from twn_rl.inference.item_rows import ItemFile
+from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -29,18 +31,22 @@ class DistinctItems:
     """A file of items being written, each content once.
 
     Attributes:
-        path: The file; it appears with `finish`.
+        path: The file; it appears when all is written.
         row_of: Content key -> row of the file.
         rows_of_content: Content without instruction -> rows.
     """
 
-    def __init__(self, path: Path, data_root: Path) -> None:
-        """Begin the file; paths in it are relative to `data_root`."""
-        self.path, self._root = path, data_root
+    def __init__(self, path: Path, file: TextIO, data_root: Path) -> None:
+        self.path, self._file, self._root = path, file, data_root
         self.row_of: dict[str, int] = {}
         self.rows_of_content: dict[str, list[int]] = {}
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        self._file = self._temporary.open("w", encoding="utf-8")
+
+    @classmethod
+    @contextmanager
+    def written_to(cls, path: Path, data_root: Path) -> Iterator["DistinctItems"]:
+        """Write a file while the body runs; paths in it are relative to `data_root`."""
+        with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+            yield cls(path, file, data_root)
 
     def __len__(self) -> int:
         return len(self.row_of)
@@ -60,16 +66,6 @@ class DistinctItems:
                 line[kind] = [os.path.relpath(path, self._root) for path in line[kind]]
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return self.row_of[key]
-
-    def finish(self) -> None:
-        """Put the file in its place."""
-        self._file.close()
-        self._temporary.replace(self.path)
-
-    def discard(self) -> None:
-        """Remove what was written, unless it is finished."""
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
 
 
 class MiningPlan:
@@ -101,22 +97,18 @@ class MiningPlan:
             show_progress_bar: Show records read.
         """
         root = records.data_root
-        self.queries = DistinctItems(folder / "query.jsonl", root)
-        self.candidates = DistinctItems(folder / "document.jsonl", root)
         self.query: list[int] = []
         self.positive: list[int] = []
         self.pool: list[str] = []
         self._known: list[list[int]] = []
         self._reserved: list[set[str]] = []
         self._members: dict[str, dict[int, None]] = {}
-        try:
+        with (
+            DistinctItems.written_to(folder / "query.jsonl", root) as self.queries,
+            DistinctItems.written_to(folder / "document.jsonl", root) as self.candidates,
+        ):
             has_pools = corpus is None or self._read_corpus(corpus, root)
             self._read_records(records, corpus is None, has_pools, show_progress_bar)
-            self.queries.finish()
-            self.candidates.finish()
-        finally:
-            self.queries.discard()
-            self.candidates.discard()
         self.pools = {name: np.array(sorted(rows)) for name, rows in self._members.items()}
         self._report_pools()
 

@@ -5,9 +5,7 @@ the index block by block from its memory map, so neither needs it in memory.
 """
 
 import importlib
-import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
 from twn_rl.inference.stored_vectors import StoredVectors
+from twn_rl.runtime.whole_files import write_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -227,25 +226,22 @@ def _write_hits(
 ) -> list[dict[str, Any]]:
     place = {int(row): i for i, row in enumerate(wanted)}
     first: list[dict[str, Any]] = []
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for row in range(len(queries.vectors) - queries.unwritten_rows):
-                i = place.get(row)
-                line: dict[str, Any] = {"id": queries.ids[row], "row": row}
-                line["hits"] = [] if i is None else [
-                    {"id": index.ids[hit], "row": hit, "score": round(score, 6) or 0.0}
-                    for hit, score in zip(rows[i].tolist(), scores[i].tolist(), strict=True)
-                ]  # fmt: skip
-                if i is None:
-                    line["error"] = True
-                if len(first) < shown:
-                    first.append(line)
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for row in range(len(queries.vectors) - queries.unwritten_rows):
+            i = place.get(row)
+            line: dict[str, Any] = {"id": queries.ids[row], "row": row}
+            line["hits"] = [] if i is None else [
+                {"id": index.ids[hit], "row": hit, "score": round(score, 6) or 0.0}
+                for hit, score in zip(rows[i].tolist(), scores[i].tolist(), strict=True)
+            ]  # fmt: skip
+            if i is None:
+                line["error"] = True
+            if len(first) < shown:
+                first.append(line)
+            yield line
+
+    write_json_lines(output, lines())
     return first
 
 

@@ -1,12 +1,12 @@
 """What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from twn_rl.data.chat import Renderer
+from twn_rl.runtime.whole_files import write_text
 
 CONFIG_FILE = "twn_config.json"
 INTERFACES = ("reencode", "kv_detach")
@@ -184,10 +184,7 @@ class TwnConfig:
     def save(self, directory: str | Path) -> None:
         """Write `twn_config.json` into `directory`."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        path = Path(directory) / CONFIG_FILE
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(Path(directory) / CONFIG_FILE, text)
 
     @classmethod
     def load(cls, directory: str | Path) -> "TwnConfig":

@@ -22,6 +22,7 @@ from twn_rl.modeling.adapter_files import adapter_state
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE, SIDES, Gate
+from twn_rl.runtime.whole_files import written_aside
 
 if TYPE_CHECKING:
     from twn_rl.modeling.model import DualLoraModel
@@ -117,9 +118,8 @@ def save_gates(model: DualLoraModel, path: str | Path) -> None:
         "sides": json.dumps({side: _gate(gate).hidden_size for side, gate in model.gates.items()}),
         **next(_fitted_to(gate) for gate in model.gates.values()),
     }
-    temporary = target.with_name(f".{GATE_FILE}.tmp")
-    save_file(tensors, temporary, metadata=metadata)
-    temporary.replace(target)
+    with written_aside(target) as aside:
+        save_file(tensors, aside, metadata=metadata)
 
 
 def load_gates(model: DualLoraModel, path: str | Path) -> None:

@@ -3,23 +3,52 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
+@contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """Give the body another name to write to, and put the result in the place of `path`.
+
+    If the body raises or the process is killed, `path` is what it was. The folder around it is
+    made; `path` may itself become a folder, if there is none yet.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside, ignore_errors=True)
+        with suppress(OSError):  # on a read-only disk
+            aside.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a whole text file or nothing; it is on the disk when this returns."""
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        _sync(file)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write one line of JSON."""
-    write_text(path, json.dumps(content))
+def write_json(path: Path, content: Any, *, indent: int | None = None) -> None:
+    """Write JSON, on one line without `indent`."""
+    write_text(path, json.dumps(content, indent=indent))
+
+
+def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
+    """Write one line of JSON a row, as the rows come."""
+    with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -33,16 +62,17 @@ def read_json(path: Path) -> Any:
 def write_array(path: Path, parts: np.ndarray | Iterable[np.ndarray]) -> None:
     """Write one (M, D) float32 array, whole or in parts."""
     arrays = [parts] if isinstance(parts, np.ndarray) else list(parts)
-    shape = (sum(len(part) for part in arrays), arrays[0].shape[1])
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+    with written_aside(path) as aside, aside.open("wb") as file:
+        write_array_header(file, (sum(map(len, arrays)), arrays[0].shape[1]))
         for part in arrays:
             file.write(np.ascontiguousarray(part, dtype="<f4").data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+        _sync(file)
+
+
+def write_array_header(file: Any, shape: tuple[int, int]) -> None:
+    """Begin a .npy file of (M, D) float32."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
 
 
 def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | None:
@@ -60,3 +90,8 @@ def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | N
 def digest(content: Any) -> str:
     """Return the sha256 of anything JSON can hold, in the order it is given."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())

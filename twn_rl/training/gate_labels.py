@@ -7,7 +7,6 @@ quantity of its inputs, and one `.npy` file a shard with their no-think states.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from twn_rl.runtime.sharded_pass import PLAN_FILE, shard_ranges
-from twn_rl.runtime.whole_files import map_file, read_json, write_array
+from twn_rl.runtime.whole_files import map_file, read_json, write_array, written_aside
 
 LABEL_FORMAT = 1
 IGNORED = -1
@@ -217,6 +216,5 @@ def write_shard(
     """Write a shard; its rows come last and make it whole."""
     write_array(folder / f"{number:06d}.npy", states)
     path = folder / f"{number:06d}.parquet"
-    temporary = path.with_name(f"{path.name}.tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary)
-    os.replace(temporary, path)
+    with written_aside(path) as aside:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from twn_rl.runtime.whole_files import write_text
+
 logger = logging.getLogger(__name__)
 
 
@@ -216,9 +218,7 @@ class MetricsWriter(TrainerCallback):
                 continue
             if step <= state.global_step:
                 kept.append(line + "\n")
-        temporary = self.path.with_name(f"{self.path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def on_log(  # noqa: D102 - documented by TrainerCallback
         self,

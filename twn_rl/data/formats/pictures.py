@@ -20,6 +20,7 @@ from PIL import Image
 from twn_rl.data.formats.tally import Tally
 from twn_rl.data.images import ImageError, resolve_inside
 from twn_rl.data.record import RecordError
+from twn_rl.runtime.whole_files import written_aside
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".mov", ".webm", ".m4v", ".mpg", ".mpeg")
@@ -150,13 +151,8 @@ class Pictures:
         name = f"{self.image_dir}/{digest[:2]}/{digest}.{suffix}"
         path = self.data_root / name
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            try:
-                temporary.write_bytes(content)
-                temporary.replace(path)
-            finally:
-                temporary.unlink(missing_ok=True)
+            with written_aside(path) as aside:
+                aside.write_bytes(content)
             self.tally.saved_images += 1
         return name
 

@@ -20,7 +20,6 @@ from twn_rl.evaluation.mmeb_v2.score_files import (
     prediction_path,
     read_score,
     score_path,
-    write_predictions,
 )
 from twn_rl.evaluation.mmeb_v2.scoring import TaskScores, score_task
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
@@ -28,7 +27,7 @@ from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 from twn_rl.inference.encode_file import fingerprints
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.runtime.processes import Processes, wait
-from twn_rl.runtime.whole_files import write_json
+from twn_rl.runtime.whole_files import write_json, write_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -237,9 +236,8 @@ def _score(
     warnings = [*data.warnings, *scores.warnings]
     for warning in warnings:
         logger.warning("%s: %s", task.task, warning)
-    score_path(output, task).parent.mkdir(parents=True, exist_ok=True)
     happened = ("thought", "think_tokens", "gate_probability", "problem")
-    write_predictions(
+    write_json_lines(
         prediction_path(output, task),
         [
             {**row, **{name: line[name] for name in happened}}

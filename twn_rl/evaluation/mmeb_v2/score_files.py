@@ -5,7 +5,6 @@
 settings, are never averaged: the repair alone is worth 1.2 points of the mean over 78.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, GROUPS, MmebTask
 from twn_rl.metrics.graded import KS
-from twn_rl.runtime.whole_files import read_json, write_json
+from twn_rl.runtime.whole_files import read_json, write_json, write_text
 
 SUMMARY_FILE = "summary.json"
 LEADERBOARD_FILE = "leaderboard.json"
@@ -143,7 +142,7 @@ def write_reports(
     summary = summarize(scores, tasks)
     write_json(output / SUMMARY_FILE, summary)
     costs = {task.task: read_json(cost_path(output, task)) or {} for task in tasks}
-    (output / TABLE_FILE).write_text(table(scores, costs, summary, tasks), encoding="utf-8")
+    write_text(output / TABLE_FILE, table(scores, costs, summary, tasks))
     write_json(
         output / LEADERBOARD_FILE,
         {
@@ -217,12 +216,3 @@ def _mean(values: Mapping[str, float], tasks: Sequence[MmebTask]) -> dict[str, A
         "num_tasks": len(tasks),
         "num_measured": len(found),
     }
-
-
-def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write one line a query, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

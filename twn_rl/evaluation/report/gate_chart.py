@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from twn_rl.evaluation.gate_threshold import CurvePoint, GateCurve
 from twn_rl.evaluation.report.charts import PALETTE
+from twn_rl.runtime.whole_files import written_aside
 
 
 def plot_gate_curves(
@@ -37,10 +38,8 @@ def plot_gate_curves(
             axes.set_title(f"{name} gate" if side is None else name)
             axes.set_xlabel(f"think tokens per {side or name}")
             axes.set_ylabel(f"{metric} (%)")
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.tmp")
-        figure.savefig(temporary, format="png", dpi=150)
-        temporary.replace(target)
+        with written_aside(path) as aside:
+            figure.savefig(aside, format="png", dpi=150)
 
 
 def _draw(axes: Axes, curve: GateCurve, chosen: CurvePoint) -> None:
