@@ -2,9 +2,10 @@
 
 import operator
 import re
+from collections.abc import Callable
 from typing import Any
 
-_COMPARISONS = {
+_COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge, ">": operator.gt,
     "[": operator.ge, "(": operator.gt, "]": operator.le, ")": operator.lt,
 }  # fmt: skip
@@ -44,7 +45,7 @@ class Problems(list[str]):
             names: Names of the fields.
         """
         for name in names:
-            value: Any = getattr(settings, name)
+            value = getattr(settings, name)
             if value is None and re.search(r"\b(None|null)\b", expected):
                 continue
             bounds = [*_LOW.findall(expected), *(found[::-1] for found in _HIGH.findall(expected))]
