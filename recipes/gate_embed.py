@@ -37,8 +37,9 @@ from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.threshold_files import ChosenThreshold, describe, log_choice, write_results
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
-from twn_rl.modeling.gate_files import gate_fingerprints, save_gates, set_threshold
+from twn_rl.modeling.gate_files import save_gates, set_threshold
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -167,7 +168,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
         for side in script.sides:
             train, validation = (labels[side, name] for name in records)
             gate, found[side] = fit_side(script, rule, train, validation)
-            gate.fitted_to = gate_fingerprints(model)
+            gate.fitted_to = Fingerprints(model).gate_origin
             model.gates[side] = gate
             set_threshold(model.config, side, found[side].chosen.threshold)
             log_choice(side, found[side], rule.metric)

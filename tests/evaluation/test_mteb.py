@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from twn_rl.evaluation.mteb.tasks import (  # noqa: E402
 from twn_rl.evaluation.usage import Account, Usage, UsageBook  # noqa: E402
 from twn_rl.inference.embedder import ThinkingEmbedder  # noqa: E402
 from twn_rl.launch.arguments import DataArguments, ModelArguments  # noqa: E402
+from twn_rl.modeling.gate import Gate  # noqa: E402
 
 # mteb and what it calls warn of their own data.
 pytestmark = pytest.mark.filterwarnings("ignore:::(mteb|sklearn|scipy|datasets|dill|numpy).*")
@@ -70,6 +72,35 @@ def test_a_revision_names_weights_gates_and_settings(make_model) -> None:
     assert other.revision != first.revision
     assert first.experiment_name != other.experiment_name
     assert first.modalities == ["text"]
+
+
+def test_scores_are_made_anew_when_others_would_think_or_compete(
+    make_model, records, tmp_path
+) -> None:
+    model = make_model(max_think_tokens=2, thinking_decision="policy", policy_threshold=0.0)
+    embedder = ThinkingEmbedder(model)
+    rows = {record.id: record for record in records}
+
+    def run() -> dict[str, Any]:
+        asked = settings(tmp_path / "out", think="auto")
+        return runs.run_benchmark(embedder, asked, name="m", splits={"test": [*rows.values()]})
+
+    first = run()
+    kept = run()
+    assert kept == first
+    model.config.policy_threshold = 1.0
+    second = run()
+    assert second["revision"] != first["revision"]
+    tokens = [summary["tasks"][0]["queries"]["think_tokens"] for summary in (first, second)]
+    assert tokens[0] > 0 == tokens[1]
+    model.gates["query"], model.config.gate_threshold = Gate(model.hidden_size, 4), 0.5
+    third = run()
+    model.config.gate_threshold = 0.25
+    assert len({summary["revision"] for summary in (first, second, third, run())}) == 4
+    moved = {"metadata": {**rows["r0"].metadata, "pool": "other"}}
+    rows["r0"] = replace(rows["r0"], **moved)
+    revisions = [summary["tasks"][0]["dataset_revision"] for summary in (third, run())]
+    assert revisions[0] != revisions[1], "the same items compete in other pools"
 
 
 def test_thinking_by_gate_without_a_gate_is_refused_before_any_task(embedder) -> None:

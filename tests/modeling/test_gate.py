@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from twn_rl.metrics.calibration import expected_calibration_error, roc_auc
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, adapter_parameters
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE, FitSettings, Gate, fit_gate
-from twn_rl.modeling.gate_files import GATE_FILE, drop_gates, gate_fingerprints
+from twn_rl.modeling.gate_files import GATE_FILE, drop_gates
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.rewards import REWARDS
 from twn_rl.training.grpo import EmbedGRPOConfig, EmbedGRPOTrainer, freeze_scorer
@@ -46,7 +47,7 @@ def add_gate(model, side=QUERY_SIDE, seed=0) -> Gate:
         gate = Gate(model.hidden_size, 8)
         for parameter in gate.parameters():
             parameter.normal_()
-    gate.fitted_to = gate_fingerprints(model)
+    gate.fitted_to = Fingerprints(model).gate_origin
     model.gates[side] = gate
     return gate
 
@@ -206,7 +207,7 @@ def test_the_file_says_what_the_gate_was_fitted_to(make_model, tmp_path):
         assert all(key.startswith("query.") for key in stored.keys())  # noqa: SIM118
     assert metadata["hidden_size"] == "32"
     assert metadata["backbone"] == model.config.backbone
-    assert metadata["embedding"] == gate_fingerprints(model)["embedding"]
+    assert metadata["embedding"] == Fingerprints(model).gate_origin["embedding"]
     assert not list(tmp_path.glob(".*tmp"))
 
 

@@ -27,8 +27,7 @@ from twn_rl.launch.arguments import ModelArguments, parse_arguments
 from twn_rl.modeling import collator as batching
 from twn_rl.modeling.backbone import load_backbone
 from twn_rl.modeling.config import CONFIG_FILE, MAX_IMAGE_PIXELS, MAX_LENGTH, TwnConfig
-from twn_rl.modeling.fingerprints import reasoner_fingerprint, scorer_fingerprint
-from twn_rl.modeling.gate_files import gate_fingerprints
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.limits import PromptLimits, settle_limits
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.token_lengths import TokenCounter, add_token_lengths
@@ -291,9 +290,8 @@ def test_an_old_checkpoint_embeds_as_it_did(
 
 def test_limits_are_fingerprinted_only_where_there_are_some(make_model: Any) -> None:
     def fingerprints(**settings: Any) -> list[str]:
-        model = make_model("llama", **settings)
-        gate = gate_fingerprints(model)["embedding"]
-        return [scorer_fingerprint(model), reasoner_fingerprint(model), gate]
+        found = Fingerprints(make_model("llama", **settings))
+        return [found.vectors, found.thoughts, found.gate_origin["embedding"]]
 
     off = {"max_length": None, "max_image_pixels": None}
     assert TwnConfig(**off).limit_settings == {}, "what was stored before there were limits fits"

@@ -13,12 +13,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from twn_rl.data.record import Item
-from twn_rl.modeling.config import TwnConfig
-from twn_rl.modeling.fingerprints import scorer_fingerprint
 from twn_rl.training.bank_building import BankError, ScorerMismatchError
 from twn_rl.training.similarity_columns import similarity_columns
 from twn_rl.training.target_bank import TargetBank
@@ -394,72 +390,3 @@ def test_queries_that_cannot_be_scored_are_refused(tmp_path, change, message):
     arguments = {"query_embeds": vector_of("x")[None], "positive_ids": [bank.ids[0]], "bank": bank}
     with pytest.raises(BankError, match=message):
         similarity_columns(**{**arguments, **change})
-
-
-def make_model(interface="reencode"):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, vocab_size=32)
-    lora = {"r": 2, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"}
-    peft_model = get_peft_model(LlamaForCausalLM(config), LoraConfig(**lora))
-    peft_model.add_adapter("embedding", LoraConfig(**lora, trainable_token_indices=[30, 31]))
-    return SimpleNamespace(
-        peft_model=peft_model, config=TwnConfig(backbone="tiny", interface=interface)
-    )
-
-
-def nudge(model, adapter: str) -> None:
-    with torch.no_grad():
-        for name, parameter in model.peft_model.named_parameters():
-            if name.endswith(f"lora_B.{adapter}.weight"):
-                parameter += 1
-
-
-def test_the_fingerprint_follows_the_embedding_adapter_and_ignores_the_reasoner():
-    first, second = make_model(), make_model()
-    fingerprint = scorer_fingerprint(first)
-    assert scorer_fingerprint(second) == fingerprint
-    nudge(second, "default")
-    second.config.max_think_tokens = 7
-    second.config.gate_threshold = 0.3
-    assert scorer_fingerprint(second) == fingerprint
-    nudge(second, "embedding")
-    assert scorer_fingerprint(second) != fingerprint
-
-
-def test_the_fingerprint_follows_the_read_out_rows():
-    model = make_model()
-    fingerprint = scorer_fingerprint(model)
-    with torch.no_grad():
-        for name, parameter in model.peft_model.named_parameters():
-            if name.endswith("trainable_tokens_delta.embedding"):
-                parameter += 1
-    assert scorer_fingerprint(model) != fingerprint
-
-
-def test_with_kv_detach_the_reasoner_is_part_of_the_scorer():
-    model = make_model("kv_detach")
-    fingerprint = scorer_fingerprint(model)
-    nudge(model, "default")
-    assert scorer_fingerprint(model) != fingerprint
-
-
-@pytest.mark.parametrize(
-    "change", [{"backbone_revision": "abc"}, {"interface": "kv_detach"}, {"num_readout_tokens": 2}]
-)
-def test_the_fingerprint_follows_the_config(change):
-    model = make_model()
-    fingerprint = scorer_fingerprint(model)
-    vars(model.config).update(change)
-    assert scorer_fingerprint(model) != fingerprint
-
-
-def test_a_local_backbone_counts_by_its_weights_and_not_by_its_path(tmp_path):
-    fingerprints = []
-    for name, content in (("here", b"weights"), ("there", b"weights"), ("other", b"changed")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_bytes(content)
-        model = make_model()
-        model.config.backbone = str(tmp_path / name)
-        fingerprints.append(scorer_fingerprint(model))
-    assert fingerprints[0] == fingerprints[1] != fingerprints[2]

@@ -24,13 +24,13 @@ from twn_rl.inference.thought_cache import CotCache
 from twn_rl.inference.thought_pool import ThoughtCache
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.config import TwnConfig
-from twn_rl.modeling.fingerprints import reasoner_fingerprint
+from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.modeling.gate import THRESHOLD_FIELDS
 from twn_rl.modeling.limits import prompt_room
 from twn_rl.modeling.model import DualLoraModel
 
 Side = Literal["query", "document"]
 SIDES = ("query", "document")
-_THRESHOLDS = {"query": "gate_threshold", "document": "document_gate_threshold"}
 
 
 class ThinkingEmbedder:
@@ -59,7 +59,7 @@ class ThinkingEmbedder:
         self._turn = threading.RLock()
         if cot_cache_dir is not None:
             self.cot_cache = CotCache(cot_cache_dir)
-            self._cache = ThoughtCache(self.cot_cache, reasoner_fingerprint(model))
+            self._cache = ThoughtCache(self.cot_cache, Fingerprints(model).thoughts)
 
     @classmethod
     def from_pretrained(
@@ -258,10 +258,10 @@ class ThinkingEmbedder:
         gate: Any = self.model.gates[side]
         threshold = options.think_threshold
         if threshold is None:
-            threshold = getattr(self.model.config, _THRESHOLDS[side])
+            threshold = getattr(self.model.config, THRESHOLD_FIELDS[side])
         if threshold is None and options.think_rate is None:
             raise ValueError(
-                f"{_THRESHOLDS[side]} = None; expected the probability above which a {side} "
+                f"{THRESHOLD_FIELDS[side]} = None; expected the probability above which a {side} "
                 "thinks; fit it with recipes/gate_embed.py, or pass think_threshold or think_rate"
             )
         return Chooser(gate=gate.probability, threshold=threshold, is_latent=is_latent)

@@ -4,7 +4,6 @@ Knows neither how vectors are made nor how they are stored: a `ThinkingEmbedder`
 `vector_files` the other.
 """
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
@@ -22,9 +20,9 @@ from twn_rl.data.record import Item, RecordError
 from twn_rl.inference.encode_settings import EncodeReport, EncodeSettings, ThinkMode
 from twn_rl.inference.item_rows import ItemRow, Side
 from twn_rl.inference.vector_files import VectorWriter, read_meta
-from twn_rl.modeling.adapter_files import adapter_state
-from twn_rl.modeling.adapters import REASONING_ADAPTER
-from twn_rl.modeling.fingerprints import scorer_fingerprint
+from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.runtime.whole_files import digest
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +133,7 @@ def encode_file(
     return report
 
 
-def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | None]:
+def fingerprints(model: DualLoraInference, side: Side, think: ThinkMode) -> dict[str, str | None]:
     """Return what tells models apart: `space`, who embeds, and `thinker`, who decides and thinks.
 
     Vectors of one space can be compared, whoever wrote the thoughts. If nothing is written
@@ -147,26 +145,12 @@ def fingerprints(model: Any, side: Side, think: ThinkMode) -> dict[str, str | No
         side: Whose gate decides.
         think: When it thinks.
     """
+    found = Fingerprints(model)
     thinker = None
     if think not in ("never", "latent"):
-        weights = dict(adapter_state(model.peft_model, REASONING_ADAPTER))
-        about: list[Any] = [model.config.max_think_tokens]
-        if think == "auto":
-            name = "gate_threshold" if side == "query" else "document_gate_threshold"
-            about.append(getattr(model.config, name, None))
-            if side == "query" and model.config.thinking_decision == "policy":
-                about += ["policy", model.config.policy_threshold]
-            gates = dict(getattr(model, "gates", {}).items())
-            if side in gates:
-                weights |= {f"gate.{key}": w for key, w in gates[side].state_dict().items()}
-        digest = hashlib.sha256(repr(about).encode())
-        for key, weight in sorted(weights.items()):
-            digest.update(f"{key} {weight.dtype} {tuple(weight.shape)}".encode())
-            # View as bytes: numpy has no bfloat16.
-            data = weight.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(data.numpy().tobytes())
-        thinker = digest.hexdigest()
-    return {"space": scorer_fingerprint(model), "thinker": thinker}
+        decision = found.decision(side) if think == "auto" else None
+        thinker = digest([found.thoughts, model.config.max_think_tokens, decision])
+    return {"space": found.vectors, "thinker": thinker}
 
 
 def _encode_rest(

@@ -28,7 +28,7 @@ def cache_key(content_key: str, fingerprint: str, settings: Mapping[str, Any]) -
 
     Args:
         content_key: Of the input, see `Item.content_key`.
-        fingerprint: Of the model that writes, see `fingerprints.reasoner_fingerprint`.
+        fingerprint: Of the model that writes, see `Fingerprints.thoughts`.
         settings: Everything else that decides what is written.
     """
     text = json.dumps([content_key, fingerprint, dict(sorted(settings.items()))])

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 QUERY_SIDE = "query"
 DOCUMENT_SIDE = "document"
 SIDES = (QUERY_SIDE, DOCUMENT_SIDE)
+# Of a model's settings.
+THRESHOLD_FIELDS = {QUERY_SIDE: "gate_threshold", DOCUMENT_SIDE: "document_gate_threshold"}
 
 
 class Gate(nn.Module):
@@ -29,7 +31,7 @@ class Gate(nn.Module):
     Attributes:
         width: Width D of the states it reads.
         hidden_size: Width of the hidden layer.
-        fitted_to: What it was fitted to, see `gating.files.gate_fingerprints`; empty if unknown.
+        fitted_to: What it was fitted to, see `Fingerprints.gate_origin`; empty if unknown.
     """
 
     def __init__(self, width: int, hidden_size: int = 256) -> None:

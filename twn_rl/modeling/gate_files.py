@@ -6,7 +6,6 @@ the file's metadata.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -18,10 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twn_rl.modeling.adapter_files import adapter_state
-from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
 from twn_rl.modeling.config import TwnConfig
-from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE, SIDES, Gate
+from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.modeling.gate import SIDES, THRESHOLD_FIELDS, Gate
 from twn_rl.runtime.whole_files import written_aside
 
 if TYPE_CHECKING:
@@ -31,61 +29,11 @@ logger = logging.getLogger(__name__)
 
 GATE_FILE = "gate.safetensors"
 GATE_FORMAT = "1"
-THRESHOLD_FIELDS = {QUERY_SIDE: "gate_threshold", DOCUMENT_SIDE: "document_gate_threshold"}
-_PROBE_VALUES = 16
 
 
 def set_threshold(config: TwnConfig, side: str, threshold: float | None) -> None:
     """Set the threshold of one side in a model's settings."""
     setattr(config, THRESHOLD_FIELDS[side], threshold)
-
-
-def gate_fingerprints(model: DualLoraModel) -> dict[str, str]:
-    """Return sha256 digests of what a gate depends on: `embedding` (what it reads) and `reasoning`.
-
-    `embedding` covers samples of the backbone's weights, the embedding adapter, read-out,
-    interface, renderer and limits of prompts, with "kv_detach" also the reasoning adapter;
-    `reasoning` is the adapter that writes the thoughts. Other than in `scoring.scorer_fingerprint`,
-    which guards stored vectors, weights count rounded to bfloat16 and the backbone by its weights,
-    not its name: loading it from elsewhere or in another precision changes nothing. The model must
-    be unsharded.
-    """
-    config = model.config
-    reasoning = _digest(adapter_state(model.peft_model, REASONING_ADAPTER))
-    described = {
-        "interface": config.interface,
-        **config.readout_settings,
-        **config.limit_settings,
-        "renderer": config.renderer.to_dict(),
-        "backbone": _digest(_backbone_probe(model)),
-        "embedding": _digest(adapter_state(model.peft_model, EMBEDDING_ADAPTER)),
-        "reasoning": reasoning if config.interface == "kv_detach" else "",
-    }
-    text = json.dumps(described, sort_keys=True)
-    return {"embedding": hashlib.sha256(text.encode()).hexdigest(), "reasoning": reasoning}
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key, weight in sorted(weights.items()):
-        digest.update(f"{key} {tuple(weight.shape)}".encode())
-        rounded = weight.to(torch.bfloat16).contiguous().flatten()
-        digest.update(rounded.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _backbone_probe(model: DualLoraModel) -> dict[str, Tensor]:
-    """Return a few numbers of every frozen weight; token tables may have got new random rows."""
-    base: Any = model.peft_model.get_base_model()
-    tables = {id(p) for p in base.get_input_embeddings().parameters()}
-    head = base.get_output_embeddings()
-    tables |= {id(p) for p in head.parameters()} if head is not None else set()
-    probe = {}
-    for name, weight in base.named_parameters():
-        if id(weight) not in tables and "lora_" not in name:
-            values = weight.detach().flatten()
-            probe[name] = values[:: max(1, len(values) // _PROBE_VALUES)][:_PROBE_VALUES].cpu()
-    return probe
 
 
 def save_gates(model: DualLoraModel, path: str | Path) -> None:
@@ -95,7 +43,7 @@ def save_gates(model: DualLoraModel, path: str | Path) -> None:
     first writes.
     """
     if model.gates:
-        now = gate_fingerprints(model)
+        now = Fingerprints(model).gate_origin
         stale = [side for side, gate in model.gates.items() if _fitted_to(gate) != now]
         if stale:
             drop_gates(model, f"the adapters have changed since gates {stale} were fitted", path)
@@ -137,7 +85,7 @@ def load_gates(model: DualLoraModel, path: str | Path) -> None:
     with safe_open(file, framework="pt") as stored:
         metadata = stored.metadata() or {}
         tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
-    now = gate_fingerprints(model)
+    now = Fingerprints(model).gate_origin
     _check_origin(file, metadata, model, now)
     sides: dict[str, int] = json.loads(metadata["sides"])
     gates = {side: Gate(model.hidden_size, size) for side, size in sides.items()}

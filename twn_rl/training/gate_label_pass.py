@@ -21,9 +21,8 @@ from tqdm.auto import tqdm
 
 from twn_rl.data.record import Item, Record
 from twn_rl.metrics.negatives import FalseNegatives
-from twn_rl.modeling.fingerprints import scorer_fingerprint
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import DOCUMENT_SIDE
-from twn_rl.modeling.gate_files import gate_fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import Processes, is_main, wait
 from twn_rl.runtime.sharded_pass import ShardedPass
@@ -167,11 +166,12 @@ def _plan(
 ) -> dict[str, Any]:
     keys = [[example.key, example.partners] for example in examples]
     competitors = sorted({(item.content_key(), p) for item, p in zip(items, pools, strict=True)})
+    fingerprints = Fingerprints(model)
     return {
         "format": LABEL_FORMAT,
         "side": side,
-        "scorer": scorer_fingerprint(model),
-        "reasoning": gate_fingerprints(model)["reasoning"],
+        "scorer": fingerprints.vectors,
+        "thoughts": fingerprints.thoughts,
         "temperature": settings.temperature,
         "max_think_tokens": settings.max_think_tokens or model.config.max_think_tokens,
         "num_examples": len(examples),

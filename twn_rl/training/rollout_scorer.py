@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives
-from twn_rl.modeling.fingerprints import scorer_fingerprint
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import evaluating
 from twn_rl.training.similarity_columns import similarity_columns
@@ -68,7 +68,7 @@ class RolloutScorer:
             return embed_items(model, batch)
 
         shared: dict[str, Any] = {
-            "fingerprint": scorer_fingerprint(model),
+            "fingerprint": Fingerprints(model).vectors,
             "batch_size": batch_size,
             "processes": processes,
             "rebuild": False,

@@ -74,7 +74,7 @@ class TargetBank:
         Args:
             items: Targets; equal content (`Item.content_key`) is embedded once.
             encode: Batch of items to (n, D) unit vectors, without gradient, on any device.
-            fingerprint: Names the scorer, see `scoring.scorer_fingerprint`.
+            fingerprint: Names the scorer, see `Fingerprints.vectors`.
             batch_size: Items per call of `encode`.
             pools: Name of the pool of each item; `None` puts all into one pool named "".
             data_root: Folder that relative image paths start from.

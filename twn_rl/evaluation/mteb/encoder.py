@@ -6,7 +6,6 @@ not depend on the number of processes. Vectors that are not finite never reach m
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -37,7 +36,8 @@ from twn_rl.inference.embedder import Side, ThinkingEmbedder
 from twn_rl.inference.inputs import InputError
 from twn_rl.inference.options import ThinkMode
 from twn_rl.metrics.ranking import collapse_report
-from twn_rl.modeling.fingerprints import reasoner_fingerprint, scorer_fingerprint
+from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.runtime.whole_files import digest
 
 logger = logging.getLogger(__name__)
 
@@ -198,16 +198,7 @@ class MtebEncoder(AbsEncoder):
 
 def model_revision(embedder: ThinkingEmbedder) -> str:
     """Return a hash that changes whenever any input could get another vector."""
-    model = embedder.model
-    digest = hashlib.sha256((reasoner_fingerprint(model) + scorer_fingerprint(model)).encode())
-    config = model.config
-    limits = (config.gate_threshold, config.document_gate_threshold, config.max_think_tokens)
-    digest.update(repr((limits, embedder.max_seq_length)).encode())
-    for side, gate in sorted(model.gates.items()):
-        for key, weight in sorted(gate.state_dict().items()):
-            digest.update(f"{side} {key}".encode())
-            digest.update(weight.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return digest([Fingerprints(embedder.model).everything, embedder.max_seq_length])[:16]
 
 
 def check_vectors(where: str, vectors: NDArray[np.float32], usage: Usage) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from mteb.abstasks.task_metadata import TaskMetadata
 
 from twn_rl.data.images import ImageSource
 from twn_rl.data.record import Item, Record, hop_of, task_of
-from twn_rl.evaluation.retrieval_pools import collect_candidates
+from twn_rl.evaluation.retrieval_pools import Candidates, collect_candidates
 from twn_rl.metrics.ranking import ndcg_at_k, positive_ranks
 
 HIT = "hit_at_1_ties_last"
@@ -163,11 +164,14 @@ def records_task(name: str, splits: Mapping[str, Sequence[Record]]) -> OwnRetrie
     Scores also come by number of hops, or by the records' task where they have none.
     """
     digest = hashlib.sha256()
+    readers = {}
     for split, records in splits.items():
-        digest.update(split.encode())
-        for record in records:
-            items = (record.query, record.positive, *record.negatives)
-            digest.update(json.dumps([record.id, *(i.content_key() for i in items)]).encode())
+        candidates = collect_candidates(records)
+        digest.update(json.dumps([split, candidates.keys, candidates.positive]).encode())
+        for record, rivals in zip(records, candidates.competing, strict=True):
+            about = [record.id, record.query.content_key(), _group(record), rivals]
+            digest.update(json.dumps(about).encode())
+        readers[split] = partial(_split_data, records, candidates)
     metadata = own_metadata(
         name,
         revision=digest.hexdigest()[:16],
@@ -176,25 +180,24 @@ def records_task(name: str, splits: Mapping[str, Sequence[Record]]) -> OwnRetrie
         description="Records of query, positive and negatives; pools compete.",
         prompt={"query": ""},  # every query brings its own instruction
     )
-    readers = {split: _records_reader(records) for split, records in splits.items()}
     return OwnRetrieval(metadata, readers)
 
 
-def _records_reader(records: Sequence[Record]) -> Callable[[], SplitData]:
-    def read() -> SplitData:
-        candidates = collect_candidates(records)
-        keys = candidates.keys
-        positives = zip(records, candidates.positive, strict=True)
-        rivals = zip(records, candidates.competing, strict=True)
-        return SplitData(
-            queries=[_entry(record.id, record.query) for record in records],
-            corpus=[_entry(*pair) for pair in zip(keys, candidates.items, strict=True)],
-            relevant={record.id: {keys[positive]: 1} for record, positive in positives},
-            candidates={record.id: [keys[i] for i in columns] for record, columns in rivals},
-            groups={record.id: hop_of(record) or task_of(record) for record in records},
-        )
+def _split_data(records: Sequence[Record], candidates: Candidates) -> SplitData:
+    keys = candidates.keys
+    positives = zip(records, candidates.positive, strict=True)
+    rivals = zip(records, candidates.competing, strict=True)
+    return SplitData(
+        queries=[_entry(record.id, record.query) for record in records],
+        corpus=[_entry(*pair) for pair in zip(keys, candidates.items, strict=True)],
+        relevant={record.id: {keys[positive]: 1} for record, positive in positives},
+        candidates={record.id: [keys[i] for i in columns] for record, columns in rivals},
+        groups={record.id: _group(record) for record in records},
+    )
 
-    return read
+
+def _group(record: Record) -> str:
+    return hop_of(record) or task_of(record)
 
 
 def _entry(name: str, item: Item) -> Entry:

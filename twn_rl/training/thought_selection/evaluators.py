@@ -19,7 +19,7 @@ from torch import Tensor
 from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives, margin
 from twn_rl.modeling.adapters import without_adapters
-from twn_rl.modeling.gate_files import gate_fingerprints
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.readout import position_ids
 from twn_rl.runtime.whole_files import digest
@@ -152,11 +152,11 @@ class YesNoEvaluator:
         known = FalseNegatives(zip(queries, positives, strict=True))
         self._positive_ids = positives
         self._barred = [{p, *known.of(q)} for q, p in zip(queries, positives, strict=True)]
+        fingerprints = Fingerprints(model)
         self.plan: dict[str, Any] = {
             "evaluator": "yes_no",
-            "backbone": model.config.backbone,
-            "backbone_revision": model.config.backbone_revision,
-            "weights": gate_fingerprints(model)["embedding"],
+            "backbone": fingerprints.backbone,
+            "prompts": fingerprints.prompts,
             "question": self.QUESTION,
             "pairs": digest([repr((r.query, r.positive, r.negatives)) for r in records]),
             "num_negatives": num_negatives,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from twn_rl.data.record import Record
-from twn_rl.modeling.gate_files import gate_fingerprints
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.thought_selection.candidates import Candidate
 
@@ -43,7 +43,7 @@ class AdapterWriter:
         self.temperatures, self.num_thoughts, self.seed = temperatures, num_thoughts, seed
         self.max_think_tokens = max_think_tokens
         self.plan: dict[str, Any] = {
-            "writer": gate_fingerprints(model)["reasoning"],
+            "writer": Fingerprints(model).thoughts,
             "temperatures": list(temperatures),
             "num_thoughts": num_thoughts,
             "max_think_tokens": max_think_tokens or model.config.max_think_tokens,
