@@ -220,7 +220,7 @@ def test_labels_of_something_else_are_refused_and_kept_unless_told_otherwise(
     with torch.no_grad():
         weight += 1
     try:
-        with pytest.raises(LabelsError, match="reasoning = "):
+        with pytest.raises(LabelsError, match="thoughts = "):
             label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     finally:
         with torch.no_grad():
