@@ -29,8 +29,7 @@ from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logg
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
-from twn_rl.training.latent_config import LatentConfig
-from twn_rl.training.latent_trainer import LatentTrainer
+from twn_rl.training.latent import LatentConfig, LatentTrainer
 from twn_rl.training.monitor import MetricsWriter
 
 logger = logging.getLogger(__name__)

@@ -35,8 +35,7 @@ from twn_rl.training.grpo import (
     freeze_scorer,
     place_scorer,
 )
-from twn_rl.training.latent_config import LatentConfig
-from twn_rl.training.latent_trainer import LatentTrainer
+from twn_rl.training.latent import LatentConfig, LatentTrainer
 from twn_rl.training.reward_loading import load_rewards
 from twn_rl.training.rollout_scorer import RolloutScorer, embed_items
 from twn_rl.training.sft import SftConfig, SftTrainer

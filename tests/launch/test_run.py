@@ -18,7 +18,7 @@ from twn_rl.recipes import adaptive_embed, gate_embed, grpo_embed, latent_embed,
 from twn_rl.recipes.experiments import ablate, compare_selection
 from twn_rl.training.adaptive import AdaptiveGRPOConfig
 from twn_rl.training.grpo import EmbedGRPOConfig
-from twn_rl.training.latent_config import LatentConfig
+from twn_rl.training.latent import LatentConfig
 from twn_rl.training.sft import SftConfig
 from twn_rl.training.whole_checkpoints import seal
 

@@ -13,7 +13,7 @@ from twn_rl.data.record import Item
 from twn_rl.modeling.adapters import set_trainable
 from twn_rl.modeling.config import LoraSettings
 from twn_rl.training.chunking import PATCHES_PER_TOKEN, Chunks, join_prompts, num_patches, pack
-from twn_rl.training.latent_config import LatentConfig
+from twn_rl.training.latent import LatentConfig
 from twn_rl.training.sft import SftConfig, SftTrainer
 
 
@@ -97,7 +97,7 @@ def test_with_dropout_the_gradient_is_that_of_one_graph_through_all_chunks(tmp_p
     torch.manual_seed(7)
     inputs = trainer.data_collator(list(records))
     chunks: Chunks = inputs["chunks"]
-    trainer._prepare_chunks(inputs, chunks)
+    trainer._begin_step(inputs)
     vectors: dict[str, torch.Tensor] = {}
     tokens = torch.zeros(())
     trainer.model.train()
@@ -106,16 +106,16 @@ def test_with_dropout_the_gradient_is_that_of_one_graph_through_all_chunks(tmp_p
     for kind, own in chunks.kinds.items():
         for chunk in own:
             states.append((kind, chunk, torch.get_rng_state()))
-            call = trainer._chunk_call(kind, chunk, chunk.prompt, inputs, is_second=False)
+            call = trainer._chunk_call(kind, *trainer._on_device(chunk), inputs, is_second=False)
             for name, value in trainer.model(**call)["embeds"].items():
                 rows = zip(chunk.rows.tolist(), value, strict=True)
                 pieces.setdefault(name, []).extend(rows)
     for kind, chunk, state in states:
         if kind == "query":  # the token loss comes after the vectors, under the dice of its chunk
             torch.set_rng_state(state)
-            call = trainer._chunk_call(kind, chunk, chunk.prompt, inputs, is_second=True)
+            call = trainer._chunk_call(kind, *trainer._on_device(chunk), inputs, is_second=True)
             outputs = trainer.model(**call)
-            tokens = tokens + trainer._row_losses(kind, outputs, chunk, {}, inputs)["token"]
+            tokens = tokens + trainer._row_losses(outputs, chunk, {}, inputs)["token"]
     for name, rows in pieces.items():
         vectors[name] = torch.stack([value for _, value in sorted(rows, key=lambda r: r[0])])
     parts = {**trainer._contrastive_losses(vectors, inputs), "token": tokens}

@@ -31,16 +31,15 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.readout import Tail, bottleneck_mask
 from twn_rl.training.gate_examples import gate_examples
 from twn_rl.training.gate_label_pass import label_records
-from twn_rl.training.latent import (
+from twn_rl.training.latent import DECODER_FILE, LatentConfig, LatentTrainer
+from twn_rl.training.latent_decoder import (
     LatentDecoder,
     LatentLearner,
-    target_text,
     vector_losses,
     word_losses,
 )
-from twn_rl.training.latent_config import LatentConfig
-from twn_rl.training.latent_trainer import DECODER_FILE, LatentCollator, LatentTrainer
 from twn_rl.training.losses import false_negative_mask, info_nce
+from twn_rl.training.pair_batches import LatentCollator, target_text
 
 LATENT = {"num_reason_tokens": 2, "latent_bottleneck": True}
 

@@ -1,12 +1,10 @@
-"""What trainers of adapters share: checkpoints, mixtures, logged means. Knows no losses."""
+"""What all trainers of adapters share: checkpoints of adapters alone, under any engine."""
 
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,8 +15,6 @@ from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from trl.models.utils import unwrap_model_for_generation
 
-from twn_rl.data.mixture import Mixture, MixtureSampler
-from twn_rl.data.record import Record
 from twn_rl.modeling.checkpoint import load_weights
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import check_engaged, join_processes
@@ -211,58 +207,3 @@ def _layout_name(layout: Mapping[str, Any]) -> str:
     if not layout:
         return "a run without DeepSpeed"
     return "ZeRO-{zero_stage} on {num_processes} processes in {dtype}".format(**layout)
-
-
-class RecordTraining:
-    """Mixin, before an HF trainer: batches of a mixture's sources, means of what was noted.
-
-    Attributes:
-        records: What is trained on.
-    """
-
-    args: Any
-    accelerator: Any
-    state: Any
-    dual_model: DualLoraModel
-    _train_batch_size: int
-    records: Sequence[Record]
-
-    @cached_property
-    def _noted(self) -> dict[str, list[float]]:
-        return defaultdict(list)
-
-    @property
-    def _done(self) -> float:
-        """Share of the steps that are behind us."""
-        return self.state.global_step / max(1, self.state.max_steps)
-
-    def _note(self, name: str, value: float) -> None:
-        """Keep a value for the next log, which shows the mean."""
-        self._noted[name].append(value)
-
-    def _log_parts(self, parts: Mapping[str, Tensor]) -> None:
-        """Note each loss for the log; the mean over processes, since one has its own rows only."""
-        own = torch.stack([part.detach() for part in parts.values()])
-        logged: Any = self.accelerator.reduce(own, "mean")
-        for name, part in zip(parts, logged.tolist(), strict=True):
-            self._note(f"loss_{name}", part)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Draw a mixture's sources by weight, one a global batch; else as HF does."""
-        records = self.records
-        if not isinstance(records, Mixture):
-            return super()._get_train_sampler(train_dataset)  # pyright: ignore[reportAttributeAccessIssue]
-        processes = 1 if self.accelerator.split_batches else self.accelerator.num_processes
-        return MixtureSampler(
-            records,
-            batch_size=self._train_batch_size * processes,
-            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
-            epoch=lambda: int(self.state.epoch or 0),
-        )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the means of what was noted since the last log."""
-        means = {name: sum(values) / len(values) for name, values in self._noted.items() if values}
-        self._noted.clear()
-        means |= self.dual_model.limits.counts.take_ratios()
-        super().log({**logs, **means}, start_time)  # pyright: ignore[reportAttributeAccessIssue]

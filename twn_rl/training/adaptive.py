@@ -22,6 +22,7 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import is_direct, think_open_ids
 from twn_rl.training.grpo import EmbedGRPOConfig, EmbedGRPOTrainer
 from twn_rl.training.rollout_scorer import RolloutScorer
+from twn_rl.training.settings import at_least
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
 from twn_rl.training.think_decisions import (
     DIRECT,
@@ -65,18 +66,15 @@ class AdaptiveGRPOConfig(EmbedGRPOConfig):
         },
     )
 
-    def __post_init__(self) -> None:
-        """Check the fields of mixing, then the others."""
-        super().__post_init__()
-        problems = []
+    def problems(self) -> list[str]:
+        """Return what is wrong with the scorer's fields and those of mixing."""
+        problems = super().problems()
         if not 0 <= self.pinned_generations < (self.num_generations or 1):
             problems.append(
                 f"pinned_generations = {self.pinned_generations}, expected from 0 to below "
                 f"num_generations = {self.num_generations}"
             )
-        for name in ("utility_negatives", "primer_steps"):
-            if getattr(self, name) < 0:
-                problems.append(f"{name} = {getattr(self, name)}, expected >= 0")
+        problems += at_least(0, self, "utility_negatives", "primer_steps")
         if self.use_liger_kernel:
             problems.append(
                 "use_liger_kernel = True, expected False: its loss hides the decision's "
@@ -87,8 +85,11 @@ class AdaptiveGRPOConfig(EmbedGRPOConfig):
                 "use_vllm = True, expected False: vLLM has no sampling log-probabilities of pinned "
                 "rollouts"
             )
-        if problems:
-            raise ValueError("AdaptiveGRPOConfig: " + "; ".join(problems) + "; change these fields")
+        return problems
+
+    def __post_init__(self) -> None:
+        """Say what a loss type does to decisions."""
+        super().__post_init__()
         if self.loss_type == "grpo":
             logger.warning(
                 "loss_type = 'grpo' divides by each completion's length, so that a direct answer's "

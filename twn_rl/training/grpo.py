@@ -24,24 +24,17 @@ from twn_rl.modeling.vision import encoding_first
 from twn_rl.runtime.zero import deepspeed_dtype
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.rollout_scorer import RolloutScorer
-from twn_rl.training.settings import LaunchSettings
+from twn_rl.training.settings import TrainingSettings, at_least
 
 ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
 
 
 @dataclass
-class EmbedGRPOConfig(LaunchSettings, GRPOConfig):
+class EmbedGRPOConfig(TrainingSettings, GRPOConfig):
     """TRL's GRPO settings plus what the retrieval reward needs."""
 
     num_negatives: int = field(
         default=16, metadata={"help": "K hardest bank negatives handed to the rewards."}
-    )
-    max_negative_similarity: float | None = field(
-        default=None,
-        metadata={
-            "help": "Cosine to the positive target above which a bank target is taken for an "
-            "unlabelled positive and left out of the negatives, in (-1, 1]; null: off."
-        },
     )
     scorer_batch_size: int = field(
         default=64, metadata={"help": "Items per forward pass while the banks are built."}
@@ -53,20 +46,9 @@ class EmbedGRPOConfig(LaunchSettings, GRPOConfig):
         },
     )
 
-    def __post_init__(self) -> None:
-        """Check the scorer's fields, then TRL's."""
-        if self.num_negatives < 1 or self.scorer_batch_size < 1:
-            raise ValueError(
-                f"EmbedGRPOConfig: num_negatives = {self.num_negatives}, scorer_batch_size = "
-                f"{self.scorer_batch_size}; expected both >= 1; change these fields"
-            )
-        limit = self.max_negative_similarity
-        if limit is not None and not -1 < limit <= 1:
-            raise ValueError(
-                f"EmbedGRPOConfig: max_negative_similarity = {limit}; expected a cosine in (-1, 1],"
-                " or null to leave it off; change this field"
-            )
-        super().__post_init__()
+    def problems(self) -> list[str]:
+        """Return what is wrong with the scorer's fields."""
+        return [*super().problems(), *at_least(1, self, "num_negatives", "scorer_batch_size")]
 
 
 def place_scorer(model: DualLoraModel, args: EmbedGRPOConfig) -> None:

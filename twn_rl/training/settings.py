@@ -1,7 +1,4 @@
-"""Settings that trainers of adapters share: launch, precision, what a contrastive batch is.
-
-Knows no losses: each method's configuration takes them in beside its own.
-"""
+"""Settings that trainers of adapters share: launch, precision, what a contrastive batch is."""
 
 from __future__ import annotations
 
@@ -9,11 +6,30 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import TrainingArguments
+
 from twn_rl.runtime.processes import join_processes, launch_precision
 
 
+def at_least(minimum: int, settings: Any, *names: str) -> list[str]:
+    """Return what to say of those fields that are below a minimum."""
+    values = {name: getattr(settings, name) for name in names}
+    return [f"{n} = {v}, expected >= {minimum}" for n, v in values.items() if v < minimum]
+
+
+def limit_problems(max_negative_similarity: float | None) -> list[str]:
+    """Return what is wrong with the similarity above which a target is no negative."""
+    limit = max_negative_similarity
+    is_fine = limit is None or -1 < limit <= 1
+    return (
+        []
+        if is_fine
+        else [f"max_negative_similarity = {limit}, expected a cosine in (-1, 1] or null"]
+    )
+
+
 @dataclass
-class LaunchSettings:
+class TrainingSettings:
     """Mixin, before HF's or TRL's arguments: the launch file and the recipe must agree.
 
     The process state is made once, by `join_processes`; transformers would throw it away and make
@@ -26,14 +42,27 @@ class LaunchSettings:
             "help": "bfloat16 training; null takes what the launch file says (mixed_precision)."
         },
     )
+    max_negative_similarity: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cosine to the positive target from which on a target is taken for an "
+            "unlabelled positive and is no negative, in (-1, 1]; null is off."
+        },
+    )
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the method's own fields; methods add theirs."""
+        return limit_problems(self.max_negative_similarity)
 
     def __post_init__(self) -> None:
-        """Join the processes, then let transformers read the rest.
+        """Check the method's fields, join the processes, then let transformers read the rest.
 
         Raises:
-            ValueError: If precision is asked for twice and differently, or the launch does not fit
-                the machine.
+            ValueError: With all problems of the fields; or if precision is asked for twice and
+                differently, or the launch does not fit the machine.
         """
+        if problems := self.problems():
+            raise ValueError(f"{type(self).__name__}: {'; '.join(problems)}; change these fields")
         args: Any = self
         launched = launch_precision()
         if args.bf16 is None:
@@ -63,8 +92,8 @@ class LaunchSettings:
 
 
 @dataclass
-class ContrastiveSettings:
-    """Mixin, before HF's arguments: what a contrastive batch is, for every method that has one."""
+class ContrastiveConfig(TrainingSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+    """HF's settings, and what a contrastive batch is."""
 
     temperature: float = field(
         default=0.02, metadata={"help": "InfoNCE temperature; cosines are divided by it."}
@@ -72,13 +101,6 @@ class ContrastiveSettings:
     num_hard_negatives: int = field(
         default=1,
         metadata={"help": "Listed negatives per query that join the in-batch ones; 0 is off."},
-    )
-    max_negative_similarity: float | None = field(
-        default=None,
-        metadata={
-            "help": "Cosine to the positive target from which on a target is taken for an "
-            "unlabelled positive and is no negative; null is off."
-        },
     )
     contrastive_chunk_tokens: int | None = field(
         default=None,
@@ -89,23 +111,24 @@ class ContrastiveSettings:
         },
     )
 
-    def contrastive_problems(self) -> list[str]:
-        """Return what is wrong with these fields."""
-        args: Any = self
-        problems = []
+    def problems(self) -> list[str]:
+        """Return what is wrong with the batch's fields."""
+        problems = super().problems()
         if self.temperature <= 0:
             problems.append(f"temperature = {self.temperature}, expected > 0")
-        if self.num_hard_negatives < 0:
-            problems.append(f"num_hard_negatives = {self.num_hard_negatives}, expected >= 0")
-        limit, tokens = self.max_negative_similarity, self.contrastive_chunk_tokens
-        if limit is not None and not -1 < limit <= 1:
-            problems.append(f"max_negative_similarity = {limit}, expected a cosine in (-1, 1]")
+        problems += at_least(0, self, "num_hard_negatives")
+        tokens, accumulated = self.contrastive_chunk_tokens, self.gradient_accumulation_steps
         if tokens is not None and tokens < 1:
             problems.append(f"contrastive_chunk_tokens = {tokens}, expected >= 1 or null")
-        if tokens is not None and args.gradient_accumulation_steps != 1:
+        if tokens is not None and accumulated != 1:
             problems.append(
-                f"gradient_accumulation_steps = {args.gradient_accumulation_steps} with "
-                "contrastive_chunk_tokens, expected 1: accumulated batches do not see each other's "
-                "negatives; raise per_device_train_batch_size instead, memory does not depend on it"
+                f"gradient_accumulation_steps = {accumulated} with contrastive_chunk_tokens, "
+                "expected 1: accumulated batches do not see each other's negatives; raise "
+                "per_device_train_batch_size instead, memory does not depend on it"
             )
         return problems
+
+    def __post_init__(self) -> None:
+        """Keep records as they are: collators read them."""
+        self.remove_unused_columns = False
+        super().__post_init__()

@@ -1,7 +1,4 @@
-"""The warm start: token loss on CoTs plus InfoNCE with and without them, in one trainer.
-
-Knows no rewards, no rollouts and no data format beyond `Record`.
-"""
+"""The warm start: token loss on CoTs plus InfoNCE with and without them, in one trainer."""
 
 from __future__ import annotations
 
@@ -13,21 +10,19 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
 
 from twn_rl.data.record import Record
-from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.training.adapter_trainer import AdapterCheckpoints, RecordTraining
-from twn_rl.training.chunked_trainer import ChunkedContrast
-from twn_rl.training.chunking import Chunk, Chunks
-from twn_rl.training.losses import GatheredPairs, gather_with_grad
-from twn_rl.training.pair_batches import RecordDataset, SftCollator
-from twn_rl.training.settings import ContrastiveSettings, LaunchSettings
+from twn_rl.training.adapter_trainer import AdapterCheckpoints
+from twn_rl.training.chunking import Chunk
+from twn_rl.training.contrastive_trainer import Batch, ContrastiveTrainer, Tensors
+from twn_rl.training.losses import gather_with_grad
+from twn_rl.training.pair_batches import SftCollator
+from twn_rl.training.settings import ContrastiveConfig
 
 
 @dataclass
-class SftConfig(ContrastiveSettings, LaunchSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
+class SftConfig(ContrastiveConfig):
     """Hyper-parameters of the warm start; weights 1 and temperature 0.02: UME-R1 (2511.00405)."""
 
     token_weight: float = field(
@@ -65,9 +60,9 @@ class SftConfig(ContrastiveSettings, LaunchSettings, TrainingArguments):  # pyri
         },
     )
 
-    def __post_init__(self) -> None:
-        """Check the method's own fields, all problems at once, then HF's."""
-        problems = self.contrastive_problems()
+    def problems(self) -> list[str]:
+        """Return what is wrong with the batch's and the method's fields."""
+        problems = super().problems()
         for name in ("contrastive_from", "self_written_from", "self_written_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 problems.append(f"{name} = {getattr(self, name)}, expected in [0, 1]")
@@ -76,14 +71,15 @@ class SftConfig(ContrastiveSettings, LaunchSettings, TrainingArguments):  # pyri
                 f"contrastive_from = {self.contrastive_from} with token_weight = 0, expected 0: "
                 "the steps before it would have no loss"
             )
-        if problems:
-            raise ValueError("SftConfig: " + "; ".join(problems) + "; change these fields")
-        self.remove_unused_columns = False
-        super().__post_init__()
+        return problems
 
 
-class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
-    """HF Trainer over `DualLoraModel.forward`: one wrapped forward a step gives all losses."""
+class SftTrainer(AdapterCheckpoints, ContrastiveTrainer):
+    """Trains `DualLoraModel.forward`: one wrapped forward a step gives all losses.
+
+    A record without a CoT trains the direct path only (MMEmb-R1, 2604.06156: pairs for which no
+    candidate was worth it): no token loss, and no row in the think terms, whoever writes.
+    """
 
     args: SftConfig
 
@@ -91,147 +87,96 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
         self, model: DualLoraModel, args: SftConfig, records: Sequence[Record], **kwargs: Any
     ) -> None:
         """Build the collator; `kwargs` go to `Trainer`."""
-        drop_gates(model, "the warm start changes what it reads", args.output_dir or "OUTPUT_DIR")
         collator = SftCollator(
             model,
             num_hard_negatives=args.num_hard_negatives,
             has_targets=args.contrastive_from < 1,
             chunk_tokens=args.contrastive_chunk_tokens,
         )
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=RecordDataset(records),
-            data_collator=collator,
-            **kwargs,
-        )
-        self.dual_model, self.records = model, records
+        super().__init__(model, args, records, module=model, data_collator=collator, **kwargs)
 
-    def compute_loss(
-        self,
-        model: Any,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """Return the weighted sum of the losses, the same however many processes hold the batch.
-
-        A record without a CoT trains the direct path only (MMEmb-R1, 2604.06156: pairs for which no
-        candidate was worth it): no token loss, and no row in the think terms, whoever writes.
-        """
-        done = self._done
-        taught = {**inputs["query"], **inputs["taught"]} if self.args.token_weight else None
-        if done < self.args.contrastive_from:
-            outputs = model(token_nll=taught)
-            parts = {"token": self._token_loss(outputs)}
-        else:
-            think = inputs["think"]
-            if self._is_self_written(done):
-                think = self._own_thoughts(inputs["query"])
-            embed = {"no_think": inputs["query"], "target": inputs["target"]}
-            inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
-            if inputs["is_thinking"].any():
-                embed["think"] = {**inputs["query"], **think}
-            # All processes take part in the same gathers, also those without a target CoT.
-            if bool(gather_with_grad(inputs["has_target_cot"]).any()):
-                embed["target_think"] = {**inputs["target"], **inputs["target_think"]}
-            outputs = model(embed=embed, token_nll=taught)
-            parts = self._contrastive_losses(outputs["embeds"], inputs)
-            if taught is not None:
-                parts["token"] = self._token_loss(outputs)
-        self._log_parts(parts)
-        loss = self._weighted(parts)
-        return (loss, outputs) if return_outputs else loss
-
-    def _weighted(self, parts: Mapping[str, Tensor]) -> Tensor:
-        weights = {
+    def _weights(self) -> dict[str, float]:
+        return {
             "token": self.args.token_weight,
             "think": self.args.think_weight,
             "no_think": self.args.no_think_weight,
             "cross": self.args.cross_weight,
         }
-        return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
-    def _token_loss(self, outputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the mean NLL over the tokens of all processes, scaled for DDP's mean over them."""
-        count: Any = self.accelerator.reduce(outputs["token_count"].sum().float(), reduction="sum")
-        return outputs["token_nll"].sum() * self.accelerator.num_processes / count.clamp(min=1)
+    def _begin_step(self, inputs: Batch) -> None:
+        """Let the model write where it is due; find out who thinks and how much is taught.
 
-    def _prepare_chunks(self, inputs: dict[str, Any], chunks: Chunks) -> None:
-        """Count the taught tokens of all processes, and let the model write where it is due."""
-        done, queries = self._done, chunks.kinds["query"]
+        All processes take part in the same gathers, also those without a target CoT.
+        """
+        done, chunks = self._done, inputs.get("chunks")
+        queries = [(inputs.get("query"), inputs)]
+        if chunks is not None:
+            queries = [(chunk.prompt, chunk.completions) for chunk in chunks.kinds["query"]]
         inputs["only_taught"] = done < self.args.contrastive_from
-        if inputs["only_taught"]:
+        if not inputs["only_taught"]:
+            if self._is_self_written(done):
+                self._write_thoughts(queries)
+            inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
+            inputs["targets_think"] = bool(gather_with_grad(inputs["has_target_cot"]).any())
+        elif chunks is not None:
             del chunks.kinds["target"]
-        elif self._is_self_written(done):
-            written: list[list[int]] = []
-            with self.whole_model():
-                for chunk in queries:
-                    prompt = send_to_device(chunk.prompt, self.args.device)
-                    written += self.dual_model.reason(prompt)
-            parts = iter(self._usable(written))
-            for chunk in queries:
-                own = [next(parts) for _ in chunk.rows]
-                chunk.completions["think"] = self.dual_model.collate_completions(own)
-        inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
-        inputs["targets_think"] = bool(gather_with_grad(inputs["has_target_cot"]).any())
-        masks = [chunk.completions["taught"]["completion_mask"].sum() for chunk in queries]
+        masks = [written["taught"]["completion_mask"].sum() for _, written in queries]
         count = torch.stack(masks).sum().float().to(self.args.device)
-        inputs["token_count"] = self.accelerator.reduce(count, reduction="sum")
+        total: Any = self.accelerator.reduce(count, reduction="sum")
+        inputs["token_count"] = total.clamp(min=1)
+
+    def _losses(self, model: Any, inputs: Batch) -> tuple[Tensors, Any]:
+        embed: dict[str, Batch] = {}
+        if not inputs["only_taught"]:
+            for kind in ("query", "target"):
+                embed |= self._embedded(kind, inputs[kind], inputs, inputs)
+        taught = self._taught(inputs["query"], inputs["taught"])
+        outputs = model(embed=embed, token_nll=taught)
+        parts = self._contrastive_losses(outputs["embeds"], inputs) if embed else {}
+        if taught is not None:  # scaled for DDP's mean over processes
+            nll, processes = outputs["token_nll"].sum(), self.accelerator.num_processes
+            parts["token"] = nll * processes / inputs["token_count"]
+        return parts, outputs
 
     def _chunk_call(
-        self,
-        kind: str,
-        chunk: Chunk,
-        prompt: dict[str, Any],
-        inputs: dict[str, Any],
-        *,
-        is_second: bool,
+        self, kind: str, prompt: Batch, written: dict[str, Tensors], inputs: Batch, is_second: bool
     ) -> dict[str, Any] | None:
-        written = send_to_device(chunk.completions, self.args.device)
-        if kind == "target":
-            embed = {"target": prompt}
-            if inputs["targets_think"]:
-                embed["target_think"] = {**prompt, **written["think"]}
-            return {"embed": embed}
-        embed = {"no_think": prompt}
-        if inputs["is_thinking"].any():
-            embed["think"] = {**prompt, **written["think"]}
-        if inputs["only_taught"]:
-            embed = {}
-        has_tokens = is_second and self.args.token_weight
-        taught = {**prompt, **written["taught"]} if has_tokens else None
+        embed, taught = {}, None
+        if not inputs["only_taught"]:
+            embed = self._embedded(kind, prompt, written, inputs)
+        if kind == "query" and is_second:
+            taught = self._taught(prompt, written["taught"])
         return {"embed": embed, "token_nll": taught} if embed or taught else None
 
-    def _chunk_vectors(self, kind: str, outputs: Any) -> dict[str, Tensor]:
-        return outputs["embeds"]
+    def _embedded(
+        self, kind: str, prompt: Batch, written: Mapping[str, Any], inputs: Batch
+    ) -> dict[str, Batch]:
+        """Return what is embedded of queries or of targets, without and with a thought."""
+        direct, thinking, thinks = "no_think", "think", bool(inputs["is_thinking"].any())
+        if kind == "target":
+            direct, thinking, thinks = "target", "target_think", inputs["targets_think"]
+        return {direct: prompt, **({thinking: {**prompt, **written[thinking]}} if thinks else {})}
+
+    def _taught(self, prompt: Batch, written: Tensors) -> Batch | None:
+        return {**prompt, **written} if self.args.token_weight else None
 
     def _row_losses(
-        self,
-        kind: str,
-        outputs: Any,
-        chunk: Chunk,
-        vectors: Mapping[str, Tensor],
-        inputs: dict[str, Any],
-    ) -> dict[str, Tensor]:
+        self, outputs: Any, chunk: Chunk, vectors: Mapping[str, Tensor], inputs: Batch
+    ) -> Tensors:
         if "token_nll" not in outputs:
             return {}
-        scale = self.accelerator.num_processes / inputs["token_count"].clamp(min=1)
+        scale = self.accelerator.num_processes / inputs["token_count"]
         return {"token": outputs["token_nll"].sum() * scale}
 
-    def _contrastive_losses(
-        self, vectors: Mapping[str, Tensor], inputs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        rows, temperature = inputs["target_rows"], self.args.temperature
-        every = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
+    def _contrastive_losses(self, vectors: Mapping[str, Tensor], inputs: Batch) -> Tensors:
+        temperature = self.args.temperature
         has_cot = inputs["is_thinking"]  # of the records of all processes
+        every, target = self._pairs(vectors["target"], inputs)
         no_think = gather_with_grad(vectors["no_think"])
-        target = every.gather_targets(vectors["target"][rows])
-        every = every.without_twins(target, self.args.max_negative_similarity)
         think_target = target
         if "target_think" in vectors:
-            think_target = every.gather_targets(vectors["target_think"][rows])
-        parts: dict[str, Tensor] = {}
+            think_target = every.gather_targets(vectors["target_think"][inputs["target_rows"]])
+        parts: Tensors = {}
         cross: list[Tensor] = []
         if "think" in vectors:  # some record of some process has a CoT
             thinking = every.only(has_cot)
@@ -255,16 +200,16 @@ class SftTrainer(AdapterCheckpoints, ChunkedContrast, RecordTraining, Trainer):
         die = random.Random(f"{self.args.seed}/{self.state.global_step}").random()
         return die < self.args.self_written_share
 
-    def _own_thoughts(self, query: dict[str, Any]) -> dict[str, Tensor]:
-        """Let the reasoning adapter write the CoTs of a batch of prompts (greedy)."""
-        with self.whole_model():
-            written = self.dual_model.reason(query)
-        batch = self.dual_model.collate_completions(self._usable(written))
-        return {key: value.to(self.args.device) for key, value in batch.items()}
+    def _write_thoughts(self, queries: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+        """Let the reasoning adapter write the CoTs of the prompts (greedy) in place of those given.
 
-    def _usable(self, written: Sequence[list[int]]) -> list[list[int]]:
-        """Return what may be embedded of the written; malformed thoughts become no-think."""
-        usable = [self.dual_model.completion_for_embedding(row) for row in written]
-        malformed = sum(not row for row in usable)
-        self._note("self_written_malformed_ratio", malformed / len(usable))
-        return usable
+        Malformed thoughts become no-think.
+        """
+        model, device = self.dual_model, self.args.device
+        with self.whole_model():
+            written = [model.reason(send_to_device(prompt, device)) for prompt, _ in queries]
+        usable = [[model.completion_for_embedding(ids) for ids in rows] for rows in written]
+        for (_, completions), rows in zip(queries, usable, strict=True):
+            completions["think"] = send_to_device(model.collate_completions(rows), device)
+        is_malformed = [not ids for rows in usable for ids in rows]
+        self._note("self_written_malformed_ratio", sum(is_malformed) / len(is_malformed))

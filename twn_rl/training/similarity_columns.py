@@ -14,6 +14,7 @@ from torch import Tensor
 
 from twn_rl.metrics.ranking import TIE_TOLERANCE
 from twn_rl.training.bank_building import BankError
+from twn_rl.training.settings import limit_problems
 from twn_rl.training.target_bank import TargetBank
 
 SCORING_COLUMNS = (
@@ -76,11 +77,8 @@ def similarity_columns(
     false_negatives = list(false_negative_ids) if false_negative_ids is not None else []
     false_negatives = false_negatives or [()] * num_queries
     _check_queries(queries, positive_ids, names, false_negatives, bank, num_negatives)
-    if max_negative_similarity is not None and not -1 < max_negative_similarity <= 1:
-        raise BankError(
-            f"max_negative_similarity = {max_negative_similarity}, expected a cosine in (-1, 1]; "
-            "correct it, or leave it out"
-        )
+    for problem in limit_problems(max_negative_similarity):
+        raise BankError(f"{problem}; correct it, or leave it out")
     columns: dict[str, list[Any]] = {
         "positive_similarity": [0.0] * num_queries,
         "negative_similarities": [[] for _ in range(num_queries)],
