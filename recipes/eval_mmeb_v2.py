@@ -20,10 +20,11 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
-from twn_rl.evaluation.mmeb_v2.runner import RunReport, check_data, run_tasks
-from twn_rl.evaluation.mmeb_v2.score_files import TABLE_FILE, write_reports
+from twn_rl.evaluation.mmeb_v2.leaderboard import TABLE_FILE, write_reports
+from twn_rl.evaluation.mmeb_v2.loaders import check_data
+from twn_rl.evaluation.mmeb_v2.run_tasks import RunReport, run_tasks
 from twn_rl.evaluation.mmeb_v2.sweep import sweep_thresholds
+from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import LABEL_SETS, load_tasks, select_tasks
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.encode_settings import EncodeSettings

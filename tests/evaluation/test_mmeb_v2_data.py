@@ -7,11 +7,16 @@ import mmeb_files as files
 import pytest
 
 from twn_rl.data.record import Item, RecordError
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
-from twn_rl.evaluation.mmeb_v2.loaders import LOADERS, load_task, missing_data
-from twn_rl.evaluation.mmeb_v2.runner import check_data
+from twn_rl.evaluation.mmeb_v2.loaders import (
+    DOCUMENT_PARSERS,
+    ROW_READERS,
+    check_data,
+    load_task,
+    missing_data,
+)
+from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import MAIN_METRICS, load_tasks, select_tasks
-from twn_rl.evaluation.mmeb_v2.video_questions import MVBENCH_SUBSETS
+from twn_rl.evaluation.mmeb_v2.video_rows import MVBENCH_SUBSETS
 
 TASKS = load_tasks()
 VQA = "Given a video and a question, select the most accurate answer from the provided candidates."
@@ -37,7 +42,7 @@ def right_of(data, query) -> dict[str, float]:
 @pytest.mark.parametrize("name", list(TASKS))
 def test_every_task_has_a_loader_a_metric_a_source_and_instructions(name: str) -> None:
     task = TASKS[name]
-    assert task.parser in LOADERS
+    assert (task.parser in ROW_READERS) != (task.parser in DOCUMENT_PARSERS)
     assert task.metric == MAIN_METRICS[task.group]
     assert task.candidates in ("local", "global")
     assert task.hf_path.count("/") == 1

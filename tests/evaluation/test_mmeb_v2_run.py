@@ -11,10 +11,10 @@ import torch
 from conftest import awaken, make_idefics3
 from launching import TORCHRUN, launch
 
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
-from twn_rl.evaluation.mmeb_v2.runner import run_tasks
-from twn_rl.evaluation.mmeb_v2.score_files import MixedScoresError
+from twn_rl.evaluation.mmeb_v2.leaderboard import MixedScoresError
+from twn_rl.evaluation.mmeb_v2.run_tasks import run_tasks
 from twn_rl.evaluation.mmeb_v2.sweep import sweep_thresholds
+from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import load_tasks
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.encode_settings import EncodeSettings

@@ -9,17 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from twn_rl.data.record import Item
-from twn_rl.evaluation.mmeb_v2.score_files import (
+from twn_rl.evaluation.mmeb_v2.leaderboard import (
     OFFICIAL_KEYS,
+    SCORES,
     MixedScoresError,
     leaderboard_metrics,
     read_score,
     read_scores,
-    score_path,
+    result_path,
     summarize,
     write_reports,
 )
-from twn_rl.evaluation.mmeb_v2.scoring import score_task
+from twn_rl.evaluation.mmeb_v2.score_task import score_task
 from twn_rl.evaluation.mmeb_v2.task_data import ItemTargets, TaskData, TaskQuery
 from twn_rl.evaluation.mmeb_v2.tasks import load_tasks
 from twn_rl.metrics.graded import query_metrics
@@ -151,7 +152,7 @@ PLAN = {"model": {"space": "a"}, "think": "auto", "labels": "page-fixed"}
 
 
 def write_score(output: Path, name: str, value: float = 0.5, **changes) -> None:
-    path = score_path(output, TASKS[name])
+    path = result_path(output, TASKS[name], SCORES)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = dict.fromkeys(OFFICIAL_KEYS, value)
     plan = {**PLAN, "task": TASKS[name].fingerprint(), **changes.pop("plan", {})}
@@ -167,7 +168,7 @@ def test_the_mean_over_all_is_given_for_all_tasks_only(tmp_path: Path) -> None:
     assert whole["overall"] == pytest.approx(np.mean([i / 100 for i in range(78)]), abs=1e-12)
     assert whole["means"]["visdoc"]["mean"] == pytest.approx(np.mean(np.arange(54, 78) / 100))
     assert whole["means"]["I-QA"]["mean"] == pytest.approx(np.mean(np.arange(10, 20) / 100))
-    score_path(tmp_path, TASKS["MSVD"]).unlink()
+    result_path(tmp_path, TASKS["MSVD"], SCORES).unlink()
     part = summarize(read_scores(tmp_path, tasks), tasks)
     assert part["overall"] is None
     assert part["means"]["V-RET"]["mean"] is None

@@ -63,19 +63,43 @@ def describe(
 
 
 def write_results(folder: Path, found: Mapping[str, ChosenThreshold], metric: str) -> None:
-    """Write metrics.json, curve.csv and curve.png, each whole or not at all; one entry a side."""
+    """Write metrics.json, curve.csv and curve.png; one entry a side."""
     folder.mkdir(parents=True, exist_ok=True)
     metrics = {side: choice.metrics for side, choice in found.items()}
     text = json.dumps({"metric": metric, **metrics}, indent=1, allow_nan=False) + "\n"
     write_text(folder / "metrics.json", text)
-    rows = [row for side, choice in found.items() for row in curve_rows(choice.curve, side=side)]
+    curves = {side: (choice.curve, choice.chosen) for side, choice in found.items()}
+    write_curves(folder, "curve", curves, key="side", metric=metric)
+
+
+def write_curves(
+    folder: Path,
+    name: str,
+    curves: Mapping[str, tuple[GateCurve, CurvePoint]],
+    *,
+    key: str,
+    metric: str,
+    side: str | None = None,
+) -> None:
+    """Write curves as NAME.csv and NAME.png, each whole or not at all.
+
+    Args:
+        folder: Where to write.
+        name: Of both files.
+        curves: Name of a curve -> the curve and the point of it that is chosen.
+        key: Column of the names.
+        metric: What quality is.
+        side: Whose gate all curves are of; each of the side it is named after if None.
+    """
+    rows = [
+        row for label, (curve, _) in curves.items() for row in curve_rows(curve, **{key: label})
+    ]
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "curve.csv", table.getvalue())
-    curves = {side: (choice.curve, choice.chosen) for side, choice in found.items()}
-    plot_gate_curves(curves, folder / "curve.png", metric=metric)
+    write_text(folder / f"{name}.csv", table.getvalue())
+    plot_gate_curves(curves, folder / f"{name}.png", metric=metric, side=side)
 
 
 def log_choice(side: str, found: ChosenThreshold, metric: str) -> None:

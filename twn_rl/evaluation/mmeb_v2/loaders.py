@@ -1,50 +1,30 @@
-"""Which loader reads which task, and whether its data is there before anything is embedded."""
+"""A task's queries and targets from its files, and whether these are there before anything runs."""
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-from twn_rl.data.record import RecordError
-from twn_rl.evaluation.mmeb_v2 import video_questions as questions
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
-from twn_rl.evaluation.mmeb_v2.document_tasks import load_documents
-from twn_rl.evaluation.mmeb_v2.image_tasks import (
-    load_captioned_candidates,
-    load_image_candidates,
-    load_text_candidates,
-)
-from twn_rl.evaluation.mmeb_v2.task_data import TaskData
+from twn_rl.data.record import Item, RecordError
+from twn_rl.evaluation.mmeb_v2 import image_rows, video_rows
+from twn_rl.evaluation.mmeb_v2.documents import load_documents
+from twn_rl.evaluation.mmeb_v2.task_data import ItemTargets, TaskData, TaskQuery, TaskRow
+from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.evaluation.mmeb_v2.video_retrieval import (
-    load_moment_retrieval,
-    load_momentseeker,
-    load_video_retrieval,
-)
 
-Loader = Callable[[MmebTask, BenchmarkFolder], TaskData]
+# Task, folder of its pictures or frames, row -> what the row says.
+RowReader = Callable[[MmebTask, Path, Mapping[str, Any]], TaskRow]
 
-LOADERS: dict[str, Loader] = {
-    "image_cls": load_text_candidates,
-    "image_qa": load_text_candidates,
-    "image_i2t": load_text_candidates,
-    "image_t2i": load_image_candidates,
-    "image_i2i_vg": load_captioned_candidates,
-    "video_classification": questions.load_video_classes,
-    "ssv2": questions.load_video_choices,
-    "mvbench": questions.load_mvbench,
-    "nextqa": questions.load_nextqa,
-    "videomme": questions.load_videomme,
-    "egoschema": questions.load_egoschema,
-    "activitynetqa": questions.load_activitynetqa,
-    "didemo": load_video_retrieval,
-    "msrvtt": load_video_retrieval,
-    "msvd": load_video_retrieval,
-    "vatex": load_video_retrieval,
-    "youcook2": load_video_retrieval,
-    "moment_retrieval": load_moment_retrieval,
-    "momentseeker": load_momentseeker,
-    "vidore": load_documents,
-    "visrag": load_documents,
+ROW_READERS: dict[str, RowReader] = {
+    **dict.fromkeys(("image_cls", "image_qa", "image_i2t"), image_rows.read_text_candidates),
+    "image_t2i": image_rows.read_image_candidates,
+    "image_i2i_vg": image_rows.read_captioned_candidates,
+    **dict.fromkeys(video_rows.QUESTIONS, video_rows.read_question),
+    **dict.fromkeys(video_rows.CAPTION_FIELDS, video_rows.read_caption),
+    "moment_retrieval": video_rows.read_moment,
+    "momentseeker": video_rows.read_momentseeker,
 }
-_ARCHIVES = ("*.tar", "*.tar.gz", "*.tar.gz-*", "*.tgz", "*.zip")
+DOCUMENT_PARSERS = ("vidore", "visrag")
 
 
 def load_task(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
@@ -54,19 +34,43 @@ def load_task(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
         RecordError: For a row that cannot be used, with its file and number: a score without it
             would be no MMEB-V2 score.
     """
-    data = LOADERS[task.parser](task, folder)
+    is_documents = task.parser in DOCUMENT_PARSERS
+    data = load_documents(task, folder) if is_documents else _load_rows(task, folder)
     if not data.queries or not data.targets.keys:
         raise RecordError(
             f"task {task.task} has {len(data.queries)} queries and {len(data.targets.keys)} "
             "targets; expected some of both; download it again",
             reason="no_records",
-            file=folder.files(task, "queries" if task.group == "visdoc" else None)[0].path,
+            file=folder.files(task, "queries" if is_documents else None)[0].path,
         )
     if len(data.queries) != task.num_queries:
         data.warnings.append(
             f"{len(data.queries)} queries, the official run has {task.num_queries}"
         )
     return data
+
+
+def check_data(
+    tasks: Sequence[MmebTask], folder: BenchmarkFolder, *, skip_missing: bool = False
+) -> dict[str, str]:
+    """Return what is missing, by task, before anything is loaded or embedded.
+
+    Args:
+        tasks: Those asked for.
+        folder: Where the data is.
+        skip_missing: Return what is missing; otherwise it is an error.
+
+    Raises:
+        FileNotFoundError: If a folder of annotations, pictures or frames is missing.
+    """
+    problems = missing_data(tasks, folder)
+    if problems and not skip_missing:
+        listed = "\n".join(problems.values())
+        raise FileNotFoundError(
+            f"{len(problems)} of {len(tasks)} tasks have no data:\n{listed}\nexpected all of it; "
+            "complete the download, choose --tasks, or pass --on_missing_data skip"
+        )
+    return problems
 
 
 def missing_data(tasks: Iterable[MmebTask], folder: BenchmarkFolder) -> dict[str, str]:
@@ -83,32 +87,67 @@ def missing_data(tasks: Iterable[MmebTask], folder: BenchmarkFolder) -> dict[str
         )
     problems: dict[str, str] = {}
     for task in tasks:
+        is_documents = task.parser in DOCUMENT_PARSERS
         try:
-            for config in _configs(task):
+            for config in ("corpus", "queries", "qrels") if is_documents else _subsets(task):
                 folder.files(task, config)
+            folder.check_media(task)
         except (RecordError, OSError) as error:
             problems[task.task] = str(error)
-            continue
-        media = folder.media_root(task)
-        # Pages of documents are in the corpus itself.
-        if task.group != "visdoc" and not (media.is_dir() and any(media.iterdir())):
-            problems[task.task] = (
-                f"task {task.task}: {folder.data_root / task.media_root} is missing or empty; "
-                f"expected its pictures or frames there; {_archive_hint(folder, task)}"
-            )
     return problems
 
 
-def _configs(task: MmebTask) -> tuple[str | None, ...]:
-    if task.group == "visdoc":
-        return ("corpus", "queries", "qrels")
-    return questions.MVBENCH_SUBSETS if task.parser == "mvbench" else (None,)
+def _load_rows(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
+    """Return a task whose rows stand alone, as those of all image and video tasks do."""
+    targets, queries = ItemTargets(), list[TaskQuery]()
+    if task.num_candidates is not None:
+        for label in _read_labels(task, folder):
+            targets.add(label, Item(text=label))
+    for subset in _subsets(task):
+        root = folder.media_root(task) / (subset or "")
+        for row in folder.rows(task, subset):
+            name = f"{subset}/{row.position}" if subset else str(row.position)
+            with located(row) as data:
+                read = ROW_READERS[task.parser](task, root, data)
+                queries.append(targets.query(name, read, is_local=task.candidates == "local"))
+    if task.num_candidates is not None and len(targets.keys) < task.num_candidates:
+        raise RecordError(
+            f"task {task.task}: {len(targets.keys)} labels found; expected {task.num_candidates}, "
+            "as fewer make the task easier; write all labels, one a line, to "
+            f"{_labels_path(task, folder)}",
+            reason="missing_labels",
+            file=folder.annotation_root,
+        )
+    return TaskData(queries, targets)
 
 
-def _archive_hint(folder: BenchmarkFolder, task: MmebTask) -> str:
-    above = folder.data_root / task.media_root
-    for place in list(above.parents)[:3]:
-        found = [path for pattern in _ARCHIVES for path in sorted(place.glob(pattern))]
-        if found and place.is_relative_to(folder.data_root):
-            return f"unpack {', '.join(str(path) for path in found[:3])}"
-    return "download them"
+def _labels_path(task: MmebTask, folder: BenchmarkFolder) -> Path:
+    return folder.annotation_root / "labels" / f"{task.task}.txt"
+
+
+def _read_labels(task: MmebTask, folder: BenchmarkFolder) -> list[str]:
+    """Return labels from beside the annotations, else from `labels/TASK.txt`; none without."""
+    names = ("labels.json", "labels.txt")
+    places = [place / name for place in folder.places(task) for name in names]
+    for path in (*places, _labels_path(task, folder)):
+        if not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".txt":
+            return [line.strip() for line in text.splitlines() if line.strip()]
+        try:
+            labels = json.loads(text)
+        except ValueError as error:
+            labels = error
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise RecordError(
+                f"labels = {labels!r:.80}; expected a JSON list of texts; correct the file",
+                reason="bad_file",
+                file=path,
+            )
+        return labels
+    return []
+
+
+def _subsets(task: MmebTask) -> Sequence[str | None]:
+    return video_rows.MVBENCH_SUBSETS if task.parser == "mvbench" else (None,)

@@ -4,34 +4,27 @@ Every query is embedded without and with its thought once; each threshold is the
 the two.
 """
 
-import csv
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from twn_rl.evaluation.gate_threshold import (
-    CurvePoint,
-    GateCurve,
-    ThresholdRule,
-    curve_rows,
-    gate_curve,
-)
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder
-from twn_rl.evaluation.mmeb_v2.encoding import EncodedTask
-from twn_rl.evaluation.mmeb_v2.runner import check_gate, encode_task, make_encoder, read_vectors
-from twn_rl.evaluation.mmeb_v2.scoring import score_task
+from twn_rl.evaluation.gate_threshold import CurvePoint, GateCurve, ThresholdRule, gate_curve
+from twn_rl.evaluation.mmeb_v2.encoding import TaskEncoder
+from twn_rl.evaluation.mmeb_v2.run_tasks import attempt, embed_task, make_encoder, vectors_folder
+from twn_rl.evaluation.mmeb_v2.score_task import score_task
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
+from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
-from twn_rl.evaluation.report.gate_chart import plot_gate_curves
+from twn_rl.evaluation.threshold_files import write_curves
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.runtime.processes import Processes
 
 logger = logging.getLogger(__name__)
 
-CHART_FILE = "threshold_sweep.png"
-CURVES_FILE = "threshold_sweep.csv"
+CURVES_NAME = "threshold_sweep"
 # The gate is asked, and no probability is above 1.
 NOBODY_THINKS = 1.0
 
@@ -64,7 +57,6 @@ def sweep_thresholds(
         "no_think": replace(settings, think="auto", think_threshold=NOBODY_THINKS),
         "always": replace(settings, think="always", think_threshold=None),
     }
-    check_gate(embedder, ways["no_think"])
     encoders = {
         name: make_encoder(
             embedder, way, processes, variant=name, show_progress_bar=show_progress_bar
@@ -74,50 +66,33 @@ def sweep_thresholds(
     curves: dict[str, tuple[GateCurve, CurvePoint]] = {}
     failed: dict[str, str] = {}
     for task in tasks:
-        encoded: dict[str, EncodedTask] = {}
-        for name, encoder in encoders.items():
-            data, problem = encode_task(encoder, task, folder, output, processes)
-            if data is None or problem is not None:
-                failed[task.task] = problem or "no data"
-                logger.error("%s failed: %s", task.task, problem)
-                break
-            if encoder.index == 0:
-                encoded[name] = read_vectors(encoder, task, data, output)
-                if len(encoded) == len(encoders):
-                    curve = task_curve(task, data, encoded["no_think"], encoded["always"])
-                    curves[task.task] = (curve, ThresholdRule().pick(curve.points))
+        data, problem = None, None
+        for encoder in encoders.values():
+            if problem is None:
+                data, problem = attempt(
+                    partial(embed_task, encoder, task, folder, output), processes
+                )
+        if data is None or problem is not None:
+            failed[task.task] = problem or "no data"
+            logger.error("%s failed: %s", task.task, problem)
+        elif encoders["always"].index == 0:
+            curve = _task_curve(task, data, encoders, output)
+            curves[task.task] = (curve, ThresholdRule().pick(curve.points))
     if curves:
-        _write(output, curves)
+        write_curves(output, CURVES_NAME, curves, key="task", metric="main metric", side="query")
     return failed
 
 
-def task_curve(
-    task: MmebTask, data: TaskData, no_think: EncodedTask, always: EncodedTask
+def _task_curve(
+    task: MmebTask, data: TaskData, encoders: Mapping[str, TaskEncoder], output: Path
 ) -> GateCurve:
-    """Return a task's main metric and tokens at every threshold that tells queries apart.
-
-    Args:
-        task: The task.
-        data: Who is whose candidate.
-        no_think: Vectors without thoughts, with what the gate said.
-        always: Vectors with thoughts.
-    """
-    quality = [
-        [
-            row[task.metric]
-            for row in score_task(data, way.queries, no_think.targets, metric=task.metric).queries
-        ]
-        for way in (no_think, always)
-    ]
+    """Return a task's main metric and tokens at every threshold that tells queries apart."""
+    folder = vectors_folder(output, task)
+    no_think, always = (encoders[name].read(data, folder) for name in ("no_think", "always"))
+    before, after = (
+        [row[task.metric] for row in score_task(data, *vectors, metric=task.metric).queries]
+        for vectors in ((no_think.queries, no_think.targets), (always.queries, no_think.targets))
+    )
     probabilities = [line["gate_probability"] for line in no_think.details]
     tokens = [line["think_tokens"] for line in always.details]
-    return gate_curve(probabilities, quality[0], quality[1], tokens)
-
-
-def _write(output: Path, curves: dict[str, tuple[GateCurve, CurvePoint]]) -> None:
-    rows = [row for name, (curve, _) in curves.items() for row in curve_rows(curve, task=name)]
-    with (output / CURVES_FILE).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    plot_gate_curves(curves, output / CHART_FILE, metric="main metric", side="query")
+    return gate_curve(probabilities, before, after, tokens)

@@ -1,11 +1,11 @@
-"""What a task is once it is read: queries, targets, who is whose candidate. Knows no files.
+"""What a task is once it is read: queries, targets, and who is whose candidate.
 
 Targets are held by what makes them, not opened: a page of a corpus is read when it is embedded.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,14 @@ class TaskQuery:
     item: Item
     relevant: Mapping[int, float]
     candidates: NDArray[np.int64] | None = None
+
+
+class TaskRow(NamedTuple):
+    """What a row of annotations says: a query, its candidates by key, and which are right."""
+
+    query: Item
+    candidates: Sequence[tuple[str, Item]]
+    positives: Sequence[str]
 
 
 class Targets(Protocol):
@@ -60,9 +68,31 @@ class ItemTargets:
             self.items.append(item)
         return place
 
-    def number(self, key: str) -> int | None:
-        """Return the number of a target, None if there is none of this key."""
-        return self._places.get(key)
+    def query(self, name: str, row: TaskRow, *, is_local: bool) -> TaskQuery:
+        """Return the query of a row, whose candidates are added to the targets.
+
+        Candidates with the same key count once: the official scorer would give a repeated one two
+        positions, which changes hit@5 and hit@10 but never hit@1.
+
+        Args:
+            name: Of the query.
+            row: What its row says.
+            is_local: Whether it is ranked among its own candidates, not among all targets.
+
+        Raises:
+            RecordError: If there are no candidates, or a positive is not among them.
+        """
+        numbers = {key: self.add(key, target) for key, target in row.candidates}
+        missing = [key for key in row.positives if key not in numbers]
+        if not numbers or not row.positives or missing:
+            raise RecordError(
+                f"query {name!r}: positives {[key[:80] for key in missing or row.positives]} not "
+                f"among its {len(numbers)} candidates {[key[:40] for key in list(numbers)[:5]]}; "
+                "expected every positive to be one of them; correct the row",
+                reason="missing_positive",
+            )
+        candidates = np.array(list(numbers.values()), dtype=np.int64) if is_local else None
+        return TaskQuery(name, row.query, {numbers[key]: 1.0 for key in row.positives}, candidates)
 
     def read(self, start: int, stop: int) -> Sequence[Item | RecordError]:
         """Return the items of some targets."""
@@ -88,45 +118,18 @@ class TaskData:
     warnings: list[str] = field(default_factory=list)
 
 
-def local_query(
-    name: str,
-    item: Item,
-    candidates: Iterable[tuple[str, Item]],
-    positives: Iterable[str],
-    targets: ItemTargets,
-) -> TaskQuery:
-    """Return a query that is ranked among its own candidates, which are added to `targets`.
-
-    Candidates with the same key count once: the official scorer would give a repeated one two
-    positions, which changes hit@5 and hit@10 but never hit@1.
+def query_item(
+    instruction: str | None, text: str | None, images: Sequence[str], video: Sequence[str]
+) -> Item:
+    """Return the item of a query.
 
     Raises:
-        RecordError: If there are no candidates, or a positive is not among them.
+        RecordError: If it has both pictures and a video.
     """
-    keys = {key: targets.add(key, target) for key, target in candidates}
-    wanted = list(positives)
-    missing = [key for key in wanted if key not in keys]
-    if not keys or not wanted or missing:
+    if images and video:
         raise RecordError(
-            f"query {name!r}: positives {[key[:80] for key in missing or wanted]} not among its "
-            f"{len(keys)} candidates {[key[:40] for key in list(keys)[:5]]}; expected every "
-            "positive to be one of them; correct the row",
-            reason="missing_positive",
-        )
-    relevant = {keys[key]: 1.0 for key in wanted}
-    return TaskQuery(name, item, relevant, np.array(list(keys.values()), dtype=np.int64))
-
-
-def refuse_mixed_media(item: Item) -> Item:
-    """Return the item, unless it holds both pictures and a video.
-
-    Raises:
-        RecordError: If it does.
-    """
-    if item.images and item.video:
-        raise RecordError(
-            f"row has {len(item.images)} images and {len(item.video)} frames of a video; expected "
-            "one of them, as no MMEB-V2 input has both; remove the other",
+            f"row has {len(images)} images and {len(video)} frames of a video; expected one of "
+            "them, as no MMEB-V2 input has both; remove the other",
             reason="mixed_media",
         )
-    return item
+    return Item(instruction, text, tuple(images), tuple(video))

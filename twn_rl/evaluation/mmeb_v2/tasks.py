@@ -9,7 +9,7 @@ labels. A file with some of the columns overrides cells of the table (`load_task
 import csv
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -22,7 +22,6 @@ LabelSet = Literal["page-fixed", "original"]
 GROUPS = get_args(Group)
 LABEL_SETS = get_args(LabelSet)
 MAIN_METRICS = {"image": "hit@1", "video": "hit@1", "visdoc": "ndcg_linear@5"}
-NUM_FRAMES = 8
 FIXED_SUFFIX = "-fixed"
 _NUMBERS = {"max_queries": int, "num_queries": int, "num_candidates": int, "reference": float}
 
@@ -96,10 +95,10 @@ def load_tasks(overrides: str | Path | None = None) -> dict[str, MmebTask]:
     Raises:
         ValueError: For an unknown column or task, or a cell that is no number where one belongs.
     """
-    with (resources.files("twn_rl.evaluation.mmeb_v2") / "tasks.csv").open(
-        encoding="utf-8"
-    ) as file:
-        tasks = {row["task"]: _task(row) for row in csv.DictReader(file)}
+    table = resources.files("twn_rl.evaluation.mmeb_v2") / "tasks.csv"
+    with table.open(encoding="utf-8") as file:
+        rows = [_cells(row) for row in csv.DictReader(file)]
+    tasks = {row["task"]: MmebTask(**row) for row in rows}
     if overrides is not None:
         with Path(overrides).open(encoding="utf-8-sig", newline="") as file:
             for number, row in enumerate(csv.DictReader(file), start=2):
@@ -110,7 +109,7 @@ def load_tasks(overrides: str | Path | None = None) -> dict[str, MmebTask]:
                         f"{list(map(str, row))}; expected a task of MMEB-V2 and columns of its "
                         "table; correct the file"
                     )
-                cells = {key: _value(key, text) for key, text in row.items() if text}
+                cells = {key: value for key, value in _cells(row).items() if value is not None}
                 tasks[name] = replace(tasks[name], **cells)
     return tasks
 
@@ -126,15 +125,14 @@ def select_tasks(tasks: dict[str, MmebTask], names: Sequence[str] | None) -> lis
     """
     if names is None:
         return list(tasks.values())
-    known = [{task.task, task.group, task.subgroup} for task in tasks.values()]
-    unknown = [name for name in names if not any(name in one for one in known)]
+    known = {name for task in tasks.values() for name in (task.task, task.group, task.subgroup)}
+    unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise ValueError(
             f"tasks = {list(names)} has unknown names {unknown}; expected tasks, groups {GROUPS} "
-            f"or meta-tasks {_unique(task.subgroup for task in tasks.values())}; correct them"
+            f"or meta-tasks {list({t.subgroup: None for t in tasks.values()})}; correct them"
         )
-    pairs = zip(tasks.values(), known, strict=True)
-    return [task for task, one in pairs if one & set(names)]
+    return [t for t in tasks.values() if {t.task, t.group, t.subgroup} & set(names)]
 
 
 def annotation_names(task: MmebTask, labels: LabelSet) -> list[str]:
@@ -149,21 +147,13 @@ def annotation_names(task: MmebTask, labels: LabelSet) -> list[str]:
     return [name, name.removesuffix("-page")] if "MMLongBench" in name else [name]
 
 
-def _task(row: dict[str, str]) -> MmebTask:
-    values: dict[str, Any] = {name: _value(name, text) for name, text in row.items()}
-    return MmebTask(**values)
-
-
-def _value(name: str, text: str) -> Any:
-    if not text:
-        return None
-    try:
-        return _NUMBERS[name](text) if name in _NUMBERS else text
-    except ValueError as error:
-        raise ValueError(
-            f"{name} = {text!r}; expected a number; correct the table of tasks"
-        ) from error
-
-
-def _unique(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
+def _cells(row: Mapping[str, str]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: text or None for name, text in row.items()}
+    for name, number in _NUMBERS.items():
+        try:
+            values |= {name: number(row[name])} if row.get(name) else {}
+        except ValueError as error:
+            raise ValueError(
+                f"{name} = {row[name]!r}; expected a number; correct the table of tasks"
+            ) from error
+    return values

@@ -1,10 +1,10 @@
-"""Vectors of a task -> all its metrics; ties count against the model. Knows no files and no models.
+"""Vectors of a task -> all its metrics; ties count against the model.
 
 The official scorer sorts by `argsort(-cosine)`, which gives 100 % to a model whose vectors are all
 the same, as the answer comes first; here such a model has 0, and a warning with figures.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,8 +76,8 @@ def score_task(
             }
         )
     spread = {"query": _spread(queries), "document": _spread(targets)}
-    warnings = [w for side, report in spread.items() for w in _warnings(side, report)]
-    return TaskScores(mean_metrics(rows), lines, spread, warnings)
+    warnings = [_collapse(side, report) for side, report in spread.items() if report]
+    return TaskScores(mean_metrics(rows), lines, spread, [w for w in warnings if w])
 
 
 def _similarities(
@@ -103,17 +103,18 @@ def _spread(vectors: NDArray[np.float32]) -> dict[str, float]:
     return collapse_report(vectors[::step]) if len(vectors[::step]) > 1 else {}
 
 
-def _warnings(side: str, report: Mapping[str, float]) -> Sequence[str]:
-    if not report:
-        return []
+def _collapse(side: str, report: Mapping[str, float]) -> str | None:
+    """Return the sign of collapse that a report shows, None if there is none."""
     cosine, std = report["mean_pairwise_cosine"], report["scaled_std"]
-    figures = f"mean pairwise cosine {cosine:.6f}, scaled standard deviation {std:.4f}, effective "
-    figures += f"rank {report['effective_rank']:.2f}"
+    figures = (
+        f"mean pairwise cosine {cosine:.6f}, scaled standard deviation {std:.4f}, effective rank "
+        f"{report['effective_rank']:.2f}"
+    )
     if cosine >= _EQUAL_COSINE:
-        return [f"all {side} vectors are equal ({figures}): the score says nothing of the model"]
+        return f"all {side} vectors are equal ({figures}): the score says nothing of the model"
     if cosine > MAX_MEAN_COSINE or std < MIN_SCALED_STD:
-        return [f"the {side} vectors have nearly collapsed ({figures})"]
-    return []
+        return f"the {side} vectors have nearly collapsed ({figures})"
+    return None
 
 
 def _check(vectors: NDArray[np.float32], count: int, name: str) -> None:

@@ -1,4 +1,4 @@
-"""Scores of tasks on disk, their means, and the leaderboard's file. Knows no vectors and no models.
+"""Scores of tasks on disk, their means, and the leaderboard's file.
 
 `GROUP/TASK_score.json` is the same however many processes made it; what a machine took for it is in
 `GROUP/TASK_cost.json`. Scores under repaired and unrepaired page labels, or of different models or
@@ -14,11 +14,14 @@ import numpy as np
 
 from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, GROUPS, MmebTask
 from twn_rl.metrics.graded import KS
+from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import read_json, write_json, write_text
 
 SUMMARY_FILE = "summary.json"
 LEADERBOARD_FILE = "leaderboard.json"
 TABLE_FILE = "scores.md"
+# What is kept of a task: its scores, its seconds, and the best targets of each query.
+SCORES, COST, PREDICTIONS = "score.json", "cost.json", "pred.jsonl"
 _KINDS = ("hit", "ndcg_linear", "ndcg_exponential", "precision", "recall", "f1", "map", "mrr")
 OFFICIAL_KEYS = (*(f"{kind}@{k}" for kind in _KINDS for k in KS), "num_pred", "num_data")
 MISSING = "FILE_N/A"  # what the official report writes for a task without scores
@@ -28,19 +31,9 @@ class MixedScoresError(ValueError):
     """Scores that must not be averaged or continued: other labels, model or settings."""
 
 
-def score_path(output: Path, task: MmebTask) -> Path:
-    """Return where the scores of a task are, as the official report looks for them."""
-    return output / task.group / f"{task.task}_score.json"
-
-
-def cost_path(output: Path, task: MmebTask) -> Path:
-    """Return where a task's seconds are."""
-    return output / task.group / f"{task.task}_cost.json"
-
-
-def prediction_path(output: Path, task: MmebTask) -> Path:
-    """Return where the best targets of each query are."""
-    return output / task.group / f"{task.task}_pred.jsonl"
+def result_path(output: Path, task: MmebTask, kind: str) -> Path:
+    """Return where the scores of a task (or `kind`) are, as the official report looks for them."""
+    return output / task.group / f"{task.task}_{kind}"
 
 
 def read_score(output: Path, task: MmebTask, plan: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -49,11 +42,9 @@ def read_score(output: Path, task: MmebTask, plan: Mapping[str, Any]) -> dict[st
     Raises:
         MixedScoresError: If they were made otherwise than `plan` says.
     """
-    path = score_path(output, task)
+    path = result_path(output, task, SCORES)
     stored = read_json(path)
-    if stored is None:
-        return None
-    there = stored.get("plan", {})
+    there = plan if stored is None else stored.get("plan", {})
     different = [name for name in plan if there.get(name) != plan[name]]
     if different:
         named = "; ".join(f"{n} = {plan[n]!r:.60}, there {there.get(n)!r:.60}" for n in different)
@@ -73,20 +64,19 @@ def read_scores(output: Path, tasks: Iterable[MmebTask]) -> dict[str, dict[str, 
     scores: dict[str, dict[str, Any]] = {}
     first: tuple[str, Mapping[str, Any]] | None = None
     for task in tasks:
-        stored = read_json(score_path(output, task))
+        stored = read_json(result_path(output, task, SCORES))
         if stored is None:
             continue
         shared = {k: v for k, v in stored.get("plan", {}).items() if k != "task"}
         shared["label_set"] = stored.get("label_set")
         first = first or (task.task, shared)
-        different = [
-            name for name in {*shared, *first[1]} if shared.get(name) != first[1].get(name)
-        ]
+        names = sorted({*shared, *first[1]})
+        different = [name for name in names if shared.get(name) != first[1].get(name)]
         if different:
             raise MixedScoresError(
-                f"{first[0]} and {task.task} in {output} differ in {sorted(different)} "
-                f"({[first[1].get(n) for n in sorted(different)]!r:.80} and "
-                f"{[shared.get(n) for n in sorted(different)]!r:.80}); expected one label set, "
+                f"{first[0]} and {task.task} in {output} differ in {different} "
+                f"({[first[1].get(n) for n in different]!r:.80} and "
+                f"{[shared.get(n) for n in different]!r:.80}); expected one label set, "
                 "model and way of thinking, as their mean would mean nothing; measure one of them "
                 "into another --output_dir"
             )
@@ -104,14 +94,11 @@ def summarize(scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[MmebTask]
         scores: Of `read_scores`.
         tasks: All tasks of the benchmark.
     """
-    values = {
-        task.task: float(scores[task.task][task.metric]) for task in tasks if task.task in scores
-    }
+    values = {t.task: float(scores[t.task][t.metric]) for t in tasks if t.task in scores}
+    names = dict.fromkeys([*(t.subgroup for t in tasks), *(t.group for t in tasks), "overall"])
     means = {
         name: _mean(values, [t for t in tasks if name in (t.group, t.subgroup, "overall")])
-        for name in dict.fromkeys(
-            [*(t.subgroup for t in tasks), *(t.group for t in tasks), "overall"]
-        )
+        for name in names
     }
     labels = {score["label_set"] for score in scores.values()}
     return {
@@ -141,19 +128,12 @@ def write_reports(
     scores = read_scores(output, tasks)
     summary = summarize(scores, tasks)
     write_json(output / SUMMARY_FILE, summary)
-    costs = {task.task: read_json(cost_path(output, task)) or {} for task in tasks}
-    write_text(output / TABLE_FILE, table(scores, costs, summary, tasks))
-    write_json(
-        output / LEADERBOARD_FILE,
-        {
-            "metadata": {
-                **metadata,
-                "label_set": summary["label_set"],
-                "report_generated_date": datetime.now(tz=UTC).isoformat(timespec="seconds"),
-            },
-            "metrics": leaderboard_metrics(scores, tasks),
-        },
-    )
+    costs = {task.task: read_json(result_path(output, task, COST)) or {} for task in tasks}
+    write_text(output / TABLE_FILE, score_tables(scores, costs, summary, tasks))
+    date = datetime.now(tz=UTC).isoformat(timespec="seconds")
+    about = {**metadata, "label_set": summary["label_set"], "report_generated_date": date}
+    board = {"metadata": about, "metrics": leaderboard_metrics(scores, tasks)}
+    write_json(output / LEADERBOARD_FILE, board)
     return summary
 
 
@@ -172,46 +152,44 @@ def leaderboard_metrics(
     return metrics
 
 
-def table(
+def score_tables(
     scores: Mapping[str, Mapping[str, Any]],
     costs: Mapping[str, Mapping[str, Any]],
     summary: Mapping[str, Any],
     tasks: Sequence[MmebTask],
 ) -> str:
     """Return all scores with what they cost, and the means, as Markdown."""
-    measured = f"{summary['num_measured']} of {summary['num_tasks']}"
-    lines = [
-        f"Labels: {summary['label_set']}; tasks: {measured}.",
-        "",
-        "| task | metric | score in % | think rate in % | think tokens | seconds a query |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    rows = []
     for task in tasks:
-        if task.task not in scores:
-            continue
-        score, seconds = scores[task.task], costs[task.task].get("seconds_per_query")
-        lines.append(
-            f"| {task.task} | {task.metric} | {100 * score[task.metric]:.1f} "
-            f"| {100 * score['think_rate']:.0f} | {score['think_tokens']:.1f} "
-            f"| {'' if seconds is None else f'{seconds:.3f}'} |"
+        if task.task in scores:
+            score, seconds = scores[task.task], costs[task.task].get("seconds_per_query")
+            shares = f"{100 * score[task.metric]:.1f}", f"{100 * score['think_rate']:.0f}"
+            spent = f"{score['think_tokens']:.1f}", "" if seconds is None else f"{seconds:.3f}"
+            rows.append((task.task, task.metric, *shares, *spent))
+    head = ("task", "metric", "score in %", "think rate in %", "think tokens", "seconds a query")
+    means = [
+        (
+            name if mean["mean"] is not None else f"{name} (incomplete)",
+            f"{mean['num_measured']} of {mean['num_tasks']}",
+            f"{100 * mean['mean_of_measured']:.1f}",
         )
-    lines += ["", "| mean | tasks | score in % |", "| --- | ---: | ---: |"]
-    for name, mean in summary["means"].items():
-        if mean["num_measured"]:
-            shown = 100 * mean["mean_of_measured"]
-            part = "" if mean["mean"] is not None else " (incomplete)"
-            lines.append(
-                f"| {name}{part} | {mean['num_measured']} of {mean['num_tasks']} | {shown:.1f} |"
-            )
-    return "\n".join(lines) + "\n"
+        for name, mean in summary["means"].items()
+        if mean["num_measured"]
+    ]
+    measured = f"{summary['num_measured']} of {summary['num_tasks']}"
+    return (
+        f"Labels: {summary['label_set']}; tasks: {measured}.\n\n"
+        + markdown_table(head, rows, texts=2)
+        + "\n"
+        + markdown_table(("mean", "tasks", "score in %"), means)
+    )
 
 
 def _mean(values: Mapping[str, float], tasks: Sequence[MmebTask]) -> dict[str, Any]:
     found = [values[task.task] for task in tasks if task.task in values]
-    is_whole = len(found) == len(tasks)
     mean = float(np.mean(found)) if found else None
     return {
-        "mean": mean if is_whole else None,
+        "mean": mean if len(found) == len(tasks) else None,
         "mean_of_measured": mean,
         "num_tasks": len(tasks),
         "num_measured": len(found),

@@ -18,8 +18,8 @@ from twn_rl.data.formats.layout import DataFile
 from twn_rl.data.formats.rows import Row, read_rows
 from twn_rl.data.images import ImageError, resolve_inside
 from twn_rl.data.record import Item, RecordError
-from twn_rl.evaluation.mmeb_v2.annotations import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData, TaskQuery
+from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 
 _CORPUS_ID = ("corpus-id", "corpus_id", "_id", "id")
@@ -43,25 +43,23 @@ class PageCorpus:
     media_root: Path
     instruction: str | None
     has_long_names: bool
-    keys: list[str] = field(default_factory=list)
-    _places: list[tuple[Path, int]] = field(default_factory=list)
+    keys: list[str] = field(init=False)
+    _places: dict[str, tuple[Path, int]] = field(default_factory=dict)
     _rows: Iterator[tuple[int, Row]] | None = None
     _next: int = 0
 
     def __post_init__(self) -> None:
         """Read all ids."""
-        seen = set[str]()
         for row in _id_rows(self.files):
             with located(row) as data:
                 key = _id(data, _CORPUS_ID)
-                if key in seen:
+                if key in self._places:
                     raise RecordError(
                         f"corpus-id = {key!r} comes again; expected each page once; remove one",
                         reason="repeated_id",
                     )
-                seen.add(key)
-                self.keys.append(key)
-                self._places.append((row.file, row.number))
+                self._places[key] = row.file, row.number
+        self.keys = list(self._places)
 
     def read(self, start: int, stop: int) -> Sequence[Item | RecordError]:
         """Return the items of some pages; going forward reads no file twice."""
@@ -78,7 +76,7 @@ class PageCorpus:
 
     def name(self, number: int) -> str:
         """Return the id of a page, its file and its row."""
-        path, row = self._places[number]
+        path, row = self._places[self.keys[number]]
         return f"{self.keys[number]} ({path.parent.name}/{path.name}, row {row})"
 
     def _item(self, row: Row) -> Item | RecordError:
@@ -93,16 +91,13 @@ class PageCorpus:
         content = cell.get("bytes") if isinstance(cell, Mapping) else cell
         if isinstance(content, bytes) and content:
             return _open(content)
-        name = self._file_name(_id(data, _CORPUS_ID))
+        key = _id(data, _CORPUS_ID)
+        name = f"{key}.png"
+        if self.has_long_names:
+            suffix = Path(key).suffix
+            digest = hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()[:8]
+            name = f"{key.removesuffix(suffix)[:_LONG_NAME]}_{digest}{suffix}"
         return str(resolve_inside(name, self.media_root))
-
-    def _file_name(self, key: str) -> str:
-        if not self.has_long_names:
-            return f"{key}.png"
-        path = Path(key)
-        digest = hashlib.md5(key.encode(), usedforsecurity=False).hexdigest()[:8]
-        stem = key.removesuffix(path.suffix)
-        return f"{stem[:_LONG_NAME]}_{digest}{path.suffix}"
 
 
 def load_documents(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
@@ -165,28 +160,25 @@ def _judgements(
 def _id_rows(files: Sequence[DataFile]) -> Iterator[Row]:
     """Yield rows with their ids; of Parquet files the pictures are not read."""
     for file in files:
-        if file.path.suffix == ".parquet":
-            yield from _parquet_ids(file)
-        else:
+        if file.path.suffix != ".parquet":
             yield from read_rows([file])
+            continue
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
-
-def _parquet_ids(file: DataFile) -> Iterator[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file.path) as table:
-            names = [name for name in _CORPUS_ID if name in table.schema_arrow.names]
-            rows = table.read(columns=names[:1]).to_pylist()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise RecordError(
-            f"file is no readable Parquet ({error}); expected a complete file; download it again",
-            reason="bad_file",
-            file=file.path,
-        ) from error
-    for number, data in enumerate(rows, start=1):
-        yield Row(file.path, number, file.subset, number, data)
+        try:
+            with pq.ParquetFile(file.path) as table:
+                names = [name for name in _CORPUS_ID if name in table.schema_arrow.names]
+                rows = table.read(columns=names[:1]).to_pylist()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise RecordError(
+                f"file is no readable Parquet ({error}); expected a complete file; download it "
+                "again",
+                reason="bad_file",
+                file=file.path,
+            ) from error
+        for number, data in enumerate(rows, start=1):
+            yield Row(file.path, number, file.subset, number, data)
 
 
 def _id(data: Mapping[str, Any], names: Sequence[str]) -> str:
