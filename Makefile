@@ -15,7 +15,7 @@ test unit: export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test unit lint types format clean .venv
+.PHONY: help env demo ablation test unit lint types format docs clean .venv
 
 help:
 	@echo "make demo      train the embedded default on this machine and draw the report"
@@ -23,6 +23,7 @@ help:
 	@echo "make test      lint, types and every test"
 	@echo "make unit      the quick tests only"
 	@echo "make format    let ruff format and mend what it can"
+	@echo "make docs      build the documentation into site/"
 	@echo "make clean     remove $(VENV), $(OUTPUTS) and caches"
 
 $(STAMP): pyproject.toml constraints.txt
@@ -58,6 +59,12 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# mkdocs-material's notice about its own future would fill the screen.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) $(OUTPUTS) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
