@@ -34,7 +34,7 @@ SHORTER: dict[str, list[str]] = {
     "recipes/policy_threshold.py": _DEMO,
     "recipes/select_thoughts.py": _DEMO,
     "recipes/eval_embed.py": [*_DEMO, "--num_thoughts", "2", "--splits", "test"],
-    "recipes/probe_cot.py": [*_DEMO, "--splits", "test"],
+    "recipes/experiments/probe_cot.py": [*_DEMO, "--splits", "test"],
     "benchmarks/interfaces.py": ["--batch_size", "2", "--repeats", "1"],
     "benchmarks/encode.py": [*_DEMO, "--queries", "4", "--repeats", "1"],
     "twn-rl convert": [],

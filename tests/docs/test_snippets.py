@@ -20,8 +20,8 @@ from twn_rl.data.record import Record
 from twn_rl.data.record_files import load_records, write_records
 from twn_rl.demo.dataset import write_demo
 from twn_rl.launch.arguments import DataArguments, ModelArguments
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import Gate
-from twn_rl.modeling.gate_files import gate_fingerprints
 
 LANGUAGES = ("python", "bash", "yaml", "json", "text")
 PAGES = [page for page in pages() if blocks(page)]
@@ -78,7 +78,7 @@ def _save_models(demo: Path) -> None:
         awaken(model)
         if name == "grpo":
             gate = Gate(model.hidden_size)
-            gate.fitted_to = gate_fingerprints(model)
+            gate.fitted_to = Fingerprints(model).gate_origin
             model.gates["query"] = gate
             model.config.gate_threshold = 0.5
         if name == "adaptive":
