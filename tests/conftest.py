@@ -85,6 +85,7 @@ def make_idefics3() -> Backbone:
     )
     processor = Idefics3Processor(images, tokenizer, image_seq_len=1)
     processor.chat_template = IDEFICS3_TEMPLATE
+    padding: Any = {"pad_token_id": tokenizer.pad_token_id}
     config = Idefics3Config(
         vision_config={
             "hidden_size": 16,
@@ -98,7 +99,7 @@ def make_idefics3() -> Backbone:
         scale_factor=2,
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
+        **padding,
     )
     return from_parts(_seeded(Idefics3ForConditionalGeneration, config), processor)
 

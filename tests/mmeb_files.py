@@ -228,7 +228,9 @@ def documents(
     ]
     write_table(folder / "queries" / name, rows)
     keys = ("query-id", "corpus-id", "score")
-    qrels = [dict(zip(keys, judgement, strict=True)) for judgement in judgements]
+    qrels: list[dict[str, Any]] = [
+        dict(zip(keys, judgement, strict=True)) for judgement in judgements
+    ]
     write_table(folder / "qrels" / name, qrels)
     (root / "visdoc-tasks").mkdir(exist_ok=True)
     return folder

@@ -5,11 +5,11 @@ same number of optimiser steps and samples: `sft_only` goes on with the token lo
 CoTs, `grpo` (or `grpo:REWARD`, one arm per reward) samples its own and is rewarded by retrieval.
 The embedding adapter is frozen in every arm.
 
-    python recipes/experiments/ablate.py --seeds 0 1 2
-    python recipes/experiments/ablate.py --arms sft_only grpo grpo:info_nce --output_dir outputs/b
-    python recipes/experiments/ablate.py --teacher_swap_rate 0 --output_dir outputs/c
-    python recipes/experiments/ablate.py --gate true
-    python recipes/experiments/ablate.py --config recipes/configs/wordnet_smollm2.yaml
+    twn-rl ablate --seeds 0 1 2
+    twn-rl ablate --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
+    twn-rl ablate --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
+    twn-rl ablate --gate true
+    twn-rl ablate --config recipes/configs/wordnet_smollm2.yaml
 
 Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
 model gets its own routing gate first and is measured with the gate deciding, too. Finished runs are
@@ -21,46 +21,46 @@ again if the model, the gate or the modes have changed. About 15 minutes a seed 
 from __future__ import annotations
 
 import logging
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from twn_rl.evaluation.seed_tables import plot_summary, summarize_runs, tables
+from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments, parse_arguments
-from twn_rl.launch.run_folder import save_run, set_up_logging
-from twn_rl.launch.stages import Stages, forget
+from twn_rl.launch.experiment import (
+    EVALUATION_FOLDER,
+    ExperimentArguments,
+    Seed,
+    Stage,
+    decider,
+    evaluation,
+    run_experiment,
+)
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
-from twn_rl.runtime.whole_files import write_json, write_text
 from twn_rl.training.grpo import EmbedGRPOConfig
 
 logger = logging.getLogger(__name__)
 
-RECIPES = Path(__file__).parents[1]
 WARM_START = "warm_start"
-GATE_FOLDER = "gate"
-EVALUATION_FOLDER = "evaluation"
+MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 GATE_MODES = ("auto", "random", "oracle")
-EVALUATION_MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 
 
 @dataclass
-class AblateArguments:
-    """Arms and seeds."""
+class AblateArguments(ExperimentArguments):
+    """Arms, and how each is trained and measured."""
 
     output_dir: str = field(default="outputs/ablation", metadata={"help": "Where all runs go."})
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."}
-    )
     arms: list[str] = field(
         default_factory=lambda: ["sft_only", "grpo"],
         metadata={"help": "sft_only, grpo, or grpo:REWARD for another reward."},
     )
     sft_config: str = field(
-        default=str(RECIPES / "configs" / "demo_sft.yaml"),
-        metadata={"help": "YAML of the warm start."},
+        default="recipes/configs/demo_sft.yaml", metadata={"help": "YAML of the warm start."}
     )
     grpo_config: str = field(
-        default=str(RECIPES / "configs" / "demo_grpo.yaml"), metadata={"help": "YAML of RL."}
+        default="recipes/configs/demo_grpo.yaml", metadata={"help": "YAML of RL."}
     )
     gate: bool = field(
         default=False, metadata={"help": "Fit a routing gate on every model and measure with it."}
@@ -70,66 +70,57 @@ class AblateArguments:
         metadata={"help": "YAML of the gate; default: that of recipes/gate_embed.py."},
     )
     modes: list[str] = field(
-        default_factory=lambda: list(EVALUATION_MODES),
+        default_factory=lambda: list(MODES),
         metadata={"help": "Modes to measure, see recipes/eval_embed.py; a gate adds its own."},
-    )
-    parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
-    launcher: list[str] = field(
-        default_factory=lambda: ["--num_processes", "1"],
-        metadata={
-            "help": "Arguments of accelerate launch, such as "
-            "--config_file recipes/accelerate/zero2.yaml."
-        },
     )
 
 
 def main(script: AblateArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
-    set_up_logging()
+    seeds = run_experiment(script, data, lambda seed: plan(script, seed))
     output = Path(script.output_dir)
-    save_run(output, script, data)
-    with ThreadPoolExecutor(max_workers=script.parallel) as pool:
-        list(pool.map(lambda seed: run_seed(script, data, seed), script.seeds))
-    arms = [WARM_START, *script.arms]
-    runs = {
-        arm: [output / f"seed{seed}" / folder(arm) / EVALUATION_FOLDER for seed in script.seeds]
-        for arm in arms
+    arms = {
+        arm: [seed.root / folder(arm) / EVALUATION_FOLDER for seed in seeds]
+        for arm in (WARM_START, *script.arms)
     }
-    summary = summarize_runs(runs)
-    write_json(output / "summary.json", summary, indent=1)
-    plot_summary(summary, output / "summary.png")
-    text = tables(summary)
-    write_text(output / "summary.md", text)
+    text = save_arms(output, arms)
     logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     return output
 
 
-def run_seed(script: AblateArguments, data: DataArguments, seed: int) -> None:
-    """Train the warm start of one seed and all arms from it."""
-    root = Path(script.output_dir) / f"seed{seed}"
-    shared = data.flags_of_seed(root, seed)
-    seeded = [*shared, f"--seed={seed}"]
-    stages, warm = Stages(RECIPES, script.launcher), root / WARM_START
-    flags = [f"--config={script.sft_config}", f"--output_dir={warm}", *seeded]
-    stages.run("sft_embed.py", flags, warm)
-    measure(script, warm, shared, seed)
+def plan(script: AblateArguments, seed: Seed) -> Iterator[Stage]:
+    """Yield the stages of one seed: the warm start, then every arm from it, each measured."""
+    warm = seed.root / WARM_START
+    settings = {"config": script.sft_config, "output_dir": warm, **seed.settings}
+    yield Stage("sft_embed", warm, settings)
+    yield from measured(script, warm, seed)
     budget = rl_budget(script.grpo_config)
     for arm in script.arms:
-        target = root / folder(arm)
+        target, reward = seed.root / folder(arm), arm.partition(":")[2]
+        common = {"output_dir": target, **seed.settings}
         if arm == "sft_only":
-            recipe, flags = "sft_embed.py", [f"--config={script.sft_config}", *budget]
-            flags += [f"--checkpoint={warm}", "--split=rl", "--train_adapters=reasoning"]
+            own = {"checkpoint": warm, "split": "rl", "train_adapters": "reasoning"}
+            settings = {"config": script.sft_config, **budget, **own, **common}
+            yield Stage("sft_embed", target, settings)
         else:
-            recipe, flags = "grpo_embed.py", [f"--config={script.grpo_config}", "--evaluate=false"]
-            flags += [f"--warm_start={warm}"]
-            reward = arm.partition(":")[2]
-            flags += ["--rewards", reward, "--reward_weights", "1.0"] if reward else []
-        stages.run(recipe, [*flags, f"--output_dir={target}", *seeded], target)
-        measure(script, target, shared, seed)
+            own = {"evaluate": False, "warm_start": warm}
+            if reward:
+                own |= {"rewards": [reward], "reward_weights": [1.0]}
+            yield Stage("grpo_embed", target, {"config": script.grpo_config, **own, **common})
+        yield from measured(script, target, seed)
 
 
-def rl_budget(grpo_config: str) -> list[str]:
-    """Return flags that give SFT-only RL's optimiser steps, samples a step and learning rate."""
+def measured(script: AblateArguments, model: Path, seed: Seed) -> Iterator[Stage]:
+    """Yield what fits the gate of one model, if asked for, and what evaluates it."""
+    modes = list(script.modes)
+    if script.gate:
+        yield decider("gate_embed", model, "gate", seed, config=script.gate_config)
+        modes += GATE_MODES
+    yield evaluation(model, seed, modes, num_thoughts=2)
+
+
+def rl_budget(grpo_config: str) -> dict[str, Any]:
+    """Return settings that give SFT-only RL's optimiser steps, samples a step, learning rate."""
     types = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
     _, _, grpo = parse_arguments(types, arguments=["--config", grpo_config])
     names = (
@@ -139,32 +130,8 @@ def rl_budget(grpo_config: str) -> list[str]:
         "learning_rate",
         "warmup_steps",
     )
-    flags = [f"--{name}={getattr(grpo, name)}" for name in names]
-    return [*flags, f"--lr_scheduler_type={grpo.lr_scheduler_type.value}"]
-
-
-def measure(script: AblateArguments, model: Path, shared: list[str], seed: int) -> None:
-    """Fit the gate of one model if asked for, and evaluate it; do again what is out of date."""
-    stages, evaluation = Stages(RECIPES, script.launcher), model / EVALUATION_FOLDER
-    if script.gate:
-        flags = gate_flags(script, model, shared, seed)
-        if stages.run("gate_embed.py", flags, model / GATE_FOLDER, is_cheap=True):
-            forget(evaluation)
-    flags = evaluation_flags(script, model, shared)
-    stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
-
-
-def gate_flags(script: AblateArguments, model: Path, shared: list[str], seed: int) -> list[str]:
-    """Return the flags that fit a gate on one model with its own data and seed."""
-    config = [] if script.gate_config is None else [f"--config={script.gate_config}"]
-    return [*config, f"--model={model}", *shared, f"--seed={seed}"]
-
-
-def evaluation_flags(script: AblateArguments, model: Path, shared: list[str]) -> list[str]:
-    """Return the flags that evaluate one model into its folder."""
-    modes = (*script.modes, *GATE_MODES) if script.gate else script.modes
-    flags = [f"--model={model}", f"--output_dir={model / EVALUATION_FOLDER}", *shared]
-    return [*flags, "--report=false", "--modes", *modes, "--num_thoughts=2"]
+    budget = {name: getattr(grpo, name) for name in names}
+    return {**budget, "lr_scheduler_type": grpo.lr_scheduler_type.value}
 
 
 def folder(arm: str) -> str:

@@ -1,6 +1,6 @@
 """When and how should an embedder think? Every method from one warm start, in one table.
 
-    python recipes/experiments/compare_methods.py --seeds 0 1 2 --parallel 2
+    twn-rl compare-methods --seeds 0 1 2 --parallel 2
 
 | method | trained by | served with |
 | --- | --- | --- |
@@ -24,35 +24,39 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import statistics
 import time
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 from tqdm import tqdm
 
-from twn_rl.evaluation.comparison import (
-    Measured,
-    compare,
-    comparison_table,
-    plot_comparison,
-)
 from twn_rl.evaluation.results import METRICS_FILE
+from twn_rl.evaluation.seed_tables import (
+    method_table,
+    plot_methods,
+    save_summary,
+    served_metrics,
+    summarize,
+)
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import Think
 from twn_rl.launch.arguments import DataArguments, parse_arguments
-from twn_rl.launch.run_folder import save_run, set_up_logging
-from twn_rl.launch.stages import Stages, forget, seconds_of
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.launch.experiment import (
+    EVALUATION_FOLDER,
+    ExperimentArguments,
+    Seed,
+    Stage,
+    decider,
+    evaluation,
+    run_experiment,
+    seconds_of,
+)
 
 logger = logging.getLogger(__name__)
-
-RECIPES = Path(__file__).parents[1]
-EVALUATION_FOLDER = "evaluation"
 
 
 @dataclass(frozen=True)
@@ -74,58 +78,49 @@ class Method:
     parts: tuple[str, ...]
 
 
+BOTH = ("embedding", "reasoning")
 METHODS = {
     "never": Method("grpo", ("warm_start",), "never", "never", ("embedding",)),
-    "always": Method(
-        "grpo", ("warm_start", "grpo"), "always", "always", ("embedding", "reasoning")
-    ),
+    "always": Method("grpo", ("warm_start", "grpo"), "always", "always", BOTH),
     "gate": Method(
-        "grpo",
-        ("warm_start", "grpo", "grpo/gate"),
-        "auto",
-        "auto",
-        ("embedding", "reasoning", "gate.safetensors"),
+        "grpo", ("warm_start", "grpo", "grpo/gate"), "auto", "auto", (*BOTH, "gate.safetensors")
     ),
     "policy": Method(
-        "adaptive",
-        ("warm_start", "adaptive", "adaptive/policy"),
-        "policy",
-        "auto",
-        ("embedding", "reasoning"),
+        "adaptive", ("warm_start", "adaptive", "adaptive/policy"), "policy", "auto", BOTH
     ),
     "latent": Method("latent", ("latent",), "latent", "latent", ("embedding",)),
     "direct": Method("direct", ("direct",), "never", "never", ("embedding",)),
 }
+# What decides in a mode of serving: recipe, its folder in the model's, modes measured beside it.
+DECIDERS = {
+    "auto": ("gate_embed", "gate", ("random", "oracle")),
+    "policy": ("policy_threshold", "policy", ("never", "always", "oracle")),
+}
 
 
 @dataclass
-class CompareArguments:
-    """Seeds and configurations."""
+class MethodsArguments(ExperimentArguments):
+    """Methods, how each is trained, and what is timed."""
 
     output_dir: str = field(default="outputs/comparison", metadata={"help": "Where all runs go."})
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."}
-    )
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={"help": f"Some of {', '.join(METHODS)}; stages of the others are not run."},
     )
     sft_config: str = field(
-        default=str(RECIPES / "configs" / "demo_sft.yaml"),
-        metadata={"help": "YAML of the warm start."},
+        default="recipes/configs/demo_sft.yaml", metadata={"help": "YAML of the warm start."}
     )
     grpo_config: str = field(
-        default=str(RECIPES / "configs" / "demo_grpo.yaml"), metadata={"help": "YAML of RL."}
+        default="recipes/configs/demo_grpo.yaml", metadata={"help": "YAML of RL."}
     )
     adaptive_config: str = field(
-        default=str(RECIPES / "configs" / "demo_adaptive.yaml"),
+        default="recipes/configs/demo_adaptive.yaml",
         metadata={"help": "YAML of RL in which the policy decides."},
     )
     latent_config: str = field(
-        default=str(RECIPES / "configs" / "demo_latent.yaml"),
+        default="recipes/configs/demo_latent.yaml",
         metadata={"help": "YAML of latent thoughts, and of its baseline without them."},
     )
-    parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
     timed_queries: int = field(
         default=256, metadata={"help": "Queries of the test split whose encoding is timed."}
     )
@@ -133,10 +128,6 @@ class CompareArguments:
         default=3, metadata={"help": "Rounds over all methods, after one that warms up."}
     )
     batch_size: int = field(default=32, metadata={"help": "Queries a forward, when timed."})
-    launcher: list[str] = field(
-        default_factory=lambda: ["--num_processes", "1"],
-        metadata={"help": "Arguments of accelerate launch."},
-    )
 
     def __post_init__(self) -> None:
         """Refuse methods that do not exist."""
@@ -152,84 +143,62 @@ class CompareArguments:
         return {name: METHODS[name] for name in self.methods}
 
 
-def main(script: CompareArguments, data: DataArguments) -> Path:
+def main(script: MethodsArguments, data: DataArguments) -> Path:
     """Train and evaluate every method for every seed, time them, then compare."""
-    set_up_logging()
-    output = Path(script.output_dir)
-    save_run(output, script, data)
-    with ThreadPoolExecutor(max_workers=script.parallel) as pool:
-        list(pool.map(lambda seed: run_seed(script, data, seed), script.seeds))
-    runs: dict[str, list[Measured]] = {name: [] for name in script.methods}
-    for seed in script.seeds:
-        root = output / f"seed{seed}"
-        seconds = encoding_seconds(script, data, seed)
+    seeds = run_experiment(script, data, lambda seed: plan(script, seed))
+    runs: dict[str, dict[str, dict[str, float]]] = {name: {} for name in script.methods}
+    for seed in seeds:
+        seconds = encoding_seconds(script, seed)
         for name, method in script.chosen.items():
-            runs[name].append(measured(root, method, seconds[name]))
-    comparison = compare(runs)
-    text = comparison_table(comparison)
-    write_text(output / "comparison.json", json.dumps(comparison, indent=1) + "\n")
-    write_text(output / "comparison.md", text)
-    plot_comparison(comparison, output / "comparison.png")
+            runs[name][f"{name} of seed {seed.number}"] = {
+                **quality_and_cost(seed.root, method),
+                "milliseconds": 1000 * seconds[name],
+            }
+    output, summary = Path(script.output_dir), summarize(runs)
+    text = method_table(summary)
+    save_summary(output / "comparison", summary, text)
+    plot_methods(summary, output / "comparison.png")
     logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     return output
 
 
-def run_seed(script: CompareArguments, data: DataArguments, seed: int) -> None:
-    """Train all models of one seed and evaluate each in the modes it serves."""
-    root = Path(script.output_dir) / f"seed{seed}"
-    shared = data.flags_of_seed(root, seed)
-    warm = root / "warm_start"
-    plans = {
-        "warm_start": ("sft_embed.py", script.sft_config, []),
-        "grpo": (
-            "grpo_embed.py",
-            script.grpo_config,
-            [f"--warm_start={warm}", "--evaluate=false"],
-        ),
-        "adaptive": (
-            "adaptive_embed.py",
-            script.adaptive_config,
-            [f"--warm_start={warm}", "--evaluate=false"],
-        ),
-        "latent": ("latent_embed.py", script.latent_config, []),
-        "direct": ("latent_embed.py", script.latent_config, ["--direct_only=true"]),
+def plan(script: MethodsArguments, seed: Seed) -> Iterator[Stage]:
+    """Yield what trains the models of one seed and measures each in the modes it serves."""
+    rl = {"warm_start": seed.root / "warm_start", "evaluate": False}
+    models = {
+        "warm_start": ("sft_embed", script.sft_config, {}),
+        "grpo": ("grpo_embed", script.grpo_config, rl),
+        "adaptive": ("adaptive_embed", script.adaptive_config, rl),
+        "latent": ("latent_embed", script.latent_config, {}),
+        "direct": ("latent_embed", script.latent_config, {"direct_only": True}),
     }
-    stages = Stages(RECIPES, script.launcher)
     chosen = script.chosen.values()
     needed = {stage for method in chosen for stage in (method.model, *method.stages)}
-    for name, (recipe, config, own) in plans.items():
+    for name, (recipe, config, own) in models.items():
         if name not in needed:
             continue
-        target = root / name
-        flags = [f"--config={config}", *own, f"--output_dir={target}", *shared, f"--seed={seed}"]
-        stages.run(recipe, flags, target)
-        for folder, decider in (("gate", "gate_embed.py"), ("policy", "policy_threshold.py")):
-            if f"{name}/{folder}" in needed:
-                flags = [f"--model={target}", *shared, f"--seed={seed}"]
-                if stages.run(decider, flags, target / folder, is_cheap=True):
-                    # What was measured before was decided otherwise.
-                    forget(target / EVALUATION_FOLDER)
+        target = seed.root / name
+        settings = {"config": config, **own, "output_dir": target, **seed.settings}
+        yield Stage(recipe, target, settings)
         modes = [method.mode for method in chosen if method.model == name]
+        for mode, (recipe, folder, beside) in DECIDERS.items():
+            if mode in modes:
+                yield decider(recipe, target, folder, seed)
+                modes += beside
         if modes:
-            modes += ["never", "always", "oracle"] if "policy" in modes else []
-            modes += ["random", "oracle"] if "auto" in modes else []
-            evaluation = target / EVALUATION_FOLDER
-            flags = [f"--model={target}", f"--output_dir={evaluation}", *shared, "--report=false"]
-            flags += ["--modes", *modes]
-            stages.run("eval_embed.py", flags, evaluation, is_cheap=True)
+            yield evaluation(target, seed, modes)
 
 
-def encoding_seconds(script: CompareArguments, data: DataArguments, seed: int) -> dict[str, float]:
+def encoding_seconds(script: MethodsArguments, seed: Seed) -> dict[str, float]:
     """Return the median seconds a query of each method's encoder, methods taking turns."""
-    root = Path(script.output_dir) / f"seed{seed}"
-    own = DataArguments(**{**asdict(data), "demo_dir": str(root / "data"), "demo_seed": seed})
-    items = [record.query for record in list(own.load("test"))[: script.timed_queries]]
+    items = [record.query for record in list(seed.data.load("test"))[: script.timed_queries]]
     embedders = {
-        name: ThinkingEmbedder.from_pretrained(str(root / name))
+        name: ThinkingEmbedder.from_pretrained(str(seed.root / name))
         for name in dict.fromkeys(method.model for method in script.chosen.values())
     }
     seconds: dict[str, list[float]] = {name: [] for name in script.methods}
-    for repeat in tqdm(range(script.timed_rounds + 1), desc=f"timing seed {seed}", unit="round"):
+    rounds = tqdm(range(script.timed_rounds + 1), desc=f"timing seed {seed.number}", unit="round")
+    for repeat in rounds:
         for name, method in script.chosen.items():
             started = time.perf_counter()
             embedders[method.model].encode_query(
@@ -242,18 +211,15 @@ def encoding_seconds(script: CompareArguments, data: DataArguments, seed: int) -
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def measured(root: Path, method: Method, seconds: float) -> Measured:
-    """Return what one method reached with one seed."""
-    metrics: Mapping[str, Any] = json.loads(
-        (root / method.model / EVALUATION_FOLDER / METRICS_FILE).read_text(encoding="utf-8")
-    )
-    return Measured(
-        metrics,
-        method.mode,
-        milliseconds=1000 * seconds,
-        trainable_parameters=count_parameters(root / method.model, method.parts),
-        training_seconds=sum(seconds_of(root / stage) for stage in method.stages),
-    )
+def quality_and_cost(root: Path, method: Method) -> Mapping[str, float]:
+    """Return what one method reached with one seed, its parameters and its training time."""
+    path = root / method.model / EVALUATION_FOLDER / METRICS_FILE
+    seconds = sum(seconds_of(root / stage) for stage in method.stages)
+    return {
+        **served_metrics(json.loads(path.read_text(encoding="utf-8")), method.mode),
+        "trainable_parameters": float(count_parameters(root / method.model, method.parts)),
+        "training_minutes": seconds / 60,
+    }
 
 
 def count_parameters(model: Path, parts: tuple[str, ...]) -> int:
@@ -261,16 +227,12 @@ def count_parameters(model: Path, parts: tuple[str, ...]) -> int:
     total = 0
     for part in parts:
         path = model / part
-        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-        for file in files:
+        for file in [path] if path.is_file() else sorted(path.glob("*.safetensors")):
             with safe_open(file, "numpy") as tensors:
-                for key in tensors.keys():  # noqa: SIM118  (no mapping)
-                    size = 1
-                    for length in tensors.get_slice(key).get_shape():
-                        size *= length
-                    total += size
+                names = tensors.keys()
+                total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
     return total
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((CompareArguments, DataArguments), description=__doc__))
+    main(*parse_arguments((MethodsArguments, DataArguments), description=__doc__))

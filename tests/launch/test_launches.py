@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from launching import ROOT, launch, skip_without_compiler
+from torch.multiprocessing.spawn import spawn
 
 from twn_rl.launch.arguments import ModelArguments
 from twn_rl.runtime import processes
@@ -147,7 +148,7 @@ def test_long_work_of_one_process_outlives_the_time_out_of_collectives(tmp_path:
         probe.bind(("127.0.0.1", 0))
         (tmp_path / "port").write_text(str(probe.getsockname()[1]), encoding="utf-8")
     assert timedelta(hours=1) < processes.WAIT_TIMEOUT
-    torch.multiprocessing.spawn(_wait_for_a_slow_process, (str(tmp_path),), nprocs=2)
+    spawn(_wait_for_a_slow_process, (str(tmp_path),), nprocs=2)
     assert (tmp_path / "done-0").exists()
     assert (tmp_path / "done-1").exists()
     assert (tmp_path / "timed-out").exists(), "the short time-out was not that of the group"

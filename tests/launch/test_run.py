@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import yaml
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
 from twn_rl.evaluation.gate_threshold import ThresholdRule
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments, Split, packaged, parse_arguments
 from twn_rl.launch.run_folder import checkpoint_to_resume, save_run
 from twn_rl.recipes import adaptive_embed, gate_embed, grpo_embed, latent_embed, sft_embed
 from twn_rl.recipes.experiments import ablate, compare_selection
@@ -109,7 +110,7 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
     elif "gate" in path.name:
         values = parse((gate_embed.GateScriptArguments, ThresholdRule, DataArguments), path)
     elif "selection" in path.name:
-        values = parse((compare_selection.CompareArguments, DataArguments), path)
+        values = parse((compare_selection.SelectionArguments, DataArguments), path)
     elif "latent" in path.name:
         types = (latent_embed.LatentScriptArguments, ModelArguments, DataArguments, LatentConfig)
         values = parse(types, path)
@@ -228,11 +229,12 @@ def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["validation", "ood"])
-def test_one_given_file_of_any_split_switches_the_demo_off(tmp_path: Path, split: str) -> None:
+def test_one_given_file_of_any_split_switches_the_demo_off(tmp_path: Path, split: Split) -> None:
     """Otherwise the given file would be ignored without a word."""
-    data = DataArguments(**{f"{split}_file": write_file(tmp_path, f"{split}.jsonl")})
+    data = DataArguments()
+    setattr(data, f"{split}_file", write_file(tmp_path, f"{split}.jsonl"))
     assert not data.is_demo()
-    assert len(data.load(split)) == 1  # pyright: ignore[reportArgumentType]
+    assert len(data.load(split)) == 1
 
 
 def test_without_files_the_demo_is_written_at_the_asked_scale(tmp_path: Path) -> None:
@@ -242,3 +244,33 @@ def test_without_files_the_demo_is_written_at_the_asked_scale(tmp_path: Path) ->
     records = data.load("validation")
     assert len(records) == 8
     assert "swap" not in {record.metadata["teacher_mistake"] for record in data.load("rl")}
+
+
+def test_a_shipped_configuration_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    types = (grpo_embed.GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
+    arguments = ["--config", "recipes/configs/demo_grpo.yaml"]
+    script, _, training = parse_arguments(types, arguments=arguments)
+    assert training.output_dir == "outputs/demo/grpo"
+    assert Path(packaged(script.warm_start_config)).is_file()
+    # One's own file comes first, and what is nowhere is asked for by its own name.
+    own = tmp_path / "recipes" / "configs"
+    own.mkdir(parents=True)
+    (own / "demo_grpo.yaml").write_text("output_dir: mine\n", encoding="utf-8")
+    assert parse_arguments(types, arguments=arguments)[2].output_dir == "mine"
+    assert packaged("recipes/configs/absent.yaml") == "recipes/configs/absent.yaml"
+
+
+def test_a_file_that_is_no_mapping_is_refused_and_one_may_set_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("[1, 2]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"config\.yaml holds list; expected a mapping"):
+        parse((ModelArguments,), path)
+    monkeypatch.setenv("TWN_RL_TEST", "")
+    path.write_text("env: {TWN_RL_TEST: 7}\nreasoning_rank: 3\n", encoding="utf-8")
+    (model,) = parse((ModelArguments,), path)
+    assert (model.reasoning_rank, os.environ["TWN_RL_TEST"]) == (3, "7")

@@ -11,7 +11,7 @@ from launching import ROOT, TORCHRUN, launch
 
 from twn_rl.data.record import Item
 from twn_rl.launch.arguments import ModelArguments
-from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE
+from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE, Gate
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.gate_labels import read_labels
 
@@ -64,7 +64,9 @@ def test_two_processes_fit_the_gate_that_one_fits(tmp_path: Path, caplog) -> Non
     assert refitted.config.gate_threshold == 1.0
     assert list(refitted.gates) == [QUERY_SIDE, DOCUMENT_SIDE]
     state = refitted.read_out(refitted.read(refitted.prepare(refitted.collate([Item("camel")]))))
-    assert 0 < float(refitted.gates[QUERY_SIDE].probability(state)) <= 1
+    gate = refitted.gates[QUERY_SIDE]
+    assert isinstance(gate, Gate)
+    assert 0 < float(gate.probability(state)) <= 1
 
     # Training drops it.
     caplog.set_level(logging.WARNING)

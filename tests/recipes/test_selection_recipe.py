@@ -1,19 +1,16 @@
 """The two recipes of selection: what is written, what is kept, and which runs follow which."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from twn_rl.data.record_files import load_records
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.recipes import eval_embed, select_thoughts, sft_embed
-from twn_rl.recipes.experiments import compare_selection
-from twn_rl.training.sft import SftConfig
+from twn_rl.recipes import select_thoughts
 from twn_rl.training.thought_selection.endpoint import EndpointSettings
 
 
@@ -90,72 +87,3 @@ def test_without_a_judge_every_candidate_takes_its_turn(tmp_path: Path) -> None:
 def test_settings_that_cannot_work_are_named_before_anything_is_read() -> None:
     with pytest.raises(ValueError, match=r"model = None.*checkpoints without own_temperatures"):
         select_thoughts.SelectScriptArguments(checkpoints=["a"])
-
-
-@pytest.fixture
-def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Let `accelerate launch` be a program that leaves its recipe and flags in a file."""
-    log, program, starter = (tmp_path / name for name in ("launched", "program.py", "python"))
-    program.write_text(
-        "import json, pathlib, sys\n"
-        "recipe = next(n for n, word in enumerate(sys.argv) if word.endswith('_embed.py')"
-        " or word.endswith('_thoughts.py'))\n"
-        f"with open({str(log)!r}, 'a') as file:\n"
-        "    words = [pathlib.Path(sys.argv[recipe]).name, *sys.argv[recipe + 1:]]\n"
-        "    file.write(json.dumps(words) + '\\n')\n",
-        encoding="utf-8",
-    )
-    starter.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n', encoding="utf-8")
-    starter.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(starter))
-
-    def read() -> list[list[str]]:
-        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-        log.unlink(missing_ok=True)
-        return [json.loads(line) for line in lines]
-
-    return read
-
-
-def test_every_arm_trains_equally_and_the_first_one_judges(tmp_path: Path, launched) -> None:
-    script = compare_selection.CompareArguments(output_dir=str(tmp_path / "out"), max_steps=7)
-    data = DataArguments(teacher_swap_rate=0.55)
-    compare_selection.run_seed(script, data, 3)
-    root, runs = tmp_path / "out" / "seed3", launched()
-    steps = ["select_thoughts.py", "sft_embed.py", "eval_embed.py"]
-    assert [words[0] for words in runs] == steps * 3
-    selections, trainings, evaluations = runs[::3], runs[1::3], runs[2::3]
-    parsed = [
-        parse_arguments((select_thoughts.SelectScriptArguments, DataArguments), arguments=words[1:])
-        for words in selections
-    ]
-    assert [script.rule for script, _ in parsed] == ["all", "random", "best"]
-    assert [script.model for script, _ in parsed] == [None, None, str(root / "all")]
-    for chosen, own in parsed:
-        assert (chosen.demo_teachers, chosen.copies, chosen.seed) == (4, 4, 3)
-        assert (own.demo_seed, own.teacher_swap_rate) == (3, 0.55)
-        assert own.demo_dir == str(root / "data")
-    differing = [
-        {flag for flag in words if not flag.startswith(("--output_dir", "--train_file"))}
-        for words in trainings
-    ]
-    assert differing[0] == differing[1] == differing[2]
-    assert "--max_steps=7" in differing[0]
-    for words, arm in zip(trainings, compare_selection.ARMS, strict=True):
-        assert f"--train_file={root / f'{arm}_thoughts' / 'selected.jsonl'}" in words
-        types = (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig)
-        _, _, own, training = parse_arguments(types, arguments=words[1:])
-        assert (own.data_root, training.max_steps, training.seed) == (str(root / "data"), 7, 3)
-    for words in evaluations:
-        parse_arguments((eval_embed.EvalScriptArguments, DataArguments), arguments=words[1:])
-    compare_selection.run_seed(script, data, 3)
-    assert launched() == [], "finished runs are kept"
-    # Another threshold: selected again, trained again, evaluated again, and nothing else.
-    script.threshold = 0.1
-    compare_selection.run_seed(script, data, 3)
-    assert [words[0] for words in launched()] == steps
-
-
-def test_a_comparison_without_its_judge_is_refused() -> None:
-    with pytest.raises(ValueError, match="'all' too: its model selects"):
-        compare_selection.CompareArguments(arms=["selected"])

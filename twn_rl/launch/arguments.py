@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from trl import TrlParser  # pyright: ignore[reportPrivateImportUsage]
+import yaml
+from transformers import HfArgumentParser
 
+import twn_rl
 from twn_rl.data.chat import Renderer
 from twn_rl.data.mixture import Mixture, is_mixture, load_mixture
 from twn_rl.data.record_files import RecordSet, load_records
@@ -19,6 +22,8 @@ from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.modeling.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
+
+RECIPES = Path(twn_rl.__file__).parent / "recipes"
 
 Split = Literal["train", "rl", "validation", "test", "ood"]
 
@@ -189,10 +194,9 @@ class DataArguments:
         path = getattr(self, f"{split}_file")
         return self.train_file if path is None and split == "rl" else path
 
-    def flags_of_seed(self, root: Path, seed: int) -> list[str]:
-        """Return the flags that give every stage of a seed the same records, below `root`."""
-        own = {**asdict(self), "demo_dir": str(root / "data"), "demo_seed": seed}
-        return [f"--{name}={value}" for name, value in own.items() if value is not None]
+    def of_seed(self, root: Path, seed: int) -> DataArguments:
+        """Return the same records for every stage of a seed; emoji scenes are its own."""
+        return replace(self, demo_dir=str(root / "data"), demo_seed=seed)
 
     def demo_settings(self) -> DemoSettings:
         """Return what the emoji scenes are written by."""
@@ -210,32 +214,34 @@ class DataArguments:
 
 
 def parse_arguments(
-    types: Sequence[type],
+    types: Sequence[Any],
     *,
     arguments: Sequence[str] | None = None,
-    default_config: Path | None = None,
+    default_config: str | Path | None = None,
     description: str | None = None,
 ) -> Any:
     """Parse YAML, then flags, into one object per dataclass.
 
     Without `--config` the default file is read. Unknown keys and flags raise. `arguments` are the
-    process's own if None.
+    process's own if None. A mapping `env` in the file sets environment variables.
 
     Raises:
         ValueError: With the problems of all dataclasses together.
     """
-    words: list[str] = []
-    for word in sys.argv[1:] if arguments is None else arguments:
-        # TrlParser knows the two-word form only.
-        words += word.split("=", 1) if word.startswith("--config=") else [word]
-    if default_config is not None and "--config" not in words:
-        words = ["--config", str(default_config), *words]
-    parser = TrlParser(types, description=description)  # pyright: ignore[reportArgumentType]
+    files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    files.add_argument("--config", default=default_config)
+    given, words = files.parse_known_args(arguments)
+    config = {} if given.config is None else _read_config(packaged(given.config))
     try:
-        parsed = parser.parse_args_and_config(args=words)
+        parsed = _Parser(
+            types,
+            description=description,
+            epilog="--config FILE reads settings from YAML; flags override them.",
+            formatter_class=_Help,
+        ).read(words, config)
     except ValueError as error:
         # The parser stops at the first dataclass that refuses its settings.
-        problems = [problem for kind in types if (problem := _refusal(kind, words))]
+        problems = [problem for kind in types if (problem := _refusal(kind, words, config))]
         if len(problems) < 2:
             raise
         raise ValueError("\n".join(problems)) from error
@@ -243,11 +249,55 @@ def parse_arguments(
     return parsed
 
 
-def _refusal(kind: type, words: Sequence[str]) -> str | None:
+def packaged(path: str | Path) -> str:
+    """Return a path; one in recipes/ that is not there is the file of that name in the package.
+
+    So commands and configurations that name a shipped file work in any folder.
+    """
+    parts = Path(path).parts
+    if parts[:1] == ("recipes",) and not Path(path).exists():
+        inside = RECIPES.joinpath(*parts[1:])
+        return str(inside if inside.exists() else path)
+    return str(path)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults of flags are shown, and a recipe's docstring keeps its lines."""
+
+
+class _Parser(HfArgumentParser):
+    """Flags whose defaults are a file's values."""
+
+    def read(
+        self, words: Sequence[str], config: Mapping[str, Any], *, is_partial: bool = False
+    ) -> tuple[Any, ...]:
+        """Return one object per dataclass; `is_partial` leaves unknown keys and flags alone."""
+        unknown = set(config) - {action.dest for action in self._actions}
+        if unknown and not is_partial:
+            raise ValueError(
+                f"unknown keys {sorted(unknown)} in the configuration; expected fields of this "
+                "recipe, see --help; correct or remove them"
+            )
+        for action in self._actions:
+            if action.dest in config:
+                action.default, action.required = config[action.dest], False
+        return self.parse_args_into_dataclasses(list(words), return_remaining_strings=is_partial)
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(
+            f"{path} holds {type(config).__name__}; expected a mapping of settings; correct it"
+        )
+    os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
+    return config
+
+
+def _refusal(kind: Any, words: Sequence[str], config: Mapping[str, Any]) -> str | None:
     """Return why one dataclass refuses its share of the settings, None if it takes them."""
-    parser = TrlParser([kind], allow_abbrev=False)  # pyright: ignore[reportArgumentType]
     try:
-        parser.parse_args_and_config(args=words, return_remaining_strings=True)
+        _Parser([kind], allow_abbrev=False).read(words, config, is_partial=True)
     except ValueError as error:
         return str(error)
     return None

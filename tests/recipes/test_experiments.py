@@ -1,0 +1,286 @@
+"""Which recipes a comparison runs with which flags, what is kept, and what is run again."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.experiment import FINISHED_FILE, Seed, Stage, run_experiment
+from twn_rl.recipes import eval_embed, select_thoughts, sft_embed
+from twn_rl.recipes.experiments import ablate, compare_methods, compare_selection
+from twn_rl.training.sft import SftConfig
+
+Launched = Callable[[], list[list[str]]]
+
+
+@pytest.fixture
+def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
+    """Let `accelerate launch` be a program that leaves its recipe and flags in a file."""
+    log, program, starter = (tmp_path / name for name in ("launched", "program.py", "python"))
+    program.write_text(
+        "import json, sys\n"
+        "place = max(n for n, word in enumerate(sys.argv) if word == '-m')\n"
+        "recipe = sys.argv[place + 1].removeprefix('twn_rl.recipes.')\n"
+        f"with open({str(log)!r}, 'a') as file:\n"
+        "    file.write(json.dumps([recipe, *sys.argv[place + 2:]]) + '\\n')\n"
+        "print('a line of the recipe')\n"
+        "sys.exit('--seed=13' in sys.argv)\n",
+        encoding="utf-8",
+    )
+    starter.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n', encoding="utf-8")
+    starter.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(starter))
+
+    def read() -> list[list[str]]:
+        lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return [json.loads(line) for line in lines]
+
+    return read
+
+
+def seed_in(folder: Path, number: int = 3, **data: object) -> Seed:
+    own = replace(DataArguments(), **data).of_seed(folder, number)  # pyright: ignore[reportArgumentType]
+    return Seed(number, folder, own)
+
+
+def places(stages: list[Stage], root: Path) -> list[tuple[str, str]]:
+    return [(stage.recipe, str(stage.target.relative_to(root))) for stage in stages]
+
+
+def run(stages: list[Stage]) -> None:
+    for stage in stages:
+        stage.run(["--quiet"])
+
+
+def test_a_stage_that_fails_is_told_with_its_log(tmp_path: Path, launched: Launched) -> None:
+    with pytest.raises(RuntimeError, match=r"sft_embed for .*ended with status 1") as caught:
+        Stage("sft_embed", tmp_path / "model", {"seed": 13}).run([])
+    assert "a line of the recipe" in str(caught.value)
+    assert not (tmp_path / "model" / FINISHED_FILE).exists()
+
+
+def test_a_finished_stage_of_a_script_by_path_is_kept(tmp_path: Path, launched: Launched) -> None:
+    stage = Stage("sft_embed", tmp_path, {"seed": 0})
+    command = ["python", "-m", "accelerate.commands.launch", "/a/recipes/sft_embed.py", "--seed=0"]
+    (tmp_path / FINISHED_FILE).write_text(json.dumps({"command": command, "seconds": 1.0}))
+    assert not stage.run([])
+    assert launched() == []
+
+
+def test_every_seed_has_its_folder_and_its_records(tmp_path: Path, launched: Launched) -> None:
+    script = ablate.AblateArguments(output_dir=str(tmp_path), seeds=[1, 2], parallel=2)
+    data = DataArguments(teacher_swap_rate=0.5)
+    seeds = run_experiment(
+        script, data, lambda seed: [Stage("sft_embed", seed.root / "model", seed.settings)]
+    )
+    assert [seed.root for seed in seeds] == [tmp_path / "seed1", tmp_path / "seed2"]
+    for recipe, *flags in launched():
+        assert recipe == "sft_embed"
+        types = (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig)
+        *_, own, training = parse_arguments(types, arguments=[*flags, f"--output_dir={tmp_path}"])
+        assert own.demo_seed == training.seed
+        assert own.demo_dir == str(tmp_path / f"seed{training.seed}" / "data")
+        assert own.teacher_swap_rate == 0.5
+
+
+def test_the_gate_of_an_ablation_is_told_its_model_its_data_and_its_seed(tmp_path: Path) -> None:
+    seed = seed_in(tmp_path)
+    for config in (None, "gate.yaml"):
+        script = ablate.AblateArguments(gate=True, gate_config=config)
+        gate, _ = ablate.measured(script, tmp_path / "grpo", seed)
+        assert (gate.recipe, gate.target) == ("gate_embed", tmp_path / "grpo" / "gate")
+        assert ("--config=gate.yaml" in gate.flags) == (config is not None)
+        assert {f"--model={tmp_path / 'grpo'}", "--demo_seed=3", "--seed=3"} <= set(gate.flags)
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_an_evaluation_of_an_ablation_asks_for_the_gate_only_if_there_is_one(
+    tmp_path: Path, gate: bool
+) -> None:
+    *_, evaluation = ablate.measured(ablate.AblateArguments(gate=gate), tmp_path, seed_in(tmp_path))
+    types = (eval_embed.EvalScriptArguments, DataArguments)
+    parsed, data = parse_arguments(types, arguments=evaluation.flags)
+    assert data.demo_seed == 3
+    assert (set(ablate.GATE_MODES) <= set(parsed.modes)) == gate
+    assert ("auto" in parsed.modes) == gate
+
+
+def test_the_arms_of_an_ablation_start_from_one_warm_start_with_one_budget(tmp_path: Path) -> None:
+    script = ablate.AblateArguments(arms=["sft_only", "grpo", "grpo:info_nce"])
+    stages = list(ablate.plan(script, seed_in(tmp_path)))
+    assert places(stages, tmp_path) == [
+        ("sft_embed", "warm_start"),
+        ("eval_embed", "warm_start/evaluation"),
+        ("sft_embed", "sft_only"),
+        ("eval_embed", "sft_only/evaluation"),
+        ("grpo_embed", "grpo"),
+        ("eval_embed", "grpo/evaluation"),
+        ("grpo_embed", "grpo_info_nce"),
+        ("eval_embed", "grpo_info_nce/evaluation"),
+    ]
+    sft, grpo, other = stages[2].flags, stages[4].flags, stages[6].flags
+    warm = tmp_path / "warm_start"
+    assert {f"--checkpoint={warm}", "--max_steps=100", "--split=rl"} <= set(sft)
+    assert {f"--warm_start={warm}", "--evaluate=false"} <= set(grpo)
+    assert {*other} - {*grpo} == {
+        f"--output_dir={tmp_path / 'grpo_info_nce'}",
+        *("--rewards", "info_nce", "--reward_weights", "1.0"),
+    }
+
+
+def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(
+    tmp_path: Path, launched: Launched
+) -> None:
+    model, seed = tmp_path / "model", seed_in(tmp_path)
+    plain, gated = (
+        list(ablate.measured(ablate.AblateArguments(gate=gate), model, seed))
+        for gate in (False, True)
+    )
+    run(plain)
+    assert [words[0] for words in launched()] == ["eval_embed"]
+    run(gated)  # an evaluation without the gate is not taken for one with it
+    assert [words[0] for words in launched()] == ["gate_embed", "eval_embed"]
+    run(gated)
+    assert launched() == []
+    (model / "gate" / FINISHED_FILE).unlink()  # a gate fitted anew is measured anew
+    run(gated)
+    assert [words[0] for words in launched()] == ["gate_embed", "eval_embed"]
+
+
+def test_training_anew_forgets_what_was_measured_and_other_flags_are_reported(
+    tmp_path: Path, launched: Launched, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, seed = tmp_path / "model", seed_in(tmp_path)
+    measured = list(ablate.measured(ablate.AblateArguments(gate=True), model, seed))
+    first, other = (Stage("sft_embed", model, {"seed": number}) for number in (0, 1))
+    assert first.run(["--quiet"])
+    run(measured)
+    with caplog.at_level(logging.WARNING):
+        assert not first.run(["--quiet"])
+        assert "other flags" not in caplog.text
+        assert not other.run(["--quiet"])
+    assert "other flags" in caplog.text
+    assert len(launched()) == 3
+    other.finished_file.unlink()
+    assert other.run(["--quiet"])
+    run(measured)
+    assert [words[0] for words in launched()] == ["sft_embed", "gate_embed", "eval_embed"]
+
+
+def test_every_method_of_a_seed_sees_the_same_records_and_only_what_is_needed_runs(
+    tmp_path: Path,
+) -> None:
+    script, seed = compare_methods.MethodsArguments(), seed_in(tmp_path)
+    stages = list(compare_methods.plan(script, seed))
+    assert places(stages, tmp_path) == [
+        ("sft_embed", "warm_start"),
+        ("grpo_embed", "grpo"),
+        ("gate_embed", "grpo/gate"),
+        ("eval_embed", "grpo/evaluation"),
+        ("adaptive_embed", "adaptive"),
+        ("policy_threshold", "adaptive/policy"),
+        ("eval_embed", "adaptive/evaluation"),
+        ("latent_embed", "latent"),
+        ("eval_embed", "latent/evaluation"),
+        ("latent_embed", "direct"),
+        ("eval_embed", "direct/evaluation"),
+    ]
+    assert all(f"--demo_dir={tmp_path / 'data'}" in stage.flags for stage in stages)
+    modes = {s.target.parent.name: s.settings["modes"] for s in stages if s.recipe == "eval_embed"}
+    assert modes["grpo"] == ["never", "always", "auto", "random", "oracle"]
+    assert modes["adaptive"] == ["policy", "never", "always", "oracle"]
+    assert modes["latent"] == ["latent"]
+
+    script = compare_methods.MethodsArguments(methods=["policy"])
+    found = [place for _, place in places(list(compare_methods.plan(script, seed)), tmp_path)]
+    assert found == ["warm_start", "adaptive", "adaptive/policy", "adaptive/evaluation"]
+    with pytest.raises(ValueError, match=r"methods = \['thinking'\]"):
+        compare_methods.MethodsArguments(methods=["thinking"])
+
+
+def test_a_method_has_the_quality_of_its_mode_and_the_cost_of_what_serves_it(
+    tmp_path: Path,
+) -> None:
+    adapter = {"a": np.zeros((2, 3)), "b": np.zeros(4)}
+    for folder in (
+        "grpo/embedding",
+        "grpo/reasoning",
+        "grpo/gate",
+        "grpo/evaluation",
+        "warm_start",
+    ):
+        (tmp_path / folder).mkdir(parents=True)
+        if folder.endswith(("embedding", "reasoning")):
+            save_file(adapter, tmp_path / folder / "adapter.safetensors")
+    save_file({"w": np.zeros(5)}, tmp_path / "grpo" / "gate.safetensors")
+    metrics = {"test/all/auto/hit@1": 0.5, "test/all/never/hit@1": 0.25}
+    (tmp_path / "grpo" / "evaluation" / "metrics.json").write_text(json.dumps(metrics))
+    for folder, seconds in (("warm_start", 60.0), ("grpo", 30.0), ("grpo/gate", 6.0)):
+        (tmp_path / folder / FINISHED_FILE).write_text(json.dumps({"seconds": seconds}))
+    measured = {
+        name: compare_methods.quality_and_cost(tmp_path, compare_methods.METHODS[name])
+        for name in ("never", "gate")
+    }
+    assert measured == {
+        "never": {"test/all/hit@1": 0.25, "trainable_parameters": 10.0, "training_minutes": 1.0},
+        "gate": {"test/all/hit@1": 0.5, "trainable_parameters": 25.0, "training_minutes": 1.6},
+    }
+
+
+def test_every_arm_of_a_selection_trains_equally_and_the_first_one_judges(
+    tmp_path: Path, launched: Launched
+) -> None:
+    script = compare_selection.SelectionArguments(max_steps=7)
+    root, seed = tmp_path, seed_in(tmp_path, teacher_swap_rate=0.55)
+    run(list(compare_selection.plan(script, seed)))
+    runs, steps = launched(), ["select_thoughts", "sft_embed", "eval_embed"]
+    assert [words[0] for words in runs] == steps * 3
+    selections, trainings, evaluations = runs[::3], runs[1::3], runs[2::3]
+    parsed = [
+        parse_arguments((select_thoughts.SelectScriptArguments, DataArguments), arguments=words[1:])
+        for words in selections
+    ]
+    assert [script.rule for script, _ in parsed] == ["all", "random", "best"]
+    assert [script.model for script, _ in parsed] == [None, None, str(root / "all")]
+    for chosen, own in parsed:
+        assert (chosen.demo_teachers, chosen.copies, chosen.seed) == (4, 4, 3)
+        assert (own.demo_seed, own.teacher_swap_rate) == (3, 0.55)
+        assert own.demo_dir == str(root / "data")
+    differing = [
+        {flag for flag in words if not flag.startswith(("--output_dir", "--train_file"))}
+        for words in trainings
+    ]
+    assert differing[0] == differing[1] == differing[2]
+    assert "--max_steps=7" in differing[0]
+    for words, arm in zip(trainings, compare_selection.RULES, strict=True):
+        assert f"--train_file={root / f'{arm}_thoughts' / 'selected.jsonl'}" in words
+        types = (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig)
+        _, _, own, training = parse_arguments(types, arguments=words[1:])
+        assert (own.data_root, training.max_steps, training.seed) == (str(root / "data"), 7, 3)
+    for words in evaluations:
+        parse_arguments((eval_embed.EvalScriptArguments, DataArguments), arguments=words[1:])
+    run(list(compare_selection.plan(script, seed)))
+    assert launched() == [], "finished runs are kept"
+    # Another threshold: selected again, trained again, evaluated again, and nothing else.
+    script.threshold = 0.1
+    run(list(compare_selection.plan(script, seed)))
+    assert [words[0] for words in launched()] == steps
+    # Another judge: what it judged is forgotten, whatever else is kept.
+    (root / "selected_thoughts" / "scores").mkdir()
+    (root / "all" / FINISHED_FILE).unlink()
+    run(list(compare_selection.plan(script, seed)))
+    assert [words[0] for words in launched()] == [*steps[1:], *steps]
+    assert not (root / "selected_thoughts" / "scores").exists()
+
+
+def test_a_selection_without_its_judge_is_refused() -> None:
+    with pytest.raises(ValueError, match="'all' too: its model selects"):
+        compare_selection.SelectionArguments(arms=["selected"])

@@ -1,0 +1,210 @@
+"""Recipes as processes of their own, for each seed of a comparison; finished ones are kept.
+
+Refuses to know what a recipe does, beyond the folders it writes and rests on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from twn_rl.launch.arguments import DataArguments, packaged
+from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.runtime.whole_files import write_text
+
+logger = logging.getLogger(__name__)
+
+FINISHED_FILE = "finished.json"
+EVALUATION_FOLDER = "evaluation"
+
+
+@dataclass
+class ExperimentArguments:
+    """Seeds, folder and processes of a comparison."""
+
+    output_dir: str = field(default="outputs/experiment", metadata={"help": "Where all runs go."})
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."}
+    )
+    parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
+    launcher: list[str] = field(
+        default_factory=lambda: ["--num_processes", "1"],
+        metadata={
+            "help": "Arguments of accelerate launch, such as "
+            "--config_file recipes/accelerate/zero2.yaml."
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Seed:
+    """One seed of an experiment.
+
+    Attributes:
+        number: The seed.
+        root: Folder of its stages.
+        data: Records, the same for every stage of the seed.
+    """
+
+    number: int
+    root: Path
+    data: DataArguments
+
+    @property
+    def data_settings(self) -> dict[str, Any]:
+        """The records, as settings of a stage."""
+        return asdict(self.data)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Records and seed, as settings of a stage."""
+        return {**self.data_settings, "seed": self.number}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One recipe that writes one folder.
+
+    Attributes:
+        recipe: Module in `twn_rl.recipes`, such as "sft_embed".
+        target: Folder it writes.
+        settings: Its flags by name; None leaves one out, a list gives several words.
+        is_cheap: Run a finished stage of other flags again; otherwise it is kept with a warning.
+        outdates: Folders that rest on what it writes: removed after each run.
+    """
+
+    recipe: str
+    target: Path
+    settings: dict[str, Any]
+    is_cheap: bool = False
+    outdates: Sequence[Path] = ()
+
+    @property
+    def flags(self) -> list[str]:
+        """Return its settings as words of a command.
+
+        >>> Stage("sft_embed", Path(), {"a": 1, "b": None, "c": [2, 3], "d": False}).flags
+        ['--a=1', '--c', '2', '3', '--d=false']
+        """
+        words = []
+        for name, value in self.settings.items():
+            if isinstance(value, bool):
+                words.append(f"--{name}={str(value).lower()}")
+            elif isinstance(value, (list, tuple)):
+                words += [f"--{name}", *map(str, value)] if value else []
+            elif value is not None:
+                words.append(f"--{name}={value}")
+        return words
+
+    @property
+    def finished_file(self) -> Path:
+        """What tells that it ran to its end, and how."""
+        return self.target / FINISHED_FILE
+
+    def run(self, launcher: Sequence[str], *, is_shown: bool = False) -> bool:
+        """Run the recipe to its end; return False if it had been run before.
+
+        Args:
+            launcher: Arguments of accelerate launch.
+            is_shown: Show what it prints instead of writing it to log.txt in its folder.
+
+        Raises:
+            RuntimeError: If the recipe fails; the message ends with its log.
+        """
+        if self._is_kept():
+            return False
+        self.target.mkdir(parents=True, exist_ok=True)
+        for outdated in self.target.glob(f"*/{FINISHED_FILE}"):  # measured on what was there
+            outdated.unlink()
+        command = [sys.executable, "-m", "accelerate.commands.launch", *map(packaged, launcher)]
+        command += ["-m", f"twn_rl.recipes.{self.recipe}", *self.flags]
+        log = self.target / "log.txt"
+        logger.info("Running %s%s", self.target, "" if is_shown else f", log in {log}")
+        started = time.perf_counter()
+        if is_shown:
+            status = subprocess.run(command, check=False).returncode
+        else:
+            with log.open("w", encoding="utf-8") as file:
+                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
+            status = done.returncode
+        if status != 0:
+            where = "its output"
+            if not is_shown:
+                tail = log.read_text(encoding="utf-8", errors="replace")[-2000:]
+                where = f"{log}:\n{tail}"
+            raise RuntimeError(
+                f"{self.recipe} for {self.target} ended with status {status}; expected 0; see "
+                f"{where}"
+            )
+        for folder in self.outdates:
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds = time.perf_counter() - started
+        write_text(self.finished_file, json.dumps({"command": command, "seconds": seconds}))
+        return True
+
+    def _is_kept(self) -> bool:
+        """Tell whether a finished run stands for this one."""
+        if not self.finished_file.exists():
+            return False
+        command = json.loads(self.finished_file.read_text(encoding="utf-8"))["command"]
+        names = [re.split(r"[./]", word.removesuffix(".py"))[-1] for word in command]
+        if self.recipe in names and command[names.index(self.recipe) + 1 :] == self.flags:
+            logger.info("Kept %s", self.target)
+            return True
+        if self.is_cheap:
+            logger.info("%s was run with other flags: running it again", self.target)
+            self.finished_file.unlink()
+            return False
+        logger.warning(
+            "Kept %s, which was run with other flags: see %s", self.target, self.finished_file
+        )
+        return True
+
+
+def evaluation(model: Path, seed: Seed, modes: Sequence[str], **settings: Any) -> Stage:
+    """Return the stage that measures a model in some modes, in a folder of the model's."""
+    folder = model / EVALUATION_FOLDER
+    own = {"model": model, "output_dir": folder, **seed.data_settings, "report": False}
+    return Stage("eval_embed", folder, {**own, "modes": modes, **settings}, is_cheap=True)
+
+
+def decider(
+    recipe: str, model: Path, folder: str, seed: Seed, *, config: str | None = None
+) -> Stage:
+    """Return the stage that fits what decides when a model thinks, which outdates its figures."""
+    settings = {"config": config, "model": model, **seed.settings}
+    outdates = (model / EVALUATION_FOLDER,)
+    return Stage(recipe, model / folder, settings, is_cheap=True, outdates=outdates)
+
+
+def run_experiment(
+    script: ExperimentArguments, data: DataArguments, plan: Callable[[Seed], Iterable[Stage]]
+) -> list[Seed]:
+    """Run the stages that `plan` names for each seed, in order; return the seeds."""
+    set_up_logging()
+    output = Path(script.output_dir)
+    save_run(output, script, data)
+    seeds = [Seed(n, root := output / f"seed{n}", data.of_seed(root, n)) for n in script.seeds]
+
+    def run(seed: Seed) -> None:
+        for stage in plan(seed):
+            stage.run(script.launcher)
+
+    with ThreadPoolExecutor(max_workers=script.parallel) as pool:
+        list(pool.map(run, seeds))
+    return seeds
+
+
+def seconds_of(target: Path) -> float:
+    """Return the wall-clock seconds of a finished stage."""
+    return json.loads((target / FINISHED_FILE).read_text(encoding="utf-8"))["seconds"]
