@@ -35,7 +35,7 @@ from twn_rl.launch.experiment import (
     run_experiment,
 )
 from twn_rl.runtime.problems import Problems
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.runtime.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def main(script: SelectionArguments, data: DataArguments) -> Path:
     logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     if "selected" in arms:
         found = selection_summary([thoughts_folder(seed.root, "selected") for seed in seeds])
-        write_text(output / "selection.json", json.dumps(found, indent=1))
+        write_json(output / "selection.json", found, indent=1)
         logger.info("Selection: %s", json.dumps(found.get("all", found)))
     return output
 

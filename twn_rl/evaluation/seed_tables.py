@@ -12,7 +12,7 @@ import numpy as np
 
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.runtime.extras import extra
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.runtime.whole_files import write_json, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -66,7 +66,7 @@ def save_arms(output: Path, arms: Mapping[str, Sequence[Path]]) -> str:
 
 def save_summary(path: Path, summary: Summary, text: str) -> None:
     """Write the numbers of a summary and its text to `path` with suffixes .json and .md."""
-    write_text(path.with_suffix(".json"), json.dumps(summary, indent=1) + "\n")
+    write_json(path.with_suffix(".json"), summary, indent=1)
     write_text(path.with_suffix(".md"), text)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from twn_rl.launch.arguments import DataArguments, packaged
 from twn_rl.launch.run_folder import save_run, set_up_logging
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.runtime.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class Stage:
         for folder in self.outdates:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = time.perf_counter() - started
-        write_text(self.finished_file, json.dumps({"command": command, "seconds": seconds}))
+        write_json(self.finished_file, {"command": command, "seconds": seconds})
         return True
 
     def _is_kept(self) -> bool:
