@@ -96,7 +96,7 @@ def test_sentence_transformers_columns_count_by_order_and_bytes_become_files(roo
     records = convert(root, "sentence-transformers", source.parent.parent)
     assert records[0].source == "vdr"
     assert records[0].query == Item(text="a red page")
-    pictures = [item.images[0] for item in records[0].items()[1:]]
+    pictures = [str(item.images[0]) for item in records[0].items()[1:]]
     shown = [Image.open(path).convert("RGB").getpixel((0, 0)) for path in pictures]
     assert shown == [(9, 0, 0), (8, 0, 0), (7, 0, 0)]
     assert all(Path(path).is_relative_to(root / "images") for path in pictures)

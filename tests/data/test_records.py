@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from twn_rl.data import image_checks, images
+from twn_rl.data import images
 from twn_rl.data import parquet as parquet_rows
 from twn_rl.data import verification as record_checks
 from twn_rl.data.images import ImageError, image_digest, open_image
@@ -123,7 +123,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any] | str | bytes, str, str]] = {
     "blank cot": (_row(query_cot=" "), "bad_type", "field query_cot: "),
     "metadata": (_row(metadata=[1]), "bad_type", "field metadata: "),
     "a list": ("[1, 2]", "bad_type", "row 2: value = [1, 2]"),
-    "NaN": (_row(query_cot=math.nan), "bad_json", "NaN is not JSON"),
+    "NaN": (_row(query_cot=math.nan), "bad_json", "without NaN or Infinity"),
     "cut line": ('{"id": "x", ', "bad_json", "no valid JSON"),
     "bad UTF-8": (b'{"id": "\xff\xfe"}', "bad_json", "no valid JSON"),
     "empty text": (_row(positive={"text": " "}), "empty_item", "field positive.text: text = ' '"),
@@ -251,7 +251,7 @@ def test_parquet_rows_with_nan_and_struct_metadata_are_checked_alike(root: Path)
     records = load_records(root / "r.parquet", on_bad_record="skip")
     assert records[0].metadata == {"hops": 1}
     assert records.skipped == {"bad_type": 1}
-    assert "row 2, field query_cot: value = NaN" in records.skipped_rows[0][1]
+    assert "row 2, field query_cot: value = nan" in records.skipped_rows[0][1]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
@@ -374,7 +374,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the pictures decoded since the list was last cleared."""
     opened: list[str] = []
     original = images.open_image
-    monkeypatch.setattr(image_checks, "_CACHE_FROM_IMAGES", 1)
+    monkeypatch.setattr(record_checks, "_CACHE_FROM_IMAGES", 1)
     monkeypatch.setattr(
         images, "open_image", lambda p, r=None: opened.append(Path(p).name) or original(p, r)
     )
@@ -421,7 +421,7 @@ def test_a_damaged_image_cache_is_logged_and_written_anew(
     root: Path, decoded: list[str], content: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = _write_lines(root, GOOD)
-    cache = root / f"{path.name}{image_checks.CACHE_SUFFIX}"
+    cache = root / f"{path.name}{record_checks.CACHE_SUFFIX}"
     cache.write_text(content)
     _forget()
     load_records(path)
@@ -437,7 +437,7 @@ def test_an_image_cache_that_cannot_be_written_is_only_logged(
     root: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = _write_lines(root, GOOD)
-    (root / f"{path.name}{image_checks.CACHE_SUFFIX}").mkdir()
+    (root / f"{path.name}{record_checks.CACHE_SUFFIX}").mkdir()
     _forget()
     assert len(load_records(path)) == 1
     assert "cannot be written" in caplog.text

@@ -81,16 +81,16 @@ def test_each_source_has_its_own_data_root(folder: Path) -> None:
 
 BAD: dict[str, tuple[Any, str]] = {
     "missing file": ({"path": "absent.jsonl"}, r"sources\[1\]\.path = 'absent\.jsonl'"),
-    "no path": ({"weight": 1}, r"sources\[1\]\.path = None"),
-    "weight 0": ({**MID, "weight": 0}, r"weight = 0, expected a number > 0"),
-    "negative weight": ({**MID, "weight": -1.5}, r"weight = -1\.5"),
-    "NaN weight": ({**MID, "weight": float("nan")}, r"weight = nan"),
-    "word as weight": ({**MID, "weight": "much"}, r"weight = 'much'"),
-    "true as weight": ({**MID, "weight": True}, r"weight = True"),
-    "limit 0": ({**MID, "limit": 0}, r"limit = 0"),
-    "unknown key": ({**MID, "wieght": 2}, r"sources\[1\]\.wieght is unknown"),
-    "number as name": ({**MID, "name": 3}, r"name = 3"),
-    "a bare path": ("mid.jsonl", r"sources\[1\] = 'mid\.jsonl'"),
+    "no path": ({"weight": 1}, r"sources\[1\]\.path: path is missing"),
+    "weight 0": ({**MID, "weight": 0}, r"weight: value = 0 of type int; expected `float` > 0"),
+    "negative weight": ({**MID, "weight": -1.5}, r"weight: value = -1\.5"),
+    "NaN weight": ({**MID, "weight": float("nan")}, r"weight: value = nan"),
+    "word as weight": ({**MID, "weight": "much"}, r"weight: value = 'much'"),
+    "true as weight": ({**MID, "weight": True}, r"weight: value = True"),
+    "limit 0": ({**MID, "limit": 0}, r"limit: value = 0"),
+    "unknown key": ({**MID, "wieght": 2}, r"sources\[1\]\.wieght: unknown key"),
+    "number as name": ({**MID, "name": 3}, r"name: value = 3"),
+    "a bare path": ("mid.jsonl", r"sources\[1\]: value = 'mid\.jsonl'"),
     "same name": ({"path": "big.jsonl"}, r"name = \['big'\] are used twice"),
     "a mixture": ({"path": "mixture.yaml"}, r"not another mixture"),
 }
@@ -107,11 +107,11 @@ def test_settings_that_cannot_work_are_named(folder: Path, kind: str) -> None:
 
 def test_all_problems_of_a_mixture_are_named_together(folder: Path) -> None:
     path = write_mixture(folder, {"path": "no.jsonl"}, {**MID, "weight": 0}, one_source="yes")
-    with pytest.raises(ValueError, match=r"one_source is unknown.*no\.jsonl.*weight = 0"):
+    with pytest.raises(ValueError, match=r"unknown key 'one_source'.*no\.jsonl.*value = 0"):
         load_mixture(path)
-    with pytest.raises(ValueError, match=r"one_source_per_batch = 'x', expected true or false"):
+    with pytest.raises(ValueError, match=r"one_source_per_batch: value = 'x'.*expected `bool`"):
         load_mixture(write_mixture(folder, BIG, one_source_per_batch="x"))
-    with pytest.raises(ValueError, match=r"sources = \[\], expected at least one"):
+    with pytest.raises(ValueError, match=r"sources: value = \[\].*expected `array` of length >= 1"):
         load_mixture(write_mixture(folder))
     for content in ("- a", "sources: 3", "", "a: [", "sources: {path: a}"):
         path.write_text(content)

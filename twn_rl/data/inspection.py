@@ -1,7 +1,4 @@
-"""What a file of records holds, in numbers: sources, shares, duplicates, pictures, problems.
-
-Knows no models and no terminal; `token_lengths` adds lengths after rendering.
-"""
+"""What a file of records holds, in numbers: sources, shares, duplicates, pictures, problems."""
 
 import hashlib
 import json

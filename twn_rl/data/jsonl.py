@@ -1,22 +1,14 @@
-"""Records that stay in their file: where each row lies, and how one is read again when asked for.
+"""Rows of JSON lines, read from start to end or again at the byte where one starts."""
 
-Knows nothing of what makes a record usable; `records` keeps the places of those that are.
-"""
-
-import json
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import lru_cache
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, overload
+from typing import Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
+import msgspec
 
-from twn_rl.data.images import ImageError, ImageSource, resolve_inside
-from twn_rl.data.record import Item, Record, RecordError
+from twn_rl.data.record import RecordError
 
 _BLOCK_BYTES = 8192
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -34,43 +26,12 @@ class RowFile(Protocol):
         ...
 
     def read(self, place: int) -> Row:
-        """Return the row at a place that `scan` gave."""
-        ...
-
-
-class StoredRecords(Sequence[Record]):
-    """Verified records of a file, 8 bytes of memory each; every access reads the row again."""
-
-    def __init__(self, rows: RowFile, places: NDArray[np.int64], data_root: Path) -> None:
-        """Hold the places of the usable rows of a file."""
-        self._rows, self._places, self._data_root = rows, places, data_root
-
-    def __len__(self) -> int:
-        """Return the number of records."""
-        return len(self._places)
-
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> "StoredRecords": ...
-    def __getitem__(self, index: int | slice) -> "Record | StoredRecords":
-        """Return a record with absolute image paths, or the records of a slice.
+        """Return the row at a place that `scan` gave.
 
         Raises:
-            RecordError: If the file has changed since it was verified.
+            RecordError: If the file is no longer the one that was scanned.
         """
-        if isinstance(index, slice):
-            return StoredRecords(self._rows, self._places[index], self._data_root)
-        row = self._rows.read(int(self._places[index]))
-        try:
-            if isinstance(row, RecordError):
-                raise row
-            root = str(self._data_root)
-            return with_absolute_paths(Record.from_dict(row), lambda name: _resolved(name, root))
-        except RecordError as error:
-            raise RecordError(
-                error.detail, reason=error.reason, field=error.field, file=self._rows.path
-            ) from error
+        ...
 
 
 class JsonLines:
@@ -135,65 +96,16 @@ def check_unchanged(path: Path, signature: tuple[int, int], stat: os.stat_result
         )
 
 
-def with_absolute_paths(record: Record, resolve: Callable[[str], str]) -> Record:
-    """Return `record` with `resolve` applied to every image path.
-
-    Raises:
-        RecordError: If `resolve` raises an ImageError; it names the field.
-    """
-    resolved: dict[str, str] = {}
-    for name, source in sources_of(record):
-        try:
-            resolved[str(source)] = resolve(str(source))
-        except ImageError as error:
-            raise RecordError(str(error), reason=error.reason, field=name) from error
-    if not resolved:
-        return record
-
-    def absolute(item: Item) -> Item:
-        return replace(
-            item,
-            images=tuple(resolved[str(source)] for source in item.images),
-            video=tuple(resolved[str(source)] for source in item.video),
-        )
-
-    return record.map_items(absolute)
-
-
-def sources_of(record: Record) -> Iterator[tuple[str, ImageSource]]:
-    """Yield the dotted field name and the source of every picture of `record`."""
-    for position, item in enumerate(record.items()):
-        if not item.images and not item.video:
-            continue
-        name = ("query", "positive", f"negatives[{position - 2}]")[min(position, 2)]
-        for kind, sources in (("images", item.images), ("video", item.video)):
-            for i, source in enumerate(sources):
-                yield f"{name}.{kind}[{i}]", source
-
-
-@lru_cache(maxsize=65_536)
-def _resolved(name: str, data_root: str) -> str:
-    # A picture that has gone since is for whoever opens it to report.
-    return str(resolve_inside(name, data_root, must_exist=False))
-
-
 def parse_json(text: str | bytes, *, field: str | None) -> Any:
     """Return the value of a JSON text, or the RecordError that says why there is none."""
     try:
-        return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError covers bad UTF-8 as well
+        return msgspec.json.decode(text)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         return RecordError(
             f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
             reason="bad_json",
             field=field,
         )
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def _parse(line: bytes) -> Row:

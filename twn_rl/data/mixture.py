@@ -1,4 +1,4 @@
-"""Weighted mixtures of record files, and the order their records are drawn in. Knows no losses.
+"""Weighted mixtures of record files, and the order their records are drawn in.
 
 A mixture is a YAML file:
 
@@ -11,28 +11,28 @@ Paths are relative to that file. A source is drawn with probability weight / sum
 """
 
 import logging
-import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Annotated, Any, Literal, overload
 
+import msgspec
 import numpy as np
 import yaml
 from torch.utils.data import Sampler
 
-from twn_rl.data.record import Record
+from twn_rl.data.record import Record, RecordError, checked_fields
 from twn_rl.data.record_files import RecordSet, load_records
+from twn_rl.runtime.problems import Problems
 
 logger = logging.getLogger(__name__)
 
 MIXTURE_SUFFIXES = (".yaml", ".yml")
 
 
-@dataclass(frozen=True)
-class SourceSettings:
+class SourceSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One entry of `sources`.
 
     Attributes:
@@ -44,8 +44,8 @@ class SourceSettings:
     """
 
     path: str
-    weight: float = 1.0
-    limit: int | None = None
+    weight: Annotated[float, msgspec.Meta(gt=0, le=sys.float_info.max)] = 1.0
+    limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
     data_root: str | None = None
     name: str | None = None
 
@@ -53,6 +53,11 @@ class SourceSettings:
     def label(self) -> str:
         """What logs and errors call it."""
         return self.name or Path(self.path).stem
+
+
+class _MixtureFile(msgspec.Struct, forbid_unknown_fields=True):
+    sources: Annotated[list[Any], msgspec.Meta(min_length=1)]
+    one_source_per_batch: bool = True
 
 
 class Mixture(Sequence[Record]):
@@ -157,60 +162,32 @@ def load_mixture(
 
 
 def _read_settings(path: Path) -> tuple[list[SourceSettings], bool]:
+    wanted = "expected sources: [{path: ..., weight: ...}]"
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())  # YAML's own spans lines
-        raise ValueError(
-            f"mixture {path} is no YAML ({reason}); expected sources: [{{path: ..., weight: "
-            "...}]; correct it"
-        ) from error
+        raise ValueError(f"mixture {path} is no YAML ({reason}); {wanted}; correct it") from error
     if not isinstance(data, dict) or not isinstance(data.get("sources"), list):
-        raise ValueError(
-            f"mixture {path} holds no list of sources; expected sources: [{{path: ..., weight: "
-            "...}]; add it"
-        )
-    problems = _unknown(data, ["sources", "one_source_per_batch"], "")
-    one_source_per_batch = data.get("one_source_per_batch", True)
-    if not isinstance(one_source_per_batch, bool):
-        problems.append(f"one_source_per_batch = {one_source_per_batch!r}, expected true or false")
-    if not data["sources"]:
-        problems.append("sources = [], expected at least one")
-    for number, source in enumerate(data["sources"]):
-        problems += _source_problems(source, f"sources[{number}]", path.parent)
-    if not problems:
-        labels = [SourceSettings(**source).label for source in data["sources"]]
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        if repeated:
-            problems.append(f"name = {repeated} are used twice, expected one name a source")
-    if problems:
-        raise ValueError(f"mixture {path}: " + "; ".join(problems) + "; change these entries")
-    return [SourceSettings(**source) for source in data["sources"]], one_source_per_batch
-
-
-def _source_problems(source: Any, where: str, folder: Path) -> list[str]:
-    if not isinstance(source, dict):
-        return [f"{where} = {source!r}, expected {{path: ..., weight: ...}}"]
-    problems = _unknown(source, [known.name for known in fields(SourceSettings)], where + ".")
-    path, weight, limit = source.get("path"), source.get("weight", 1.0), source.get("limit")
-    if not isinstance(path, str) or not (folder / path).is_file():
-        problems.append(f"{where}.path = {path!r}, expected a file of records under {folder}")
-    elif is_mixture(path):
-        problems.append(f"{where}.path = {path!r}, expected records, not another mixture")
-    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not is_number or not 0 < weight < math.inf:
-        problems.append(f"{where}.weight = {weight!r}, expected a number > 0")
-    is_count = isinstance(limit, int) and not isinstance(limit, bool)
-    if limit is not None and (not is_count or limit < 1):
-        problems.append(f"{where}.limit = {limit!r}, expected a whole number >= 1 or null")
-    for key in ("data_root", "name"):
-        if not isinstance(source.get(key), str | None):
-            problems.append(f"{where}.{key} = {source[key]!r}, expected a string or null")
-    return problems
-
-
-def _unknown(data: dict[Any, Any], known: list[str], where: str) -> list[str]:
-    return [f"{where}{key} is unknown, expected only {known}" for key in data if key not in known]
+        raise ValueError(f"mixture {path} holds no list of sources; {wanted}; add it")
+    problems, settings = Problems(), list[SourceSettings]()
+    with problems.told(RecordError):
+        checked_fields(data, _MixtureFile, None)
+    for number, entry in enumerate(data["sources"]):
+        where = f"sources[{number}]"
+        with problems.told(RecordError):
+            source = checked_fields(entry, SourceSettings, where)
+            problems.unless(
+                (path.parent / source.path).is_file() and not is_mixture(source.path),
+                f"{where}.path = {source.path!r}, expected a file of records under {path.parent}, "
+                "not another mixture",
+            )
+            settings.append(source)
+    labels = [source.label for source in settings]
+    repeated = sorted({label for label in labels if labels.count(label) > 1})
+    problems.unless(not repeated, f"name = {repeated} are used twice, expected one name a source")
+    problems.refuse(f"mixture {path}", "change these entries")
+    return settings, data.get("one_source_per_batch", True)
 
 
 class MixtureSampler(Sampler[int]):

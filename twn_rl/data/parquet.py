@@ -1,23 +1,29 @@
-"""Rows of Parquet and Arrow files. Knows the columns of a record and nothing of its meaning.
-
-Of the rooms of records the only one that needs pyarrow.
-"""
+"""Rows of Parquet and Arrow files; the only file about records that needs pyarrow."""
 
 import json
 import logging
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
 from twn_rl.data.record import RecordError
 from twn_rl.runtime.whole_files import written_aside
+
+try:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "module pyarrow is missing; expected it for .parquet and .arrow files; install "
+        "twn-rl[eval] or install pyarrow alone, or use .jsonl",
+        name="pyarrow",
+    ) from error
 
 logger = logging.getLogger(__name__)
 
@@ -92,15 +98,8 @@ class ParquetRows:
     def _open(self) -> list[pa.RecordBatch]:
         if self._batches is None:
             check_unchanged(self.path, self._signature, self.path.stat())
-            try:
+            with _readable(self.path):
                 self._batches = self._decode()
-            except (pa.ArrowInvalid, OSError) as error:
-                raise RecordError(
-                    f"file is no readable Parquet ({error}); expected a complete file; write it "
-                    "again",
-                    reason="bad_file",
-                    file=self.path,
-                ) from error
             lengths = [batch.num_rows for batch in self._batches]
             self._starts = list(accumulate(lengths, initial=0))[:-1]
         return self._batches
@@ -167,12 +166,18 @@ def read_table(path: Path, *, batch_rows: int) -> Iterator[dict[str, Any]]:
         RecordError: If the file is damaged or of another kind.
         FileNotFoundError: If there is no such file.
     """
-    try:
+    with _readable(path):
         for batch in _batches_of(path, batch_rows):
             yield from batch.to_pylist()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
     except (pa.ArrowInvalid, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise RecordError(
             f"file is no readable Parquet ({error}); expected a complete file; write it again",
             reason="bad_file",

@@ -1,20 +1,20 @@
-"""What a training record is, and what is wrong with one. Knows no files, no models, no tensors.
-
-Reading, verifying and writing files of records lives in `records`, which offers these names too.
-"""
+"""What a training record is, and what is wrong with one. Knows no files."""
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from PIL import Image
+import msgspec
 
-from twn_rl.data.images import ImageSource, image_digest, open_image
+from twn_rl.data.images import ImageError, ImageSource, image_digest, open_image
+
+DEFAULT_POOL = ""
 
 
 class RecordError(ValueError):
@@ -49,12 +49,18 @@ class RecordError(ValueError):
         where = {"field": self.field, "file": self.file, "row": self.row}
         return partial(RecordError, self.detail, reason=self.reason, **where), ()
 
-    def at(self, *, file: str | Path, row: int) -> "RecordError":
+    def at(self, *, file: str | Path, row: int | None = None) -> "RecordError":
         """Return the same error with its file and row named."""
         return RecordError(self.detail, reason=self.reason, field=self.field, file=file, row=row)
 
 
-DEFAULT_POOL = ""
+@contextmanager
+def named_in_errors(name: str) -> Iterator[None]:
+    """Turn an `ImageError` of the body into a `RecordError` that names the field."""
+    try:
+        yield
+    except ImageError as error:
+        raise RecordError(str(error), reason=error.reason, field=name) from error
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,16 @@ class Item:
         Raises:
             ImageError: If a picture is missing or cannot be decoded.
         """
+        return self.map_sources(lambda source: open_image(source, data_root))
+
+    def map_sources(self, function: Callable[[ImageSource], ImageSource]) -> "Item":
+        """Return the item with `function` applied to every picture, frames included."""
+        if not self.images and not self.video:
+            return self
         return replace(
             self,
-            images=tuple(open_image(source, data_root) for source in self.images),
-            video=tuple(open_image(source, data_root) for source in self.video),
+            images=tuple(function(source) for source in self.images),
+            video=tuple(function(source) for source in self.video),
         )
 
     def content_key(self, data_root: str | Path | None = None) -> str:
@@ -104,14 +116,20 @@ class Item:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def is_same(self, other: "Item", data_root: str | Path | None = None) -> bool:
+        """Return whether two items have equal content; decodes pictures only if all else agrees.
+
+        Raises:
+            ImageError: If such a picture is missing or cannot be decoded.
+        """
+        plain = [(it.instruction, it.text, len(it.images), len(it.video)) for it in (self, other)]
+        return plain[0] == plain[1] and (
+            self.content_key(data_root) == other.content_key(data_root)
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict; `from_dict` is its inverse. JSON-ready when all images are paths."""
-        return {
-            "instruction": self.instruction,
-            "text": self.text,
-            "images": list(self.images),
-            "video": list(self.video),
-        }
+        return {**vars(self), "images": list(self.images), "video": list(self.video)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, where: str | None = None) -> "Item":
@@ -120,32 +138,7 @@ class Item:
         Raises:
             RecordError: For unknown keys, wrong types, and an item without text, image and video.
         """
-        if not isinstance(data, Mapping):
-            raise _type_error(where, data, "an object with instruction, text, images, video")
-        for key in data:
-            if key not in _ITEM_FIELDS:
-                raise RecordError(
-                    f"unknown key {key!r}; expected only {_ITEM_FIELDS}; rename or remove it",
-                    reason="unknown_field",
-                    field=_dotted(where, str(key)),
-                )
-        item = cls(
-            instruction=_optional_str(data.get("instruction"), _dotted(where, "instruction")),
-            text=_optional_str(data.get("text"), _dotted(where, "text")),
-            images=_sources(data.get("images"), _dotted(where, "images")),
-            video=_sources(data.get("video"), _dotted(where, "video")),
-        )
-        if not (item.text or "").strip() and not item.images and not item.video:
-            raise RecordError(
-                f"text = {item.text!r} without images or video; expected non-blank text or at "
-                "least one image or frame; fill the item or leave the row out",
-                reason="empty_item",
-                field=_dotted(where, "text"),
-            )
-        return item
-
-
-_ITEM_FIELDS = [item_field.name for item_field in fields(Item)]
+        return checked_fields(data, _ItemFields, where).item(where)
 
 
 @dataclass(frozen=True)
@@ -188,6 +181,26 @@ class Record:
         """Return query, positive and negatives, in this order."""
         return (self.query, self.positive, *self.negatives)
 
+    def sources(self) -> Iterator[tuple[str, ImageSource]]:
+        """Yield the dotted field name and the source of every picture."""
+        for position, item in enumerate(self.items()):
+            for kind, sources in (("images", item.images), ("video", item.video)):
+                for i, source in enumerate(sources):
+                    side = ("query", "positive", f"negatives[{position - 2}]")[min(position, 2)]
+                    yield f"{side}.{kind}[{i}]", source
+
+    def with_paths(self, resolve: Callable[[str], str]) -> "Record":
+        """Return the record with `resolve` applied to the path of every picture.
+
+        Raises:
+            RecordError: If `resolve` raises an ImageError; it names the field.
+        """
+        paths: dict[ImageSource, str] = {}
+        for name, source in self.sources():
+            with named_in_errors(name):
+                paths[source] = resolve(str(source))
+        return self.map_items(lambda item: item.map_sources(paths.__getitem__)) if paths else self
+
     def map_items(self, function: Callable[[Item], Item]) -> "Record":
         """Return the record with `function` (item -> item) applied to every item."""
         return replace(
@@ -200,15 +213,29 @@ class Record:
     def to_dict(self) -> dict[str, Any]:
         """Return a plain dict; `from_dict` is its inverse."""
         return {
-            "id": self.id,
-            "source": self.source,
+            **vars(self),
             "query": self.query.to_dict(),
             "positive": self.positive.to_dict(),
             "negatives": [item.to_dict() for item in self.negatives],
-            "query_cot": self.query_cot,
-            "positive_cot": self.positive_cot,
             "metadata": dict(self.metadata),
         }
+
+    def refuse_positive_as_negative(self, data_root: str | Path | None = None) -> None:
+        """Refuse a negative with the content of the positive; pictures decide if all else agrees.
+
+        Raises:
+            RecordError: If there is one, or if such a picture cannot be decoded.
+        """
+        for i, negative in enumerate(self.negatives):
+            name = f"negatives[{i}]"
+            with named_in_errors(name):
+                if negative.is_same(self.positive, data_root):
+                    raise RecordError(
+                        f"{name} has the content of positive; expected items that must not be "
+                        "found; remove it",
+                        reason="positive_in_negatives",
+                        field=name,
+                    )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Record":
@@ -218,35 +245,26 @@ class Record:
             RecordError: For a missing field, a wrong type, an empty item, and an unknown key that
                 looks like a misspelt known one or is also a key of `metadata`.
         """
-        if not isinstance(data, Mapping):
-            raise _type_error(None, data, "an object with id, source, query, positive")
-        for name in ("id", "source", "query", "positive"):
-            if data.get(name) is None:
-                raise RecordError(
-                    f"{name} is {'null' if name in data else 'missing'}; expected "
-                    "id, source, query and positive in every record; add it or leave the row out",
-                    reason="missing_field",
-                    field=name,
-                )
-        negatives = data.get("negatives")
-        if not isinstance(negatives, Sequence | None) or isinstance(negatives, str):
-            raise _type_error("negatives", negatives, "a list of items")
+        absent = [n for n in _REQUIRED if isinstance(data, Mapping) and data.get(n) is None]
+        if absent:
+            raise RecordError(
+                f"{absent[0]} is {'null' if absent[0] in data else 'missing'}; expected "
+                "id, source, query and positive in every record; add it or leave the row out",
+                reason="missing_field",
+                field=absent[0],
+            )
+        row = checked_fields(data, _RecordFields, None)
+        negatives = enumerate(row.negatives or ())
         return cls(
-            id=_required_str(data["id"], "id"),
-            source=_required_str(data["source"], "source"),
-            query=Item.from_dict(data["query"], where="query"),
-            positive=Item.from_dict(data["positive"], where="positive"),
-            negatives=tuple(
-                Item.from_dict(item, where=f"negatives[{i}]")
-                for i, item in enumerate(negatives or ())
-            ),
-            query_cot=_optional_cot(data.get("query_cot"), "query_cot"),
-            positive_cot=_optional_cot(data.get("positive_cot"), "positive_cot"),
-            metadata=_metadata(data),
+            id=row.id,
+            source=row.source,
+            query=row.query.item("query"),
+            positive=row.positive.item("positive"),
+            negatives=tuple(item.item(f"negatives[{i}]") for i, item in negatives),
+            query_cot=row.query_cot,
+            positive_cot=row.positive_cot,
+            metadata=_metadata(data, row.metadata or {}),
         )
-
-
-_RECORD_FIELDS = [record_field.name for record_field in fields(Record)]
 
 
 def task_of(record: Record) -> str:
@@ -265,21 +283,100 @@ def pool_of(record: Record) -> str:
     return str(record.metadata.get("pool", DEFAULT_POOL))
 
 
-def _metadata(data: Mapping[str, Any]) -> dict[str, Any]:
-    metadata = data.get("metadata")
-    if not isinstance(metadata, Mapping | None):
-        raise _type_error("metadata", metadata, "an object or null")
-    merged = dict(metadata or {})
+_Path = Annotated[str, msgspec.Meta(min_length=1)]
+_Text = Annotated[str, msgspec.Meta(pattern=r"\S")]
+
+
+class _ItemFields(msgspec.Struct, forbid_unknown_fields=True):
+    """What an item may hold in a file, where null is as good as absent."""
+
+    instruction: str | None = None
+    text: str | None = None
+    images: tuple[_Path, ...] | None = None
+    video: tuple[_Path, ...] | None = None
+
+    def item(self, where: str | None) -> Item:
+        """Return the item, which must not be empty."""
+        if not (self.images or self.video or (self.text and self.text.strip())):
+            raise RecordError(
+                f"text = {self.text!r} without images or video; expected non-blank text or at "
+                "least one image or frame; fill the item or leave the row out",
+                reason="empty_item",
+                field=_dotted(where, "text"),
+            )
+        return Item(self.instruction, self.text, self.images or (), self.video or ())
+
+
+class _RecordFields(msgspec.Struct):
+    """What a record may hold in a file, besides metadata at the top level."""
+
+    id: _Text
+    source: _Text
+    query: _ItemFields
+    positive: _ItemFields
+    negatives: tuple[_ItemFields, ...] | None = None
+    query_cot: _Text | None = None
+    positive_cot: _Text | None = None
+    metadata: dict[str, Any] | None = None
+
+
+_REQUIRED = ("id", "source", "query", "positive")
+_Fields = TypeVar("_Fields", bound=msgspec.Struct)
+
+
+def checked_fields(data: Any, kind: type[_Fields], where: str | None) -> _Fields:
+    """Return the named fields of an object.
+
+    Args:
+        data: The object.
+        kind: What it may hold.
+        where: Dotted name of the object in errors.
+
+    Raises:
+        RecordError: For the first field that is missing, unknown or of another type.
+    """
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as error:
+        complaint, _, path = str(error).partition(" - at `$")
+        name = _dotted(where, path.strip(".`"))
+        about = re.fullmatch("Object (contains|missing).* field `(.*)`", complaint)
+        if about:
+            is_unknown, key, known = about[1] == "contains", about[2], kind.__struct_fields__
+            raise RecordError(
+                f"unknown key {key!r}; expected only {list(known)}; rename or remove it"
+                if is_unknown
+                else f"{key} is missing; expected it beside {sorted(map(str, data))}; add it",
+                reason="unknown_field" if is_unknown else "missing_field",
+                field=_dotted(name, key),
+            ) from error
+        value = data
+        for key, index in re.findall(r"\.(\w+)|\[(\d+)\]", path):
+            value = value[key] if key else value[int(index)]
+        expected = complaint.removeprefix("Expected ").partition(", got")[0]
+        if "regex" in expected:
+            expected = "a non-blank string"
+        raise RecordError(
+            f"value = {value!r:.80} of type {type(value).__name__}; expected {expected}; correct "
+            "the value",
+            reason="bad_type",
+            field=name,
+        ) from error
+
+
+def _metadata(data: Mapping[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata with the unknown fields of the row."""
+    merged, known = dict(metadata), _RecordFields.__struct_fields__
     for key in data:
-        if key in _RECORD_FIELDS:
+        if key in known:
             continue
         # A misspelt field must not vanish into metadata: "negative" would train without negatives.
-        twin = next((name for name in _RECORD_FIELDS if _letters(name) == _letters(str(key))), None)
+        twin = next((name for name in known if _letters(name) == _letters(str(key))), None)
         if twin is not None or key in merged:
             what = f"is it {twin!r}?" if twin else "metadata has the same key"
             raise RecordError(
-                f"unknown field {key!r}: {what}; expected only {_RECORD_FIELDS} or names unlike "
-                "them and unlike the keys of metadata; rename it",
+                f"unknown field {key!r}: {what}; expected only {list(known)} or names unlike them "
+                "and unlike the keys of metadata; rename it",
                 reason="unknown_field",
                 field=str(key),
             )
@@ -291,43 +388,5 @@ def _letters(name: str) -> str:
     return name.lower().replace("_", "").replace("-", "").rstrip("s")
 
 
-def _dotted(where: str | None, name: str) -> str:
-    return name if where is None else f"{where}.{name}"
-
-
-def _type_error(name: str | None, value: Any, expected: str) -> RecordError:
-    shown = "NaN" if isinstance(value, float) and math.isnan(value) else repr(value)[:80]
-    return RecordError(
-        f"value = {shown} of type {type(value).__name__}; expected {expected}; correct the value",
-        reason="bad_type",
-        field=name,
-    )
-
-
-def _optional_str(value: Any, name: str) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise _type_error(name, value, "a string or null")
-    return value
-
-
-def _required_str(value: Any, name: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise _type_error(name, value, "a non-blank string")
-    return value
-
-
-def _optional_cot(value: Any, name: str) -> str | None:
-    if _optional_str(value, name) is not None and not value.strip():
-        raise _type_error(name, value, "a non-blank string or null")
-    return value
-
-
-def _sources(value: Any, name: str) -> tuple[ImageSource, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise _type_error(name, value, "a list of image paths or null")
-    for i, source in enumerate(value):
-        if not isinstance(source, Image.Image | str | Path) or source == "":
-            raise _type_error(f"{name}[{i}]", source, "an image path")
-    return tuple(value)
+def _dotted(where: str | None, name: str) -> str | None:
+    return ".".join(part for part in (where, name) if part) or None

@@ -1,27 +1,27 @@
-"""Files of training records: reading, verifying, writing. Knows no models and no chat templates.
+"""Files of training records: read, verified, written.
 
 JSON lines (`.jsonl`) and Parquet (`.parquet`) hold one record a row: `id`, `source`, `query`,
 `positive`, `negatives`, `query_cot`, `positive_cot`, `metadata`; an item is `instruction`, `text`,
 `images`, `video`. Image paths are relative to the data root. Remote images are never fetched.
 """
 
-import importlib
 import json
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from twn_rl.data.images import ImageSource
-from twn_rl.data.jsonl import JsonLines, RowFile, StoredRecords, sources_of
-from twn_rl.data.record import Item, Record, RecordError
+from twn_rl.data.images import ImageSource, resolve_inside
+from twn_rl.data.jsonl import JsonLines, RowFile
+from twn_rl.data.record import Record, RecordError
 from twn_rl.data.verification import RecordChecks
 from twn_rl.runtime.whole_files import write_json_lines, written_aside
 
@@ -30,7 +30,7 @@ _PROGRESS_AFTER_SECONDS = 5.0
 
 
 class RecordSet(Sequence[Record]):
-    """Verified records with absolute image paths; neither texts nor images stay in memory.
+    """Verified records with absolute image paths, 8 bytes of memory each: all else stays on disk.
 
     Each access reads the row again, so a record that is used often is worth keeping. A set can be
     pickled for other processes, which must see the same file.
@@ -45,15 +45,15 @@ class RecordSet(Sequence[Record]):
 
     def __init__(
         self,
-        records: Sequence[Record],
+        rows: RowFile,
+        places: NDArray[np.int64],
         *,
-        data_root: str | Path,
+        data_root: Path,
         skipped_rows: Sequence[tuple[int, RecordError]] = (),
         metadata_fields: Mapping[str, int] | None = None,
     ) -> None:
-        """Hold records that `load_records` has verified."""
-        self._records = records if isinstance(records, StoredRecords) else list(records)
-        self.data_root = Path(data_root)
+        """Hold the places of the rows that `load_records` has verified."""
+        self._rows, self._places, self.data_root = rows, places, data_root
         self.skipped = Counter(error.reason for _, error in skipped_rows)
         self.skipped_rows = [(row, str(error)) for row, error in skipped_rows]
         self.errors = [error for _, error in skipped_rows]
@@ -61,17 +61,27 @@ class RecordSet(Sequence[Record]):
 
     def __len__(self) -> int:
         """Return the number of usable records."""
-        return len(self._records)
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
     @overload
     def __getitem__(self, index: slice) -> "RecordSet": ...
     def __getitem__(self, index: int | slice) -> "Record | RecordSet":
-        """Return a record with image paths, or a set of the records of a slice."""
+        """Return a record with image paths, or a set of the records of a slice.
+
+        Raises:
+            RecordError: If the file has changed since it was verified.
+        """
         if isinstance(index, slice):
-            return RecordSet(self._records[index], data_root=self.data_root)
-        return self._records[index]
+            return RecordSet(self._rows, self._places[index], data_root=self.data_root)
+        row, root = self._rows.read(int(self._places[index])), str(self.data_root)
+        try:
+            if isinstance(row, RecordError):
+                raise row
+            return Record.from_dict(row).with_paths(lambda name: _resolved(name, root))
+        except RecordError as error:
+            raise error.at(file=self._rows.path) from error
 
     def load(self, index: int) -> Record:
         """Return record `index` with every picture opened as an RGB image.
@@ -79,7 +89,13 @@ class RecordSet(Sequence[Record]):
         Raises:
             ImageError: If a picture has been removed or damaged since it was verified.
         """
-        return self._records[index].load(self.data_root)
+        return self[index].load(self.data_root)
+
+
+@lru_cache(maxsize=65_536)
+def _resolved(name: str, data_root: str) -> str:
+    # A picture that has gone since is for whoever opens it to report.
+    return str(resolve_inside(name, data_root, must_exist=False))
 
 
 def load_records(
@@ -119,7 +135,7 @@ def load_records(
     for number, place, data in _progress(islice(rows.scan(), limit), f"Reading {path.name}"):
         total += 1
         record = check.parse(number, data)
-        has_pictures = record is not None and next(sources_of(record), None) is not None
+        has_pictures = record is not None and any(i.images or i.video for i in record.items())
         if record is not None and (has_pictures or check.is_trainable(number, record)):
             if has_pictures:
                 illustrated.append(len(places))
@@ -132,7 +148,8 @@ def load_records(
         is_usable[position] = check.is_trainable(numbers[position], record)
     check.report(usable=int(is_usable.sum()), total=total)
     return RecordSet(
-        StoredRecords(rows, np.array(places, dtype=np.int64)[is_usable], root),
+        rows,
+        np.array(places, dtype=np.int64)[is_usable],
         data_root=root,
         skipped_rows=sorted(check.skipped, key=lambda pair: pair[0]),
         metadata_fields=check.metadata_fields,
@@ -160,71 +177,62 @@ def write_records(
             or metadata that JSON cannot hold; the message names the record.
     """
     path = Path(path)
-    _check_suffix(path)
     root = (path.parent if data_root is None else Path(data_root)).resolve()
-    rows = (_to_row(record, root) for record in records)
-    if path.suffix == ".parquet":
+    rows = (_row(record, root) for record in records)
+    if _is_parquet(path):
+        from twn_rl.data.parquet import write_parquet
+
         with written_aside(path) as aside:
-            _parquet().write_parquet(aside, rows)
+            write_parquet(aside, rows)
     else:
         write_json_lines(path, rows)
 
 
-def _check_suffix(path: Path) -> None:
+def _is_parquet(path: Path) -> bool:
     if path.suffix not in (".jsonl", ".parquet"):
         raise RecordError(
             f"suffix = {path.suffix!r}; expected .jsonl or .parquet; convert or rename the file",
             reason="bad_file",
             file=path,
         )
-
-
-def _parquet() -> ModuleType:
-    """Return the Parquet room, which alone needs pyarrow: serving and JSON lines do without."""
-    try:
-        return importlib.import_module("twn_rl.data.parquet")
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "pyarrow":
-            raise
-        raise ModuleNotFoundError(
-            "module pyarrow is missing; expected it for .parquet files; install pyarrow or use "
-            ".jsonl",
-            name="pyarrow",
-        ) from error
+    return path.suffix == ".parquet"
 
 
 def _open_rows(path: Path) -> RowFile:
-    _check_suffix(path)
-    return _parquet().ParquetRows(path) if path.suffix == ".parquet" else JsonLines(path)
+    if not _is_parquet(path):
+        return JsonLines(path)
+    from twn_rl.data.parquet import ParquetRows
+
+    return ParquetRows(path)
 
 
-def _to_row(record: Record, root: Path) -> dict[str, Any]:
-    """Return the JSON-ready row of `record`, as `load_records` would accept it."""
+def _row(record: Record, root: Path) -> dict[str, Any]:
     try:
-        row = record.map_items(lambda item: _relative_item(item, root)).to_dict()
-        Record.from_dict(row)
-        json.dumps(row["metadata"], allow_nan=False)
+        return writable_row(record, root)
     except RecordError as error:
         raise RecordError(
             f"record {record.id!r}: {error.detail}", reason=error.reason, field=error.field
         ) from error
+
+
+def writable_row(record: Record, data_root: Path) -> dict[str, Any]:
+    """Return the JSON-ready row of a record, as `load_records` would accept it.
+
+    Raises:
+        RecordError: As of `write_records`.
+    """
+    row = record.map_items(lambda i: i.map_sources(lambda s: _relative(s, data_root))).to_dict()
+    Record.from_dict(row)
+    try:
+        json.dumps(row["metadata"], allow_nan=False)
     except (TypeError, ValueError) as error:
         raise RecordError(
-            f"record {record.id!r}: JSON cannot hold it ({error}); expected strings, finite "
-            "numbers, booleans, null, lists and objects; convert the value",
+            f"JSON cannot hold it ({error}); expected strings, finite numbers, booleans, null, "
+            "lists and objects; convert the value",
             reason="bad_type",
             field="metadata",
         ) from error
     return row
-
-
-def _relative_item(item: Item, root: Path) -> Item:
-    return Item(
-        instruction=item.instruction,
-        text=item.text,
-        images=tuple(_relative(source, root) for source in item.images),
-        video=tuple(_relative(source, root) for source in item.video),
-    )
 
 
 def _relative(source: ImageSource, root: Path) -> str:

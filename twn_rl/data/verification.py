@@ -1,20 +1,37 @@
-"""Everything verified about a row besides its types: ids, paths, pictures, negatives.
+"""What is verified of a row besides its types: ids, paths, negatives, pictures decoded once."""
 
-Knows no file formats and no models; `records` feeds it rows.
-"""
-
+import json
 import logging
+import multiprocessing
+import os
 from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
-from twn_rl.data.image_checks import CACHE_SUFFIX, check_images
-from twn_rl.data.images import ImageError, resolve_inside
-from twn_rl.data.jsonl import Row, sources_of, with_absolute_paths
-from twn_rl.data.record import Record, RecordError
+from tqdm import tqdm
+
+from twn_rl.data.images import (
+    ImageError,
+    ImageFacts,
+    image_facts,
+    remember_images,
+    remembered_facts,
+    resolve_inside,
+)
+from twn_rl.data.jsonl import Row
+from twn_rl.data.record import Record, RecordError, named_in_errors
+from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
 
+CACHE_SUFFIX = ".images.cache"
+_CACHE_FORMAT = 1
+_CACHE_FROM_IMAGES = 1000
 _PROGRESS_FROM_IMAGES = 1000
+_THREADS = 8
+_PATHS_PER_JOB = 32
 
 
 class RecordChecks:
@@ -32,9 +49,7 @@ class RecordChecks:
     def parse(self, row: int, data: Row) -> Record | None:
         """Return the record of a row with absolute paths, or None if it is bad."""
         try:
-            if isinstance(data, RecordError):
-                raise data
-            record = with_absolute_paths(Record.from_dict(data), self._resolve)
+            record = self.parse_again(data)
             if record.id in self._row_of_id:
                 raise RecordError(
                     f"id = {record.id!r} was used in row {self._row_of_id[record.id]}; expected "
@@ -45,6 +60,7 @@ class RecordChecks:
         except RecordError as error:
             return self._bad(row, error)
         self._row_of_id[record.id] = row
+        assert not isinstance(data, RecordError)
         self.metadata_fields.update(set(data) - set(Record.__dataclass_fields__))
         return record
 
@@ -63,28 +79,19 @@ class RecordChecks:
         """Return the record of a row that `parse` has accepted."""
         if isinstance(data, RecordError):
             raise data
-        return with_absolute_paths(Record.from_dict(data), self._resolve)
+        return Record.from_dict(data).with_paths(self._resolve)
 
     def is_trainable(self, row: int, record: Record) -> bool:
         """Return whether all images are readable and the positive is not among the negatives."""
-        for name, source in sources_of(record):
-            problem = self._problems.get(str(source))
-            if problem is not None:
-                self._bad(row, RecordError(str(problem), reason=problem.reason, field=name))
-                return False
-        positive = record.positive.content_key() if record.negatives else ""
-        for i, negative in enumerate(record.negatives):
-            if negative.content_key() == positive:
-                self._bad(
-                    row,
-                    RecordError(
-                        f"negatives[{i}] has the content of positive; expected items that must not "
-                        "be found; remove it",
-                        reason="positive_in_negatives",
-                        field=f"negatives[{i}]",
-                    ),
-                )
-                return False
+        try:
+            for name, source in record.sources():
+                if str(source) in self._problems:
+                    with named_in_errors(name):
+                        raise self._problems[str(source)]
+            record.refuse_positive_as_negative()
+        except RecordError as error:
+            self._bad(row, error)
+            return False
         return True
 
     def report(self, *, usable: int, total: int) -> None:
@@ -122,3 +129,108 @@ class RecordChecks:
         if self.is_strict:
             raise located
         self.skipped.append((row, located))
+
+
+def check_images(
+    paths: Iterable[str],
+    *,
+    workers: int = 0,
+    cache: Path | None = None,
+    label: str = "Verifying images",
+    show_progress_bar: bool = True,
+) -> dict[str, ImageError]:
+    """Return what is wrong with each picture that cannot be used; the others are remembered.
+
+    Args:
+        paths: Absolute paths, each decoded once.
+        workers: Processes that decode; 0 decodes in threads of this process.
+        cache: File that keeps what was found, so that the next run decodes only pictures whose
+            size or time of change differs. Written from a thousand pictures on.
+        label: Name of the progress bar.
+        show_progress_bar: Show pictures done.
+
+    Raises:
+        RuntimeError: If a worker process dies.
+    """
+    distinct = sorted(set(paths))
+    cached = {} if cache is None else _read_cache(cache)
+    remember_images(cached)
+    # Threads look the known ones up themselves; a worker process would decode them.
+    unknown = [p for p in distinct if not workers or remembered_facts(p) is None]
+    problems: dict[str, ImageError] = {}
+    found: dict[str, ImageFacts] = {}
+    progress = tqdm(
+        _examine_all(unknown, workers),
+        desc=label,
+        unit="image",
+        total=len(unknown),
+        disable=not show_progress_bar,
+    )
+    for path, finding in zip(unknown, progress, strict=True):
+        if isinstance(finding, ImageError):
+            problems[path] = finding
+        elif cached.get(path) != finding:
+            found[path] = finding
+    if workers:
+        remember_images(found)
+    if cache is not None and found and len(distinct) >= _CACHE_FROM_IMAGES:
+        _write_cache(cache, cached | found)
+    return problems
+
+
+def _read_cache(path: Path) -> dict[str, ImageFacts]:
+    """Return facts by absolute path; a cache that cannot be read costs time, not the run."""
+    facts: dict[str, ImageFacts] = {}
+    folder = path.parent.resolve()
+    try:
+        with path.open(encoding="utf-8") as file:
+            if json.loads(file.readline()) != {"format": _CACHE_FORMAT}:
+                raise ValueError(f"expected format {_CACHE_FORMAT}")
+            for line in file:
+                name, digest, *numbers = json.loads(line)
+                width, height, size_bytes, modified_ns = map(int, numbers)
+                entry = ImageFacts(str(digest), width, height, size_bytes, modified_ns)
+                facts[os.path.normpath(folder / name)] = entry
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("Image cache %s is not usable (%s); verifying all images", path, error)
+        return {}
+    return facts
+
+
+def _write_cache(path: Path, facts: Mapping[str, ImageFacts]) -> None:
+    """Write facts by path relative to the cache, so that data can move as a whole."""
+    folder = path.parent.resolve()
+    try:
+        with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+            file.write(json.dumps({"format": _CACHE_FORMAT}) + "\n")
+            for name, fact in facts.items():
+                file.write(json.dumps([os.path.relpath(name, folder), *fact]) + "\n")
+    except OSError as error:
+        logger.warning("Image cache %s cannot be written (%s); going on without", path, error)
+
+
+def _examine_all(paths: list[str], workers: int) -> Iterator[ImageFacts | ImageError]:
+    pool: Executor
+    workers = min(workers, -(-len(paths) // _PATHS_PER_JOB))  # no process without a job
+    if workers:
+        # Not forked: a fork of a process that runs threads can hang.
+        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
+    else:
+        pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
+    with pool:
+        try:
+            yield from pool.map(_examine, paths, chunksize=_PATHS_PER_JOB)
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                f"a worker of {workers} died while verifying images ({error}); expected all to "
+                "finish; start fewer workers if memory ran out, or 0 to find the picture"
+            ) from error
+
+
+def _examine(path: str) -> ImageFacts | ImageError:
+    try:
+        return image_facts(path)
+    except ImageError as error:
+        return error

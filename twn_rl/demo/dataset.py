@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tqdm.auto import tqdm
 
-from twn_rl.data.image_checks import CACHE_SUFFIX
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
+from twn_rl.data.verification import CACHE_SUFFIX
 from twn_rl.demo import questions
 from twn_rl.demo.questions import Question, TeacherNoise
 from twn_rl.demo.scenes import (

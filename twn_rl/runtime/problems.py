@@ -2,7 +2,8 @@
 
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
@@ -52,6 +53,14 @@ class Problems(list[str]):
             assert bounds, f"{expected!r} names no bounds"
             if not all(_COMPARISONS[sign](value, float(bound)) for sign, bound in bounds):
                 self.append(f"{name} = {value}, expected {expected}")
+
+    @contextmanager
+    def told(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Add an exception of the body, and go on after it."""
+        try:
+            yield
+        except kinds as error:
+            self.append(str(error))
 
     def refuse(self, what: str, remedy: str = "change these fields") -> None:
         """Raise one error with every problem; without any, do nothing.
