@@ -25,7 +25,7 @@ def adaptive(
 
     Args:
         completions: One completion per rollout; only their number matters here.
-        utility_gap: Margin with the CoT minus margin without, see `utility_gaps`.
+        utility_gap: Margin with the CoT minus margin without.
         is_direct: Whether the policy answered without a CoT.
         think_tokens: Tokens of the CoT.
         min_gap: m, what thinking must gain to be worth it, in cosine.

@@ -3,6 +3,7 @@
 from typing import Any
 
 from twn_rl.metrics.negatives import margin as margin_over
+from twn_rl.metrics.negatives import margin_gains
 
 
 def margin(
@@ -88,19 +89,13 @@ def think_gain(
         [0.5]
     """
     _require_negatives(num_negatives)
-    rows = zip(
+    return margin_gains(
         positive_similarity,
         negative_similarities,
         no_think_positive_similarity,
         no_think_negative_similarities,
-        strict=True,
+        num_negatives=num_negatives,
     )
-    gains: list[float | None] = []
-    for positive, negatives, no_think_positive, no_think_negatives in rows:
-        think = margin_over(positive, negatives, num_negatives)
-        no_think = margin_over(no_think_positive, no_think_negatives, num_negatives)
-        gains.append(None if think is None or no_think is None else think - no_think)
-    return gains
 
 
 def _require_negatives(num_negatives: int) -> None:

@@ -7,13 +7,14 @@ so that of two processes one has pictures and the other has not. What happened g
 import argparse
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import picture
 from short_runs import small_model
+from torch import Tensor
 from transformers import TrainerCallback
 
 from twn_rl.data.record import Item, Record
@@ -40,6 +41,7 @@ from twn_rl.training.reward_loading import load_rewards
 from twn_rl.training.rollout_scorer import RolloutScorer, embed_items
 from twn_rl.training.sft import SftConfig, SftTrainer
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
+from twn_rl.training.trl_hooks import HookedGRPOTrainer
 
 BATCH = 8
 GENERATIONS = 4
@@ -80,25 +82,26 @@ def write_data(folder: Path) -> tuple[RecordSet, RecordSet]:
     return load_records(folder / "batches.jsonl"), load_records(folder / "groups.jsonl")
 
 
-class FixedRollouts:
+class FixedRollouts(HookedGRPOTrainer):
     """Mixin: TRL generates for real, then the thoughts are those of a table, on any layout."""
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
-        written, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)  # type: ignore[misc]
-        trainer: Any = self
-        assert len(written) == len(prompt_ids)
+    def edit_completions(
+        self, prompt_ids: list[list[int]], completions: list[list[int]], num_generations: int
+    ) -> Mapping[str, Tensor]:
+        """Write the table's thoughts over those that were sampled."""
+        assert len(completions) == len(prompt_ids)
         for row, ids in enumerate(prompt_ids):
             first = sum(ids) + row % GENERATIONS
             thought = f"<think> {WORDS[first % 4]} {SIDES[row % GENERATIONS]} </think>"
-            written[row] = trainer.dual_model.completion_ids(thought, add_eos=True)
-        return written, logprobs
+            completions[row] = self.dual_model.completion_ids(thought, add_eos=True)
+        return super().edit_completions(prompt_ids, completions, num_generations)
 
 
 class FixedGRPO(FixedRollouts, EmbedGRPOTrainer):
     """GRPO on fixed thoughts."""
 
 
-class FixedAdaptive(AdaptiveGRPOTrainer, FixedGRPO):
+class FixedAdaptive(FixedRollouts, AdaptiveGRPOTrainer):
     """Adaptive control on fixed thoughts."""
 
 

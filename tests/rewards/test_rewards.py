@@ -19,7 +19,6 @@ from twn_rl.rewards import (
     softmax_margin,
     think_gain,
 )
-from twn_rl.training.think_decisions import utility_gaps
 
 SIMILARITY_REWARDS = ["margin", "info_nce", "rank_gap", "softmax_margin", "think_gain"]
 PARAMETERS = {
@@ -176,8 +175,6 @@ def test_there_is_one_margin_for_rewards_and_decisions(seed, count):
     ]
     gains = think_gain(**columns, **shared)
     assert gains == [own[0] - without[0], None, None]
-    gaps = utility_gaps(columns, count)
-    assert [None if math.isnan(gap) else gap for gap in gaps] == gains
     pairs = zip(columns["positive_similarity"], columns["negative_similarities"], strict=True)
     assert [margin_over(*pair, count) for pair in pairs] == own
 

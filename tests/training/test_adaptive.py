@@ -1,6 +1,5 @@
 """Adaptive control: both modes in every group, what the policy decides, and who asks it."""
 
-import inspect
 import json
 import math
 from collections.abc import Callable
@@ -23,24 +22,26 @@ from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.report.page import write_report
 from twn_rl.evaluation.report.tables import routing_table
 from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.metrics.negatives import margin_gains
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate import Gate
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import think_open_ids, think_probability
 from twn_rl.rewards import REWARDS
-from twn_rl.training.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
-from twn_rl.training.grpo import ROLLOUT_COLUMNS, freeze_scorer
-from twn_rl.training.reward_loading import load_rewards
-from twn_rl.training.rollout_scorer import RolloutScorer
-from twn_rl.training.think_decisions import (
+from twn_rl.training.adaptive import (
+    ADAPTIVE_COLUMNS,
     DIRECT,
     KEEP,
+    AdaptiveGRPOConfig,
+    AdaptiveGRPOTrainer,
     pinned_modes,
     primer_loss,
     tapered,
-    utility_gaps,
     with_group_mean,
 )
+from twn_rl.training.grpo import ROLLOUT_COLUMNS, freeze_scorer
+from twn_rl.training.reward_loading import load_rewards
+from twn_rl.training.rollout_scorer import RolloutScorer
 
 GROUP = 4
 
@@ -124,10 +125,10 @@ def test_the_gap_is_the_difference_of_margins_or_of_bare_similarities():
         "no_think_positive_similarity": [0.6, 0.5],
         "no_think_negative_similarities": [[0.4, 0.4, 0.4], []],
     }
-    first, second = utility_gaps(columns, 2)
+    first, second = margin_gains(*columns.values(), num_negatives=2)
     assert first == pytest.approx((0.9 - 0.4) - (0.6 - 0.4))
-    assert math.isnan(second)
-    assert utility_gaps(columns, 0) == pytest.approx([0.3, 0.0])
+    assert second is None
+    assert margin_gains(*columns.values(), num_negatives=0) == pytest.approx([0.3, 0.0])
 
 
 def test_a_direct_rollout_gets_the_mean_of_its_own_group_and_none_without_thoughts():
@@ -145,17 +146,6 @@ def test_the_probability_is_a_softmax_over_the_two_decisions():
     both = logits[:, [opening, model.backbone.eos_token_id]].softmax(1)
     got = think_probability(model.backbone, model.renderer, logits)
     torch.testing.assert_close(got, both[:, 0])
-
-
-def test_trl_still_has_the_hooks_that_mixing_needs():
-    names = list(inspect.signature(GRPOTrainer._generate_single_turn).parameters)
-    fields = ["multimodal_fields", "num_generations", "has_tool_images"]
-    assert names == ["self", "prompt_ids", "images", *fields]
-    assert list(inspect.signature(GRPOTrainer._generate).parameters) == ["self", "prompts"]
-    assert "self._generate_single_turn(" in inspect.getsource(GRPOTrainer._generate)
-    loss = inspect.getsource(GRPOTrainer._compute_loss)
-    assert "per_token_logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(" in loss
-    assert 'inputs["advantages"]' in loss
 
 
 def test_a_lost_pinned_decision_is_pushed_by_its_own_probability():
@@ -248,7 +238,7 @@ def test_rewards_see_direct_answers_as_decisions_with_their_groups_gap(
     trainer.model.train()
     thought = model.completion_ids("<think> camel left </think>", add_eos=True)
     eos = model.backbone.eos_token_id
-    columns = trainer._rollout_columns([1, 1, 1, 1], [thought, [eos], thought[:-2], thought])
+    columns = trainer.rollout_columns([1, 1, 1, 1], [thought, [eos], thought[:-2], thought])
     assert columns["is_direct"] == [False, True, False, False]
     assert columns["is_think_complete"] == [True, True, False, True]
     assert columns["think_tokens"] == [4, 0, 3, 4]

@@ -42,8 +42,7 @@ def margin(
 ) -> float | None:
     """Return the positive minus the mean of the hardest negatives; None where there are none.
 
-    None says that there is nothing to measure against: neither a lost margin nor one of 0. Tensors
-    cannot hold it; `decisions.utility_gaps` puts NaN in its place for them.
+    None says that there is nothing to measure against: neither a lost margin nor one of 0.
 
     >>> margin(0.75, [0.25, -1.0, 0.5], 2), margin(0.75, [0.5, -1.0]), margin(0.75, [0.5], 0)
     (0.375, 1.0, 0.75)
@@ -60,3 +59,25 @@ def margin(
         return positive
     hardest = sorted(negatives, reverse=True)[:num_negatives]
     return positive - sum(hardest) / len(hardest) if hardest else None
+
+
+def margin_gains(
+    positives: Sequence[float],
+    negatives: Sequence[Sequence[float]],
+    bare_positives: Sequence[float],
+    bare_negatives: Sequence[Sequence[float]],
+    *,
+    num_negatives: int | None = None,
+) -> list[float | None]:
+    """Return `margin` with a thought minus `margin` without, per row; None where either is None.
+
+    >>> margin_gains([0.75], [[0.25, 0.0]], [0.5], [[0.5, 0.0]], num_negatives=1)
+    [0.5]
+    """
+    gains: list[float | None] = []
+    rows = zip(positives, negatives, bare_positives, bare_negatives, strict=True)
+    for positive, own, bare_positive, bare_own in rows:
+        think = margin(positive, own, num_negatives)
+        bare = margin(bare_positive, bare_own, num_negatives)
+        gains.append(None if think is None or bare is None else think - bare)
+    return gains

@@ -1,15 +1,15 @@
 """MMEmb-R1's adaptive control: GRPO in which the first token decides between thought and answer.
 
-The policy opens a thought or ends its turn at once; every group of rollouts holds both. Knows no
-reward function: it hands them the utility gap of each rollout (arXiv 2604.06156, of which only
-summaries were at hand: how groups are mixed and what the gap is taken on are our choice).
+The policy opens a thought or ends its turn at once; every group of rollouts holds both, and rewards
+read the utility gap of each rollout. Of the paper (arXiv 2604.06156) only summaries were at hand:
+how groups are mixed, tapered and primed and what the gap is taken on are our choice.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from twn_rl.data.record import Record
+from twn_rl.metrics.negatives import margin_gains
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import is_direct, think_open_ids
@@ -24,20 +25,12 @@ from twn_rl.training.grpo import EmbedGRPOConfig, EmbedGRPOTrainer
 from twn_rl.training.rollout_scorer import RolloutScorer
 from twn_rl.training.settings import at_least
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
-from twn_rl.training.think_decisions import (
-    DIRECT,
-    KEEP,
-    THINK,
-    pinned_modes,
-    primer_loss,
-    tapered,
-    utility_gaps,
-    with_group_mean,
-)
 
 logger = logging.getLogger(__name__)
 
 ADAPTIVE_COLUMNS = (*SCORING_COLUMNS, "utility_gap")
+# What `pinned_modes` asks of a rollout.
+KEEP, DIRECT, THINK = 0, 1, 2
 
 
 @dataclass
@@ -122,43 +115,26 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
             **kwargs: For `GRPOTrainer`, such as callbacks.
         """
         super().__init__(model, reward_funcs, args, records, scorer, **kwargs)
-        self._is_tapered: Tensor | None = None
         model.config.thinking_decision = "policy"
         # One that was chosen before (recipes/policy_threshold.py) is of another policy.
         model.config.policy_threshold = TwnConfig.policy_threshold
 
-    def _generate(self, prompts: list[Any]) -> Any:
-        """Keep the prompts for thoughts that have to be forced open, then let TRL generate."""
-        self._prompts = prompts
-        return super()._generate(prompts)
-
-    def _generate_single_turn(
-        self,
-        prompt_ids: list[list[int]],
-        images: Any,
-        multimodal_fields: dict[str, Any],
-        num_generations: int,
-        has_tool_images: bool = False,
-    ) -> tuple[list[list[int]], Any]:
-        """Let TRL sample, then put rollouts of one-mode groups into the other mode.
+    def edit_completions(
+        self, prompt_ids: list[list[int]], completions: list[list[int]], num_generations: int
+    ) -> Mapping[str, Tensor]:
+        """Put rollouts of one-mode groups into the other mode; return `is_pinned`.
 
         A first token that is neither decision counts as thinking, and its thought is opened anew,
         as it is in serving.
-
-        Everything TRL computes afterwards, masks and log-probabilities, is of what stands here.
         """
-        completions, logprobs = super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-        )
         backbone, policy = self.dual_model.backbone, self.model
         direct = [is_direct(backbone, ids) for ids in completions]
-        self._log_means({"rollouts/think_rate": [float(not ended) for ended in direct]})
-        self._is_pinned = torch.zeros(len(completions), dtype=torch.bool)
+        self.log_means({"rollouts/think_rate": [float(not ended) for ended in direct]})
         if not policy.training:  # pyright: ignore[reportOptionalMemberAccess]
-            return completions, logprobs
-        opening = think_open_ids(backbone, self.dual_model.renderer)[0]
-        is_open = [ids[0] == opening for ids in completions]
-        flags = self._everywhere(torch.tensor([direct, is_open]).T.contiguous())
+            return {"is_pinned": torch.zeros(len(completions), dtype=torch.bool)}
+        opening = think_open_ids(backbone, self.dual_model.renderer)
+        is_open = [ids[0] == opening[0] for ids in completions]
+        flags = self.everywhere(torch.tensor([direct, is_open]).T.contiguous())
         pins = pinned_modes(flags[:, 0], num_generations, self.args.pinned_generations)
         is_undecided = ~flags.any(1)
         means = {
@@ -166,82 +142,118 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
             "pinned_think": pins == THINK,
             "undecided": is_undecided,
         }
-        self._log_means({f"rollouts/{key}": means[key].float().tolist() for key in means})
+        self.log_means({f"rollouts/{key}": means[key].float().tolist() for key in means})
         pins = pins.masked_fill(is_undecided & (pins == KEEP), THINK)
-        own = self._local(pins, len(completions))
-        self._is_pinned = own != KEEP
-        for row, mode in enumerate(own.tolist()):
-            if mode == DIRECT:
-                completions[row] = [backbone.eos_token_id]
+        own = self.own(pins, len(completions))
+        for row in (own == DIRECT).nonzero()[:, 0].tolist():
+            completions[row] = [backbone.eos_token_id]
         if bool((pins == THINK).any()):  # of any process: ZeRO-3 needs the same forwards on all
-            self._force_thoughts(completions, (own == THINK).nonzero()[:, 0].tolist())
-        return completions, logprobs
+            rows = (own == THINK).nonzero()[:, 0].tolist()
+            for row, thought in zip(rows, self.write_on(rows, opening), strict=True):
+                completions[row] = thought
+        return {"is_pinned": own != KEEP}
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """Let TRL generate and score, and mark the pinned rollouts."""
-        output: Any = super()._generate_and_score_completions(inputs)
-        return {**output, "is_pinned": self._is_pinned.to(output["completion_ids"].device)}
-
-    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        """Taper lost pinned decisions in TRL's loss, and add the primer while it lasts."""
-        self._is_tapered = inputs["is_pinned"] & (inputs["advantages"] < 0)
-        loss: Any = super()._compute_loss(model, inputs)
-        weight = 1.0 - self.state.global_step / max(1, self.args.primer_steps)
-        if weight > 0 and self.args.primer_steps and model.training:
-            direct = inputs["completion_ids"][:, 0] == self.dual_model.backbone.eos_token_id
-            primer = primer_loss(self._first_logps, direct)
-            self._log_means({"primer_loss": [primer.item()]})
-            loss = loss + weight * primer / self.current_gradient_accumulation_steps
-        return loss
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what TRL computes, tapered; remember the decisions' log-probabilities."""
-        logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if torch.is_grad_enabled() and self._is_tapered is not None:
-            self._first_logps = logps[:, 0]
-            logps = tapered(logps, self._is_tapered)
-        return (logps, *rest)
-
-    def _force_thoughts(self, completions: list[list[int]], rows: list[int]) -> None:
-        """Open a thought in some rollouts and let the policy write on, in place."""
-        opening = think_open_ids(self.dual_model.backbone, self.dual_model.renderer)
-        prompts = [self._prompts[row] for row in rows or [0]]
-        prompt_ids, images, fields = self._tokenize_prompts(prompts)
-        # What has an entry per token must grow with the prompt; thoughts are text, type 0.
-        fields = {
-            key: [[*row, *([0] * len(opening))] for row in values]
-            if isinstance(values, list) and values and isinstance(values[0], list)
-            else values
-            for key, values in fields.items()
-        }
-        written, _ = super()._generate_single_turn(
-            [[*ids, *opening] for ids in prompt_ids], images, fields, 1
-        )
-        for row, ids in zip(rows, written, strict=False):
-            completions[row] = [*opening, *ids][: self.max_completion_length]
-
-    def _rollout_columns(
+    def rollout_columns(
         self, indices: list[int], completion_ids: list[list[int]]
     ) -> dict[str, list[Any]]:
-        """Add the utility gap to the columns."""
-        columns = super()._rollout_columns(indices, completion_ids)
+        """Add the utility gap to the columns: what thinking gained, on margins.
+
+        delta = s^r - s^d of MMEmb-R1 on margins, because a CoT can raise the positive and a hard
+        negative together (SURE, arXiv 2609.29560). None where it is unknown.
+        """
+        columns = super().rollout_columns(indices, completion_ids)
         policy: Any = self.model
         size = self.num_generations if policy.training else self.num_generations_eval
         assert size is not None
-        gaps = torch.tensor(utility_gaps(columns, self.args.utility_negatives))
+        names = ("positive_similarity", "negative_similarities")
+        sides = [columns[f"{prefix}{name}"] for prefix in ("", "no_think_") for name in names]
+        gains = margin_gains(*sides, num_negatives=self.args.utility_negatives)
+        gaps = torch.tensor([math.nan if gain is None else gain for gain in gains])
         direct = torch.tensor(columns["is_direct"])
-        filled = with_group_mean(self._everywhere(gaps), self._everywhere(direct), size)
-        own = self._local(filled, len(indices)).tolist()
+        filled = with_group_mean(self.everywhere(gaps), self.everywhere(direct), size)
+        own = self.own(filled, len(indices)).tolist()
         columns["utility_gap"] = [None if math.isnan(gap) else gap for gap in own]
         known = [gap for gap in own if not math.isnan(gap)]
-        self._log_means({"rollouts/utility_gap": known or [0.0]})
+        self.log_means({"rollouts/utility_gap": known or [0.0]})
         return columns
 
-    def _everywhere(self, values: Tensor) -> Tensor:
-        """Return values (N,) of every process's rollouts, in TRL's order of groups, on the CPU."""
-        gathered: Any = self.accelerator.gather(values.to(self.accelerator.device))
-        return gathered.cpu()
+    def shape_loss(self, logps: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Taper lost pinned decisions, and add the primer while it lasts."""
+        is_tapered = inputs["is_pinned"] & (inputs["advantages"] < 0)
+        weight = 1.0 - self.state.global_step / max(1, self.args.primer_steps)
+        policy: Any = self.model
+        if weight <= 0 or not self.args.primer_steps or not policy.training:
+            return tapered(logps, is_tapered), None
+        direct = inputs["completion_ids"][:, 0] == self.dual_model.backbone.eos_token_id
+        primer = primer_loss(logps[:, 0], direct)
+        self.log_means({"primer_loss": [primer.item()]})
+        return tapered(logps, is_tapered), weight * primer
 
-    def _local(self, values: Tensor, count: int) -> Tensor:
-        """Return this process's part of gathered values; `count` rollouts a process."""
-        return values.split(count)[self.accelerator.process_index]
+
+def pinned_modes(is_direct: Tensor, num_generations: int, count: int) -> Tensor:
+    """Return which rollouts must change their mode so that every group holds both.
+
+    Rollouts of a group are exchangeable, so it is the last ones that change.
+
+    Args:
+        is_direct: (B * G,) bool, of all processes.
+        num_generations: G.
+        count: Rollouts to change in a group of one mode.
+
+    Returns:
+        (B * G,) of `KEEP`, `DIRECT` or `THINK`.
+
+    >>> pinned_modes(torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 0]).bool(), 3, 1).tolist()
+    [0, 0, 1, 0, 0, 2, 0, 0, 0]
+    """
+    groups = is_direct.view(-1, num_generations)
+    changed = torch.full_like(groups, KEEP, dtype=torch.long)
+    changed[~groups.any(1), num_generations - count :] = DIRECT
+    changed[groups.all(1), num_generations - count :] = THINK
+    return changed.view(-1)
+
+
+def with_group_mean(gaps: Tensor, is_direct: Tensor, num_generations: int) -> Tensor:
+    """Return the gaps (B * G,), those of direct rollouts replaced by their group's thinking mean.
+
+    NaN where no rollout of the group thinks. Malformed thoughts count with their gap of 0.
+
+    >>> with_group_mean(torch.tensor([0.2, 0.4, 0.0]), torch.tensor([0, 0, 1]).bool(), 3).tolist()
+    [0.20000000298023224, 0.4000000059604645, 0.30000001192092896]
+    """
+    gaps, direct = gaps.view(-1, num_generations), is_direct.view(-1, num_generations)
+    thinking = (~direct).sum(1, keepdim=True)
+    mean = gaps.masked_fill(direct, 0.0).sum(1, keepdim=True) / thinking
+    return torch.where(direct, mean.expand_as(gaps), gaps).view(-1)
+
+
+def tapered(logps: Tensor, is_tapered: Tensor) -> Tensor:
+    """Return the same log-probabilities, with less gradient through some first tokens.
+
+    A pinned decision is off-policy. Where it lost, pushing an unlikely token further down goes on
+    without end and spoils the thoughts; its gradient is weighed by its own probability instead, and
+    is full where it won: tapered off-policy REINFORCE (TOPR, arXiv 2503.14286), on one token.
+
+    Args:
+        logps: (N, T) of completion tokens, with gradient.
+        is_tapered: (N,) rollouts that were pinned and have a negative advantage.
+    """
+    first = logps[:, :1]
+    weight = first.detach().exp()
+    lessened = weight * first + (1.0 - weight) * first.detach()
+    return torch.cat([torch.where(is_tapered[:, None], lessened, first), logps[:, 1:]], 1)
+
+
+def primer_loss(first_logps: Tensor, is_direct: Tensor) -> Tensor:
+    """Return the mean NLL of the first tokens, both decisions weighing alike; least at even odds.
+
+    Args:
+        first_logps: (N,) of what each rollout decided, with gradient.
+        is_direct: (N,) what it was.
+
+    >>> even = torch.tensor([0.5, 0.5, 0.5]).log()
+    >>> round(primer_loss(even, torch.tensor([True, False, False])).item(), 4)
+    0.6931
+    """
+    parts = [-first_logps[rows].mean() for rows in (is_direct, ~is_direct) if rows.any()]
+    return torch.stack(parts).mean()

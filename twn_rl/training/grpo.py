@@ -1,7 +1,4 @@
-"""GRPO on the reasoning adapter, scored by the frozen embedding adapter: TRL plus three hooks.
-
-Knows no reward function and no data format beyond `Record`.
-"""
+"""GRPO on the reasoning adapter, scored by the frozen embedding adapter."""
 
 from __future__ import annotations
 
@@ -9,22 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
 from datasets import Dataset
-from torch import Tensor
-from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
+from torch.utils.data import Sampler
+from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
-from twn_rl.data.mixture import Mixture, MixtureSampler, ReorderedSampler
+from twn_rl.data.mixture import Mixture, MixtureSampler
 from twn_rl.data.record import Item, Record
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
 from twn_rl.modeling.collator import fit_item
 from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.vision import encoding_first
 from twn_rl.runtime.zero import deepspeed_dtype
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.rollout_scorer import RolloutScorer
 from twn_rl.training.settings import TrainingSettings, at_least
+from twn_rl.training.trl_hooks import HookedGRPOTrainer
 
 ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
 
@@ -104,8 +100,8 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
     return Dataset.from_dict(rows).with_transform(render)
 
 
-class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
-    """TRL's GRPO with retrieval columns for rewards; generation, loss and logging are TRL's own."""
+class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):
+    """TRL's GRPO with retrieval columns for rewards."""
 
     def __init__(
         self,
@@ -116,7 +112,7 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
         scorer: RolloutScorer,
         **kwargs: Any,
     ) -> None:
-        """Freeze the scorer, forbid placeholder tokens, and hand the rest to TRL.
+        """Drop the model's gates, forbid placeholder tokens, and hand the rest to TRL.
 
         Args:
             model: Warm-started model; its reasoning adapter becomes the policy.
@@ -129,76 +125,31 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
         drop_gates(model, "RL changes the thoughts", args.output_dir or "OUTPUT_DIR")
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {**given, "suppress_tokens": model.suppressed_token_ids}
+        self.scorer = scorer
         super().__init__(
-            model=model.peft_model,
+            model,
             reward_funcs=list(reward_funcs),
             args=args,
             train_dataset=rollout_dataset(model, records),
-            processing_class=model.processor,
             **kwargs,
         )
-        # TRL may have added a reference adapter, and PEFT makes every new adapter trainable.
-        set_trainable(model.peft_model, [REASONING_ADAPTER])
-        # TRL gathers pictures for its logs from the processes that have some: others would wait.
-        self.log_multimodal = self.log_multimodal and self.accelerator.num_processes == 1
-        self.dual_model = model
-        self.scorer = scorer
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
-        """Let TRL repeat prompts; those of a mixture are drawn by weight."""
-        places: Any = super()._get_train_sampler(dataset)
-        if not isinstance(self.scorer.records, Mixture):
-            return places
-        order = MixtureSampler(
-            self.scorer.records,
-            batch_size=places.batch_size,
-            seed=self.args.seed,
-            epoch=lambda: int(self.state.epoch or 0),
+    def prompt_order(self, batch_size: int) -> Sampler[int] | None:
+        """Draw the prompts of a mixture by weight."""
+        records = self.scorer.records
+        if not isinstance(records, Mixture):
+            return None
+        seed = self.args.seed
+        return MixtureSampler(
+            records, batch_size=batch_size, seed=seed, epoch=lambda: int(self.state.epoch or 0)
         )
-        places.num_samples, places.shuffle = len(order), False
-        return ReorderedSampler(places, order)
 
-    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
-        """Let TRL tokenize; a prompt without pictures beside others has an empty list of them."""
-        ids, images, fields = super()._tokenize_prompts(prompts)
-        if images is not None and not self.use_vllm:
-            images = [row or [] for row in images]
-        return ids, images, fields
-
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what TRL computes, pictures encoded first under ZeRO-3."""
-        pixels = kwargs.get("pixel_values")
-        if pixels is not None and pixels.ndim == 5:  # padded to one row a prompt, not a picture
-            kwargs["num_images"] = [1] * len(pixels)
-        with encoding_first(self.dual_model.backbone):
-            return super()._get_per_token_logps_and_entropies(*args, **kwargs)
-
-    def _calculate_rewards(
-        self,
-        inputs: list[dict[str, Any]],
-        prompts: list[Any],
-        completions: list[Any],
-        completion_ids_list: list[list[int]],
-    ) -> Tensor:
-        """Add the similarity columns to the examples, then let TRL call the rewards."""
-        indices = [example["record_index"] for example in inputs]
-        with self.whole_model():
-            columns = self._rollout_columns(indices, completion_ids_list)
-        self._log_rollouts(columns)
-        scored = [
-            {**example, **{name: values[row] for name, values in columns.items()}}
-            for row, example in enumerate(inputs)
-        ]
-        return super()._calculate_rewards(scored, prompts, completions, completion_ids_list)
-
-    def _rollout_columns(
+    def rollout_columns(
         self, indices: list[int], completion_ids: list[list[int]]
     ) -> dict[str, list[Any]]:
-        """Return what the rewards read of this process's rollouts; other methods add to it."""
-        return self.scorer.columns(indices, completion_ids)
-
-    def _log_rollouts(self, columns: dict[str, list[Any]]) -> None:
-        """Log the rollouts' quality: sampled hit@1, complete thinks, spread of vectors."""
+        """Return the similarity columns, and log the rollouts' quality: hit@1, complete thinks."""
+        with self.whole_model():
+            columns = self.scorer.columns(indices, completion_ids)
         ranks, baseline = columns["target_rank"], columns["no_think_target_rank"]
         metrics = {
             "rollouts/hit@1": [float(rank == 1) for rank in ranks],
@@ -208,13 +159,5 @@ class EmbedGRPOTrainer(AdapterCheckpoints, GRPOTrainer):
             "embedding_variance": columns["embedding_variance"],
         }
         ratios = self.dual_model.limits.counts.take_ratios()
-        self._log_means({**metrics, **{name: [ratio] for name, ratio in ratios.items()}})
-
-    def _log_means(self, metrics: dict[str, list[float]]) -> None:
-        """Log the mean of each list over all processes; every process must call this."""
-        policy: Any = self.model
-        mode = "train" if policy.training else "eval"
-        for name, values in metrics.items():
-            local = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device).mean()
-            everywhere: Any = self.accelerator.gather(local)
-            self._metrics[mode][name].append(everywhere.mean().item())
+        self.log_means({**metrics, **{name: [ratio] for name, ratio in ratios.items()}})
+        return columns
