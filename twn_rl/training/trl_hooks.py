@@ -143,12 +143,12 @@ class HookedGRPOTrainer(GRPOTrainer):
         self,
         prompt_ids: list[list[int]],
         images: Any,
-        fields: Any,
+        multimodal_fields: dict[str, Any],
         num_generations: int,
-        *rest: Any,
+        has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
         completions, logprobs = super()._generate_single_turn(
-            prompt_ids, images, fields, num_generations, *rest
+            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
         )
         self._marks = self.edit_completions(prompt_ids, completions, num_generations)
         return completions, logprobs
