@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from twn_rl.data.formats import FORMATS, Conversion
-from twn_rl.data.formats.converting import convert_file
+from twn_rl.data.formats.conversion import convert_file
+from twn_rl.data.formats.input_files import read_list
 from twn_rl.data.formats.marks import strip_marks
-from twn_rl.data.formats.rows import read_list
 from twn_rl.data.record import RecordError
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.data.formats import FORMATS, Conversion
-from twn_rl.data.formats.converting import convert_file
+from twn_rl.data.formats.conversion import convert_file
 
 # Packages whose absence is told, not traced; anything else missing is a fault of the installation.
 _EXTRAS = ("yaml", "pyarrow")

@@ -12,7 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
-from twn_rl.data.record import RecordError
+from twn_rl.data.record import RecordError, bad_file
 from twn_rl.runtime.whole_files import written_aside
 
 try:
@@ -178,10 +178,9 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (pa.ArrowInvalid, OSError) as error:
-        raise RecordError(
+        raise bad_file(
+            path,
             f"file is no readable Parquet ({error}); expected a complete file; write it again",
-            reason="bad_file",
-            file=path,
         ) from error
 
 

@@ -54,6 +54,21 @@ class RecordError(ValueError):
         return RecordError(self.detail, reason=self.reason, field=self.field, file=file, row=row)
 
 
+def bad_type(value: Any, expected: str, field: str | None = None) -> RecordError:
+    """Return the error of a value of another kind than expected."""
+    return RecordError(
+        f"value = {value!r:.80} of type {type(value).__name__}; expected {expected}; correct the "
+        "value",
+        reason="bad_type",
+        field=field,
+    )
+
+
+def bad_file(file: Path, detail: str, row: int | None = None) -> RecordError:
+    """Return the error of a file that cannot be used as a whole."""
+    return RecordError(detail, reason="bad_file", file=file, row=row)
+
+
 @contextmanager
 def named_in_errors(name: str) -> Iterator[None]:
     """Turn an `ImageError` of the body into a `RecordError` that names the field."""
@@ -356,12 +371,7 @@ def checked_fields(data: Any, kind: type[_Fields], where: str | None) -> _Fields
         expected = complaint.removeprefix("Expected ").partition(", got")[0]
         if "regex" in expected:
             expected = "a non-blank string"
-        raise RecordError(
-            f"value = {value!r:.80} of type {type(value).__name__}; expected {expected}; correct "
-            "the value",
-            reason="bad_type",
-            field=name,
-        ) from error
+        raise bad_type(value, expected, name) from error
 
 
 def _metadata(data: Mapping[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from twn_rl.data.images import ImageSource, resolve_inside
 from twn_rl.data.jsonl import JsonLines, RowFile
-from twn_rl.data.record import Record, RecordError
+from twn_rl.data.record import Record, RecordError, bad_file
 from twn_rl.data.verification import RecordChecks
 from twn_rl.runtime.whole_files import write_json_lines, written_aside
 
@@ -178,7 +178,11 @@ def write_records(
     """
     path = Path(path)
     root = (path.parent if data_root is None else Path(data_root)).resolve()
-    rows = (_row(record, root) for record in records)
+    write_rows(path, (_row(record, root) for record in records))
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as `writable_row` makes them; the file appears whole or not at all."""
     if _is_parquet(path):
         from twn_rl.data.parquet import write_parquet
 
@@ -190,10 +194,9 @@ def write_records(
 
 def _is_parquet(path: Path) -> bool:
     if path.suffix not in (".jsonl", ".parquet"):
-        raise RecordError(
+        raise bad_file(
+            path,
             f"suffix = {path.suffix!r}; expected .jsonl or .parquet; convert or rename the file",
-            reason="bad_file",
-            file=path,
         )
     return path.suffix == ".parquet"
 

@@ -3,14 +3,14 @@
 import json
 import sqlite3
 import tempfile
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
-from twn_rl.data.formats.rows import Row
-from twn_rl.data.formats.tally import Tally
+from twn_rl.data.formats.conversion import Fields, Tally
+from twn_rl.data.formats.input_files import Row, first_id
 from twn_rl.data.record import Item, RecordError
 
 
@@ -48,8 +48,8 @@ class Corpus:
 def open_corpus(
     rows: Iterable[Row],
     *,
-    id_of: Callable[[Mapping[str, Any]], str],
-    item_of: Callable[[Mapping[str, Any]], Item],
+    id_names: Sequence[str],
+    item_of: Callable[[Fields], Item],
     needed: Container[str],
     tally: Tally,
 ) -> Iterator[Corpus]:
@@ -57,7 +57,7 @@ def open_corpus(
 
     Args:
         rows: Rows of the corpus.
-        id_of: Returns the document id of a row.
+        id_names: Names a document id may have, the first that is there counts.
         item_of: Returns the item of a row.
         needed: Ids that are going to be asked for.
         tally: Where repeated ids (the first one stays) and unreadable rows are counted.
@@ -73,13 +73,15 @@ def open_corpus(
                 try:
                     if isinstance(row.data, RecordError):
                         raise row.data
-                    document_id = id_of(row.data)
+                    data = Fields(row.data)
+                    document_id = first_id(data, id_names)
                 except RecordError as error:
                     first = str(error.at(file=row.file, row=row.number))
                     tally.note("corpus rows that cannot be read", first)
                     continue
                 if document_id in needed:
-                    content = json.dumps(_content(row, row.data, item_of))
+                    data.asked.update(id_names)
+                    content = json.dumps(_content(row, data, item_of))
                     done = connection.execute(
                         "INSERT OR IGNORE INTO documents VALUES (?, ?)", (document_id, content)
                     )
@@ -90,28 +92,11 @@ def open_corpus(
             connection.close()
 
 
-def first_id(data: Mapping[str, Any], names: Sequence[str]) -> str:
-    """Return the id under the first of `names` that the row has, as text.
-
-    Raises:
-        RecordError: If it has none of them.
-    """
-    for name in names:
-        if data.get(name) not in (None, ""):
-            return str(data[name])
-    raise RecordError(
-        f"id is missing; expected one of {', '.join(names)} beside {sorted(map(str, data))}; add "
-        "it",
-        reason="missing_field",
-        field=names[0],
-    )
-
-
-def _content(
-    row: Row, data: Mapping[str, Any], item_of: Callable[[Mapping[str, Any]], Item]
-) -> dict[str, Any]:
+def _content(row: Row, data: Fields, item_of: Callable[[Fields], Item]) -> dict[str, Any]:
     """Return the item as it is stored, or what is wrong with it: told when it is asked for."""
     try:
-        return item_of(data).to_dict()
+        item = item_of(data).to_dict()
+        Item.from_dict(item)
+        return item
     except RecordError as error:
         return {"reason": error.reason, "detail": f"{row.file}, row {row.number}: {error}"}

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from twn_rl.data.chat import Renderer, parse_think
-from twn_rl.data.formats.conversion import text_of
+from twn_rl.data.formats.input_files import text_of
 from twn_rl.data.record import RecordError
 
 # Phi-3, LLaVA and UME, Qwen-VL, Llama, Gemma, InternVL, Pixtral: whatever stands for pixels.

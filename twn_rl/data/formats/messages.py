@@ -1,11 +1,11 @@
-"""Chat messages, as ms-swift and sentence-transformers write them, to items. Knows no formats."""
+"""Chat messages, as ms-swift and sentence-transformers write them, to items."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from twn_rl.data.formats.conversion import Conversion
-from twn_rl.data.formats.marks import count_marks, strip_marks
-from twn_rl.data.record import Item, RecordError
+from twn_rl.data.formats.marks import count_marks
+from twn_rl.data.record import Item, RecordError, bad_type
 
 
 def item_of_messages(
@@ -56,12 +56,7 @@ def item_of_messages(
     shown = pictures.paths(found_images, field=f"{field} images")
     frames = pictures.frames(found_videos[0], field=f"{field} videos") if found_videos else ()
     instruction, text = (
-        strip_marks(
-            texts.get(kind),
-            has_pictures=bool(shown or frames),
-            notes=conversion.tally.notes,
-            field=field,
-        )
+        conversion.strip(texts.get(kind), bool(shown or frames), field)
         for kind in ("system", "content")
     )
     return Item(instruction=instruction, text=text, images=shown, video=frames)
@@ -69,11 +64,7 @@ def item_of_messages(
 
 def _role_and_content(message: Any, where: str) -> tuple[str, Any]:
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
-        raise RecordError(
-            f"message = {message!r:.80}; expected an object with role and content; correct it",
-            reason="bad_type",
-            field=where,
-        )
+        raise bad_type(message, "a message with role and content", where)
     return str(message["role"]), message["content"]
 
 
@@ -95,11 +86,7 @@ def _parts(content: Any, where: str) -> tuple[str, list[Any], list[Any]]:
         elif kind == "video":
             videos.append(part.get("video", part.get("path")))
         else:
-            raise RecordError(
-                f"part = {part!r:.80}; expected type text, image or video; remove other parts",
-                reason="bad_type",
-                field=where,
-            )
+            raise bad_type(part, "a part of type text, image or video", where)
     return "\n".join(texts), images, [video for video in videos if video]
 
 

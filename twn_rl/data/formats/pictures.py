@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from twn_rl.data.formats.tally import Tally
-from twn_rl.data.images import ImageError, resolve_inside
-from twn_rl.data.record import RecordError
+from twn_rl.data.images import resolve_inside
+from twn_rl.data.record import RecordError, bad_type, named_in_errors
 from twn_rl.runtime.whole_files import written_aside
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -34,13 +34,13 @@ class Pictures:
     Attributes:
         data_root: Folder that no path may leave.
         image_dir: Folder in the data root where embedded pictures are saved.
-        tally: Where saved pictures are counted.
+        saved: Where saved pictures are counted, as "saved".
         folder: Folder in the data root that relative paths start from.
     """
 
     data_root: Path
     image_dir: str
-    tally: Tally
+    saved: Counter[str]
     folder: str = ""
 
     def path(self, cell: Any, *, field: str) -> str | None:
@@ -59,12 +59,7 @@ class Pictures:
         if isinstance(cell, bytes):
             return self._save(cell, field)
         if not isinstance(cell, str):
-            raise RecordError(
-                f"picture = {cell!r:.80} of type {type(cell).__name__}; expected a path, embedded "
-                "bytes or null; correct the value",
-                reason="bad_type",
-                field=field,
-            )
+            raise bad_type(cell, "the path of a picture, embedded bytes or null", field)
         return self._inside(cell, field)
 
     def paths(self, cells: Any, *, field: str) -> tuple[str, ...]:
@@ -128,10 +123,8 @@ class Pictures:
             real = os.path.realpath(name.replace("\0", "?"))
             if Path(real).is_relative_to(root):
                 name = Path(real).relative_to(root).as_posix()
-        try:
+        with named_in_errors(field):
             resolve_inside(name, root)
-        except ImageError as error:
-            raise RecordError(str(error), reason=error.reason, field=field) from error
         return name
 
     def _save(self, content: bytes, field: str) -> str:
@@ -153,7 +146,7 @@ class Pictures:
         if not path.is_file():
             with written_aside(path) as aside:
                 aside.write_bytes(content)
-            self.tally.saved_images += 1
+            self.saved["saved"] += 1
         return name
 
 

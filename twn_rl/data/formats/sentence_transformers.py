@@ -12,10 +12,10 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-from twn_rl.data.formats.conversion import Conversion, Outcome, build_each, required, text_of
+from twn_rl.data.formats.conversion import Conversion, Fields, Outcome
+from twn_rl.data.formats.input_files import Row, required
 from twn_rl.data.formats.messages import item_of_messages
 from twn_rl.data.formats.pictures import IMAGE_SUFFIXES
-from twn_rl.data.formats.rows import Row
 from twn_rl.data.record import Item, Record, RecordError
 
 # The names by which sentence-transformers itself tells labels from inputs.
@@ -46,12 +46,11 @@ def convert_sentence_transformers(conversion: Conversion) -> Iterator[Outcome]:
             reason="bad_columns",
             file=first.file,
         )
-    build = partial(_records, columns=columns, conversion=conversion)
-    return build_each(chain([first], rows), build)
+    return conversion.records(chain([first], rows), partial(_records, columns))
 
 
 def _records(
-    row: Row, data: Mapping[str, Any], *, columns: tuple[str, ...], conversion: Conversion
+    columns: tuple[str, ...], row: Row, data: Fields, conversion: Conversion
 ) -> Iterator[Record]:
     label = next((name for name in _LABELS if data.get(name) is not None), None)
     # A list of scores belongs to several documents (distillation) and says nothing of the pair.
@@ -70,7 +69,7 @@ def _records(
         query=_item(query, columns[0], conversion),
         positive=_item(positive, columns[1], conversion),
         negatives=conversion.first_negatives(negatives),
-        metadata=conversion.metadata(data, used=columns, kept=(*_LABELS, *_IGNORED)),
+        metadata=conversion.metadata(data, kept=(*_LABELS, *_IGNORED)),
     )
 
 
@@ -89,11 +88,9 @@ def _item(cell: Any, field: str, conversion: Conversion) -> Item:
     if isinstance(cell, list):
         return item_of_messages(cell, conversion=conversion, field=field)
     if isinstance(cell, Mapping) and set(cell) <= _CELL:
-        return Item(
-            instruction=text_of(cell, "instruction", where=f"{field}."),
-            text=text_of(cell, "text", where=f"{field}."),
-            images=pictures.paths(cell.get("images", cell.get("image")), field=f"{field}.image"),
-            video=pictures.frames(cell.get("video"), field=f"{field}.video"),
+        image = "images" if "images" in cell else "image"
+        return conversion.item(
+            cell, image=image, video="video", instruction="instruction", where=f"{field}."
         )
     return Item(images=pictures.paths(cell, field=field))
 

@@ -7,54 +7,41 @@ with one list of `images` for all of them in this order. A `label` (similarity, 
 row a positive pair from `min_score` on.
 """
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
-from twn_rl.data.formats.conversion import Conversion, Outcome, as_list, build_each, required
+from twn_rl.data.formats.conversion import Conversion, Fields
+from twn_rl.data.formats.input_files import Row, as_list, required
 from twn_rl.data.formats.marks import count_marks
 from twn_rl.data.formats.messages import item_of_messages
-from twn_rl.data.formats.rows import Row
 from twn_rl.data.record import Item, Record, RecordError
 
-_CHATS = ("messages", "positive_messages", "negative_messages")
-_PICTURES = tuple(
-    f"{side}{kind}" for side in ("", "positive_", "negative_") for kind in ("images", "videos")
-)
-_AUDIO = ("audios", "positive_audios", "negative_audios")
 _KEPT = ("id", "source", "channel", "solution", "label")
 
 
-def convert_swift(conversion: Conversion) -> Iterator[Outcome]:
-    """Yield the records of a file of ms-swift rows, or of all files of a folder."""
-    return build_each(conversion.rows(), partial(_records, conversion=conversion))
-
-
-def _records(row: Row, data: Mapping[str, Any], *, conversion: Conversion) -> Iterator[Record]:
-    if any(data.get(name) for name in _AUDIO):
+def swift_records(row: Row, data: Fields, conversion: Conversion) -> Iterator[Record]:
+    """Yield the record of an ms-swift row, if it is a positive pair."""
+    audios = [data.get(f"{side}audios") for side in ("", "positive_", "negative_")]
+    if any(audios):
         raise RecordError(
             "row has audio; expected text, images and video only; leave the row out",
             reason="audio",
         )
     if not conversion.is_positive(data.get("label"), field="label"):
         return
-    if "messages" in data:
-        query, positive, negatives = _chats(data, conversion)
-        used = (*_CHATS, *_PICTURES, *_AUDIO)
-    else:
-        query, positive, negatives = _flat(data, conversion)
-        used = ("query", "response", "rejected_response", "system", "images", "videos", *_AUDIO)
+    query, positive, *negatives = (_chats if "messages" in data else _flat)(data, conversion)
     yield Record(
         id=row.name,
         source=row.subset,
         query=query,
         positive=positive,
         negatives=conversion.first_negatives(negatives),
-        metadata=conversion.metadata(data, used=used, kept=_KEPT),
+        metadata=conversion.metadata(data, kept=_KEPT),
     )
 
 
-def _chats(data: Mapping[str, Any], conversion: Conversion) -> tuple[Item, Item, list[Item]]:
+def _chats(data: Fields, conversion: Conversion) -> list[Item]:
+    """Return query, positive and negatives of a row of chats."""
     query = item_of_messages(
         required(data, "messages"),
         images=as_list(data.get("images")),
@@ -70,10 +57,10 @@ def _chats(data: Mapping[str, Any], conversion: Conversion) -> tuple[Item, Item,
             reason="bad_type",
             field="positive_messages",
         )
-    return query, positives[0], _side(data, "negative", conversion)
+    return [query, *positives, *_side(data, "negative", conversion)]
 
 
-def _side(data: Mapping[str, Any], side: str, conversion: Conversion) -> list[Item]:
+def _side(data: Fields, side: str, conversion: Conversion) -> list[Item]:
     """Return the items of a list of chats, each with its own list of pictures."""
     chats = as_list(data.get(f"{side}_messages"))
     cells = {kind: as_list(data.get(f"{side}_{kind}")) for kind in ("images", "videos")}
@@ -97,7 +84,7 @@ def _side(data: Mapping[str, Any], side: str, conversion: Conversion) -> list[It
     ]
 
 
-def _flat(data: Mapping[str, Any], conversion: Conversion) -> tuple[Item, Item, list[Item]]:
+def _flat(data: Fields, conversion: Conversion) -> list[Item]:
     """Return the items of the older shape, dealing out the images by the marks of each text."""
     rejected = as_list(data.get("rejected_response"))
     texts = [required(data, "query"), required(data, "response"), *rejected]
@@ -125,4 +112,4 @@ def _flat(data: Mapping[str, Any], conversion: Conversion) -> tuple[Item, Item, 
             reason="image_without_mark",
             field="images",
         )
-    return items[0], items[1], items[2:]
+    return items

@@ -11,17 +11,26 @@ joined by a blank.
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from twn_rl.data.formats.conversion import Conversion, Outcome, as_list, build_each, text_of
-from twn_rl.data.formats.corpus import Corpus, first_id, open_corpus
-from twn_rl.data.formats.layout import SUFFIXES, DataFile, find_files
-from twn_rl.data.formats.rows import Row, read_rows
+from twn_rl.data.formats.conversion import Conversion, Fields, Outcome, fields_of
+from twn_rl.data.formats.corpus import Corpus, open_corpus
+from twn_rl.data.formats.input_files import (
+    SUFFIXES,
+    DataFile,
+    Row,
+    as_list,
+    find_files,
+    first_id,
+    read_rows,
+)
 from twn_rl.data.record import Item, Record, RecordError
 
 _IDS = ("positive_document_ids", "negative_document_ids")
 _PASSAGES = ("positive_passages", "negative_passages")
-_MODALITIES = ("text", "image", "video", "audio")
+_CORPUS_IDS = ("docid", "_id")
+
+# Positives and negatives by id.
+Documents = list[dict[str, Item]]
 
 
 def convert_tevatron(conversion: Conversion) -> Iterator[Outcome]:
@@ -30,8 +39,17 @@ def convert_tevatron(conversion: Conversion) -> Iterator[Outcome]:
     paths = {file.path for file in corpus}
     files = [file for file in conversion.files() if file.path not in paths]
     if not corpus:
-        return build_each(read_rows(files), partial(_records, corpus=None, conversion=conversion))
+        return conversion.records(read_rows(files), partial(_records, None))
     return _convert(files, corpus, conversion)
+
+
+def _corpus_files(conversion: Conversion) -> list[DataFile]:
+    """Return the files of the corpus; none where rows are to hold their documents themselves."""
+    if conversion.corpus is not None:
+        return find_files(conversion.corpus)
+    folder = conversion.input if conversion.input.is_dir() else conversion.input.parent
+    places: list[Path] = [folder / "corpus", *(folder / f"corpus{suffix}" for suffix in SUFFIXES)]
+    return next((find_files(place) for place in places if place.exists()), [])
 
 
 def _convert(
@@ -47,31 +65,61 @@ def _convert(
     }
     with open_corpus(
         read_rows(corpus_files),
-        id_of=partial(first_id, names=("docid", "_id")),
-        item_of=partial(_corpus_item, conversion=conversion),
+        id_names=_CORPUS_IDS,
+        item_of=partial(_document, conversion),
         needed=needed,
         tally=conversion.tally,
     ) as corpus:
-        build = partial(_records, corpus=corpus, conversion=conversion)
-        yield from build_each(read_rows(files), build)
+        yield from conversion.records(read_rows(files), partial(_records, corpus))
+
+
+def _document(conversion: Conversion, data: Fields) -> Item:
+    def name(kind: str) -> str:
+        return kind if kind in data else f"document_{kind}"
+
+    item = _item(data, "document.", conversion, "title", *map(name, _MODALITIES))
+    conversion.metadata(data, used=[f"document_{kind}" for kind in _MODALITIES], prefix="corpus.")
+    return item
+
+
+_MODALITIES = ("text", "image", "video", "audio")
+
+
+def _item(
+    data: Mapping[str, object], where: str, conversion: Conversion, title: str, text: str,
+    image: str, video: str, audio: str,
+) -> Item:  # fmt: skip
+    if data.get(audio):
+        raise RecordError(
+            "item has audio; expected text, image or video; leave the row out",
+            reason="audio",
+            field=where.strip("."),
+        )
+    return conversion.item(data, text=(title, text), image=image, video=video, where=where)
 
 
 def _records(
-    row: Row, data: Mapping[str, Any], *, corpus: Corpus | None, conversion: Conversion
+    corpus: Corpus | None, row: Row, data: Fields, conversion: Conversion
 ) -> Iterator[Record]:
     query_id = first_id(data, ("query_id",))
     positives, negatives = (
         _passages(data, conversion) if "positive_passages" in data else _documents(data, corpus)
     )
-    query = _item(
-        {
-            **{kind: data.get(f"query_{kind}") for kind in _MODALITIES},
-            **({"text": data["query"]} if "query" in data else {}),
-        },
-        "query",
-        conversion,
-    )
-    used = ("query_id", "query", *(f"query_{kind}" for kind in _MODALITIES), *_IDS, *_PASSAGES)
+    if not positives:
+        raise RecordError(
+            "positives = 0; expected one document at least; leave the row out",
+            reason="no_positive",
+        )
+    if both := sorted(set(positives) & set(negatives)):
+        raise RecordError(
+            f"documents {both} are positive and negative; expected one of both; remove them",
+            reason="positive_in_negatives",
+        )
+    names = [f"query_{kind}" for kind in _MODALITIES]
+    if "query" in data:
+        names[0] = "query"
+    query = _item(data, "", conversion, "", *names)
+    used = (*_IDS, *_PASSAGES, "query_text")
     metadata = conversion.metadata(data, used=used, kept=("source", "answers", "answer"))
     kept = conversion.first_negatives([*negatives.values()])
     for document, positive in positives.items():
@@ -85,92 +133,27 @@ def _records(
         )
 
 
-def _documents(
-    data: Mapping[str, Any], corpus: Corpus | None
-) -> tuple[dict[str, Item], dict[str, Item]]:
-    """Return positives and negatives by id, looked up in the corpus."""
-    names = [[str(name) for name in as_list(data.get(field))] for field in _IDS]
-    _refuse_overlap(*names)
+def _documents(data: Fields, corpus: Corpus | None) -> Documents:
+    """Return the documents of a row, looked up in the corpus."""
     if corpus is None:
         raise RecordError(
             "rows name their documents by id but there is no corpus; expected corpus.jsonl beside "
             "the rows; pass the corpus",
             reason="missing_document",
         )
-    positives, negatives = ({name: corpus[name] for name in listed} for listed in names)
-    return positives, negatives
+    return [{str(name): corpus[str(name)] for name in as_list(data.get(ids))} for ids in _IDS]
 
 
-def _passages(
-    data: Mapping[str, Any], conversion: Conversion
-) -> tuple[dict[str, Item], dict[str, Item]]:
-    """Return positives and negatives by id, as the row holds them."""
-    items: list[dict[str, Item]] = []
+def _passages(data: Fields, conversion: Conversion) -> Documents:
+    """Return the documents that a row holds itself."""
+    sides: Documents = []
     for field in _PASSAGES:
-        passages = as_list(data.get(field))
-        if not all(isinstance(passage, Mapping) for passage in passages):
-            raise RecordError(
-                f"value = {passages!r:.80}; expected objects with docid, title and text; "
-                "correct it",
-                reason="bad_type",
-                field=field,
-            )
-        for passage in passages:
-            known = ("docid", "title", "text", "score")
-            conversion.metadata(passage, used=known, prefix=f"{field}.")
-        items.append(
-            {
-                first_id(passage, ("docid",)): _item(passage, f"{field}[{i}]", conversion)
-                for i, passage in enumerate(passages)
-            }
-        )
-    positives, negatives = items
-    _refuse_overlap([*positives], [*negatives])
-    return positives, negatives
-
-
-def _refuse_overlap(positives: list[str], negatives: list[str]) -> None:
-    if not positives:
-        raise RecordError(
-            "positives = 0; expected one document at least; leave the row out",
-            reason="no_positive",
-        )
-    both = sorted(set(positives) & set(negatives))
-    if both:
-        raise RecordError(
-            f"documents {both} are positive and negative; expected one of both; remove them",
-            reason="positive_in_negatives",
-        )
-
-
-def _corpus_item(data: Mapping[str, Any], *, conversion: Conversion) -> Item:
-    known = [*_MODALITIES, *(f"document_{kind}" for kind in _MODALITIES)]
-    conversion.metadata(data, used=("docid", "_id", "title", *known), prefix="corpus.")
-    fields = {kind: data.get(kind, data.get(f"document_{kind}")) for kind in _MODALITIES}
-    item = _item({**fields, "title": data.get("title")}, "document", conversion)
-    return Item.from_dict(item.to_dict())
-
-
-def _item(data: Mapping[str, Any], field: str, conversion: Conversion) -> Item:
-    if data.get("audio"):
-        raise RecordError(
-            "item has audio; expected text, image or video; leave the row out",
-            reason="audio",
-            field=field,
-        )
-    parts = [text_of(data, name, where=f"{field}.") for name in ("title", "text")]
-    pictures = conversion.pictures
-    return Item(
-        text=" ".join(part for part in parts if part) or None,
-        images=pictures.paths(data.get("image"), field=f"{field}.image"),
-        video=pictures.frames(data.get("video"), field=f"{field}.video"),
-    )
-
-
-def _corpus_files(conversion: Conversion) -> list[DataFile]:
-    """Return the files of the corpus; none where rows are to hold their documents themselves."""
-    if conversion.corpus is not None:
-        return find_files(conversion.corpus)
-    folder = conversion.input if conversion.input.is_dir() else conversion.input.parent
-    places: list[Path] = [folder / "corpus", *(folder / f"corpus{suffix}" for suffix in SUFFIXES)]
-    return next((find_files(place) for place in places if place.exists()), [])
+        items: dict[str, Item] = {}
+        for i, passage in enumerate(as_list(data.get(field))):
+            where = f"{field}[{i}]"
+            fields = fields_of(passage, "an object with docid, title and text", where)
+            item = _item(fields, f"{where}.", conversion, "title", *_MODALITIES)
+            items[first_id(fields, ("docid",))] = item
+            conversion.metadata(fields, used=("score",), prefix=f"{field}.")
+        sides.append(items)
+    return sides

@@ -17,14 +17,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from twn_rl.data.formats.conversion import Conversion, Outcome, build_each, required, text_of
-from twn_rl.data.formats.extras import import_extra
-from twn_rl.data.formats.layout import DataFile, find_files
-from twn_rl.data.formats.marks import strip_marks
+from twn_rl.data.formats.conversion import Conversion, Fields, Outcome
+from twn_rl.data.formats.input_files import (
+    DataFile,
+    Row,
+    find_files,
+    read_rows,
+    read_yaml,
+    required,
+)
 from twn_rl.data.formats.mmeb import mmeb_records
-from twn_rl.data.formats.pictures import Pictures
-from twn_rl.data.formats.rows import Row, read_rows
-from twn_rl.data.record import Item, Record, RecordError
+from twn_rl.data.record import Item, Record, RecordError, bad_file, bad_type
 
 Entry = Mapping[str, Any]
 
@@ -58,21 +61,16 @@ def _convert(
     plans: list[tuple[str, Entry, list[DataFile]]], conversion: Conversion
 ) -> Iterator[Outcome]:
     for name, entry, files in plans:
-        folder = entry.get("image_dir") or ""
         unknown = set(entry) - _USED
         conversion.tally.unknown_fields.update(f"{name}.{key}" for key in unknown)
         asked = [n for n in (conversion.num_negatives, entry.get("num_hardneg")) if n is not None]
-        build = partial(
-            _PARSERS[entry["dataset_parser"]],
-            conversion=replace(conversion, num_negatives=min(asked, default=None)),
-            pictures=Pictures(
-                conversion.data_root, conversion.image_dir, conversion.tally, folder=folder
-            ),
-        )
-        if build.func is _llavahound_records:
-            build = partial(build, entry=entry)
+        parser = entry["dataset_parser"]
+        is_video = parser in _VIDEO_PARSERS
+        folder = entry.get("video_frame_basedir" if is_video else "image_dir") or ""
+        own = replace(conversion, num_negatives=min(asked, default=None), picture_folder=folder)
+        build = partial(_llavahound_records, entry) if is_video else _PARSERS[parser]
         rows = islice(read_rows(files), entry.get("num_sample_per_subset"))
-        yield from _with_weight(build_each(rows, build), entry.get("weight"))
+        yield from _with_weight(own.records(rows, build), entry.get("weight"))
 
 
 def _with_weight(outcomes: Iterable[Outcome], weight: float | None) -> Iterator[Outcome]:
@@ -84,20 +82,12 @@ def _with_weight(outcomes: Iterable[Outcome], weight: float | None) -> Iterator[
 
 
 def _entries(conversion: Conversion) -> dict[str, Entry]:
-    yaml = import_extra("yaml", package="yaml", extra="train", purpose="YAML files")
-    try:
-        data = yaml.safe_load(conversion.input.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecordError(
-            f"no valid YAML ({error}); expected named data sets; correct the file",
-            reason="bad_file",
-            file=conversion.input,
-        ) from error
+    path = conversion.input
+    data = read_yaml(path, "named data sets")
     if not isinstance(data, dict) or not all(isinstance(entry, dict) for entry in data.values()):
-        raise RecordError(
+        raise bad_file(
+            path,
             f"content = {data!r:.80}; expected named data sets, each with its settings; correct it",
-            reason="bad_file",
-            file=conversion.input,
         )
     missing = [name for name in conversion.subset if name not in data]
     if missing:
@@ -105,17 +95,18 @@ def _entries(conversion: Conversion) -> dict[str, Entry]:
             f"subset = {missing} not in the file; expected some of {sorted(data)}; correct the "
             "name",
             reason="no_records",
-            file=conversion.input,
+            file=path,
         )
     return {name: data[name] for name in conversion.subset or data}
 
 
 def _files(name: str, entry: Entry, conversion: Conversion) -> list[DataFile]:
     """Return the files of an entry, all under its name."""
-    if entry.get("dataset_parser") not in _PARSERS:
+    known = (*_PARSERS, *_VIDEO_PARSERS)
+    if entry.get("dataset_parser") not in known:
         raise RecordError(
             f"dataset_parser = {entry.get('dataset_parser')!r}; expected one of "
-            f"{sorted(_PARSERS)}; leave the entry out by naming the others as subset",
+            f"{sorted(known)}; leave the entry out by naming the others as subset",
             reason="bad_file",
         )
     if entry.get("data_mode") not in (None, "caption_retrieval", "video_retrieval"):
@@ -145,72 +136,46 @@ def _place(entry: Entry, conversion: Conversion) -> Path:
     )
 
 
-def _vidore_records(
-    row: Row, data: Mapping[str, Any], *, conversion: Conversion, pictures: Pictures
-) -> Iterator[Record]:
-    page = pictures.path(required(data, "image"), field="image")
+def _vidore_records(row: Row, data: Fields, conversion: Conversion) -> Iterator[Record]:
+    required(data, "image")
+    query = conversion.item(data, text="query", image="image")
+    answer = conversion.item(data, text="answer")
     kept = ("image_filename", "answer_type", "source", "options", "page", "model", "prompt")
-    yield Record(
-        id=row.name,
-        source=row.subset,
-        query=Item(text=text_of(data, "query"), images=(page,) if page else ()),
-        positive=Item(text=text_of(data, "answer")),
-        metadata=conversion.metadata(data, used=("query", "image", "answer"), kept=kept),
-    )
+    yield Record(row.name, row.subset, query, answer, metadata=conversion.metadata(data, kept=kept))
 
 
-def _visrag_records(
-    row: Row, data: Mapping[str, Any], *, conversion: Conversion, pictures: Pictures
-) -> Iterator[Record]:
-    page = pictures.path(required(data, "image"), field="image")
-    yield Record(
-        id=row.name,
-        source=row.subset,
-        query=Item(text=text_of(data, "query")),
-        positive=Item(images=(page,) if page else ()),
-        metadata=conversion.metadata(data, used=("query", "image"), kept=("source",)),
-    )
+def _visrag_records(row: Row, data: Fields, conversion: Conversion) -> Iterator[Record]:
+    page = conversion.pictures.paths(required(data, "image"), field="image")
+    query = conversion.item(data, text="query")
+    metadata = conversion.metadata(data, kept=("source",))
+    yield Record(row.name, row.subset, query, Item(images=page), metadata=metadata)
 
 
 def _llavahound_records(
-    row: Row, data: Mapping[str, Any], *, conversion: Conversion, pictures: Pictures, entry: Entry
+    entry: Entry, row: Row, data: Fields, conversion: Conversion
 ) -> Iterator[Record]:
-    turns = required(data, "conversations")
-    asked, answered = (_turn(turns, i) for i in (0, 1))
-    folder = replace(pictures, folder=entry.get("video_frame_basedir") or "")
-    frames = folder.frames(
-        required(data, "video"), field="video", num_frames=entry.get("num_frames")
+    turns, clip = required(data, "conversations"), required(data, "video")
+    pair = turns[:2] if isinstance(turns, list) else []
+    if len(pair) < 2 or not all(isinstance(turn, Mapping) for turn in pair):
+        raise bad_type(turns, "a question and an answer", "conversations")
+    asked = conversion.item(
+        {"value": pair[0].get("value"), "video": clip},
+        text="value",
+        video="video",
+        where="conversations[0].",
+        has_marks=True,
+        num_frames=entry.get("num_frames"),
     )
-    question = strip_marks(
-        asked, has_pictures=bool(frames), notes=conversion.tally.notes, field="conversations[0]"
-    )
-    video_first = Item(text=question, video=frames), Item(text=answered)
-    text_first = Item(text=answered), Item(video=frames)
-    query, positive = text_first if entry.get("data_mode") == "video_retrieval" else video_first
-    yield Record(
-        id=row.name,
-        source=row.subset,
-        query=query,
-        positive=positive,
-        metadata=conversion.metadata(data, used=("conversations", "video"), kept=("id",)),
-    )
+    answer = conversion.item(pair[1], text="value", where="conversations[1].")
+    is_retrieval = entry.get("data_mode") == "video_retrieval"
+    sides = (answer, Item(video=asked.video)) if is_retrieval else (asked, answer)
+    yield Record(row.name, row.subset, *sides, metadata=conversion.metadata(data, kept=("id",)))
 
 
-def _turn(turns: Any, at: int) -> str | None:
-    if not isinstance(turns, list) or len(turns) < 2 or not isinstance(turns[at], Mapping):
-        raise RecordError(
-            f"conversations = {turns!r:.80}; expected a question and an answer; correct the row",
-            reason="bad_type",
-            field="conversations",
-        )
-    return text_of(turns[at], "value", where=f"conversations[{at}].")
-
-
-_PARSERS: dict[str, Callable[..., Iterator[Record]]] = {
+_PARSERS: dict[str, Callable[[Row, Fields, Conversion], Iterator[Record]]] = {
     "mmeb": mmeb_records,
     "mmeb_neg": mmeb_records,
     "vidore": _vidore_records,
     "visrag": _visrag_records,
-    "llavahound_caption": _llavahound_records,
-    "llavahound_qa": _llavahound_records,
 }
+_VIDEO_PARSERS = ("llavahound_caption", "llavahound_qa")

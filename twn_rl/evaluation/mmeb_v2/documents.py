@@ -13,9 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from twn_rl.data.formats.conversion import required
-from twn_rl.data.formats.layout import DataFile
-from twn_rl.data.formats.rows import Row, read_rows
+from twn_rl.data.formats.input_files import DataFile, Row, read_rows, required
 from twn_rl.data.images import ImageError, resolve_inside
 from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData, TaskQuery

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from twn_rl.data.formats.conversion import as_list, required, text_of
+from twn_rl.data.formats.input_files import as_list, required, text_of
 from twn_rl.data.images import resolve_inside
 from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.task_data import TaskRow, query_item

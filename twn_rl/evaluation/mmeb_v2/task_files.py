@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from twn_rl.data.formats.layout import DataFile, find_files
-from twn_rl.data.formats.rows import Row, read_rows
+from twn_rl.data.formats.input_files import DataFile, Row, find_files, read_rows
 from twn_rl.data.images import ImageError, resolve_inside
 from twn_rl.data.record import RecordError
 from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, LabelSet, MmebTask, annotation_names

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from twn_rl.data.formats.conversion import as_list, required
+from twn_rl.data.formats.input_files import as_list, required
 from twn_rl.data.images import resolve_inside
 from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.task_data import TaskRow, query_item
