@@ -23,11 +23,10 @@ non-finite vectors are refused. About a minute a model on two CPU cores for the 
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
 import json
 import logging
 import re
-import runpy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +37,6 @@ from transformers import set_seed
 
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
-from twn_rl.evaluation.report.page import write_report
 from twn_rl.evaluation.results import Evaluation, merge_evaluations
 from twn_rl.evaluation.routing import (
     DECIDERS,
@@ -52,13 +50,13 @@ from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.recipes import eval_mmeb_v2
+from twn_rl.runtime.extras import extra
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
-# Benchmarks with flags of their own: name after --benchmark -> recipe beside this one.
-BENCHMARKS = {"mmeb_v2": "eval_mmeb_v2.py"}
 REPORTED_SPLITS = ("test", "ood")
 # The model before RL shares the frozen embedding adapter: only its own thoughts differ.
 BEFORE_MODES = ("never", "always")
@@ -164,6 +162,9 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
             before = measure(script, splits, script.before, BEFORE_MODES)
             before.save(output / "before")
         if script.report:
+            with extra("eval"):
+                from twn_rl.evaluation.report.page import write_report
+
             write_report(
                 output / "report.html",
                 after,
@@ -204,14 +205,10 @@ def measure(
 def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     """Run a benchmark on all processes; return the folder of its results."""
     assert script.benchmark is not None
-    if importlib.util.find_spec("mteb") is None:
-        raise ModuleNotFoundError(
-            f"benchmark = {script.benchmark!r} without mteb; expected it to be installed; run "
-            'pip install "twn-rl[mteb]"'
-        )
-    from twn_rl.evaluation.mteb.benchmark import BenchmarkSettings, run_benchmark
-    from twn_rl.evaluation.mteb.summary import format_table
-    from twn_rl.evaluation.mteb.tasks import EMOJI_SCENES
+    with extra("mteb"):
+        from twn_rl.evaluation.mteb.benchmark import BenchmarkSettings, run_benchmark
+        from twn_rl.evaluation.mteb.summary import format_table
+        from twn_rl.evaluation.mteb.tasks import EMOJI_SCENES
 
     output = script.output / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
     names = script.splits if script.benchmark == EMOJI_SCENES and data.is_demo() else []
@@ -283,15 +280,14 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
             logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)
 
 
-def benchmark_recipe(arguments: Sequence[str]) -> Path | None:
-    """Return the recipe of a benchmark that has one of its own, None for all others."""
-    words = [part for word in arguments for part in word.split("=", 1)]
-    names = words[words.index("--benchmark") + 1 :][:1] if "--benchmark" in words else []
-    recipes = [BENCHMARKS[name] for name in names if name in BENCHMARKS]
-    return Path(__file__).with_name(recipes[0]) if recipes else None
+def named_benchmark(arguments: Sequence[str] | None = None) -> str | None:
+    """Return the benchmark that the flags name: it decides which other flags there are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--benchmark")
+    return parser.parse_known_args(arguments)[0].benchmark
 
 
-if __name__ == "__main__" and (recipe := benchmark_recipe(sys.argv[1:])) is not None:
-    runpy.run_path(str(recipe), run_name="__main__")
+if __name__ == "__main__" and named_benchmark() == eval_mmeb_v2.BENCHMARK:
+    sys.exit(eval_mmeb_v2.run())
 elif __name__ == "__main__":
     main(*parse_arguments((EvalScriptArguments, DataArguments), description=__doc__))

@@ -34,6 +34,8 @@ from twn_rl.runtime.processes import join_processes
 
 logger = logging.getLogger(__name__)
 
+BENCHMARK = "mmeb_v2"
+
 
 @dataclass
 class MmebScriptArguments:
@@ -41,7 +43,7 @@ class MmebScriptArguments:
 
     model: str = field(metadata={"help": "Model to measure."})
     data_root: str = field(metadata={"help": "Unpacked download of TIGER-Lab/MMEB-V2."})
-    benchmark: str = field(default="mmeb_v2", metadata={"help": "This benchmark."})
+    benchmark: str = field(default=BENCHMARK, metadata={"help": "This benchmark."})
     annotation_root: str | None = field(
         default=None, metadata={"help": "Folder of the annotations; default: data_root."}
     )
@@ -95,7 +97,7 @@ class MmebScriptArguments:
         problems = [
             f"{name} = {value!r}, expected one of {allowed}"
             for name, value, allowed in (
-                ("benchmark", self.benchmark, ("mmeb_v2",)),
+                ("benchmark", self.benchmark, (BENCHMARK,)),
                 ("label_set", self.label_set, LABEL_SETS),
                 ("on_missing_data", self.on_missing_data, ("raise", "skip")),
             )
@@ -187,5 +189,10 @@ def metadata(script: MmebScriptArguments, embedder: ThinkingEmbedder) -> dict[st
     }
 
 
+def run() -> int:
+    """Measure as the flags say; return 1 if any task failed, 0 otherwise."""
+    return bool(main(*parse_arguments((MmebScriptArguments,), description=__doc__)).failed)
+
+
 if __name__ == "__main__":
-    sys.exit(bool(main(*parse_arguments((MmebScriptArguments,), description=__doc__)).failed))
+    sys.exit(run())

@@ -1,6 +1,8 @@
-"""`twn-rl`: one subcommand a module. Knows names and help lines; a command's imports are its own.
+"""`twn-rl`: every recipe, and what people do with a model and its data, as one command.
 
-A module offers `add_arguments(parser)` and `run(arguments) -> int`, the exit status.
+A command of this package is a module that offers `add_arguments(parser)` and `run(arguments) ->
+int`, the exit status; a recipe is a module of `twn_rl.recipes` that reads the words after its name.
+Refuses to know what any of them does: names and help lines only, and imports when one is chosen.
 """
 
 from __future__ import annotations
@@ -8,41 +10,65 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import runpy
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from twn_rl import __version__
 
-# Subcommand -> (module of this package, one line of help). Modules are imported when chosen, so
-# that `twn-rl --help` does not load torch.
+# Command -> (module of this package, one line of help). `twn-rl --help` must not load torch.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("demo", "train and measure the embedded default, ten minutes on two CPU cores"),
+    "encode": ("encode", "embed the items of a file into a file of vectors"),
+    "search": ("search", "find the nearest vectors of one file to those of another"),
     "convert": ("convert", "turn data of another format into records"),
     "check-data": ("check_data", "verify a file of records and print what it holds"),
-    "encode": ("encode", "Embed the items of a file into a file of vectors."),
-    "search": ("search", "Find the nearest vectors of one file to those of another."),
-    "mine-negatives": ("mine_negatives", "Add hard negatives to a file of records."),
+    "mine-negatives": ("mine_negatives", "add hard negatives to a file of records"),
+    "where": ("where", "print the path of a shipped file, such as recipes/accelerate/zero2.yaml"),
+}
+# Command -> (module of `twn_rl.recipes`, one line of help).
+RECIPES: dict[str, tuple[str, str]] = {
+    "sft": ("sft_embed", "warm start: token loss on thoughts, contrast with and without them"),
+    "grpo": ("grpo_embed", "reinforce thoughts that help retrieval"),
+    "adaptive": ("adaptive_embed", "the same, while the policy learns whether to think"),
+    "latent": ("latent_embed", "learn latent thoughts instead of written ones"),
+    "gate": ("gate_embed", "fit the gate that decides who thinks"),
+    "policy-threshold": ("policy_threshold", "choose how sure a deciding policy must be"),
+    "select-thoughts": ("select_thoughts", "keep the thoughts that pay for their records"),
+    "eval": ("eval_embed", "measure a model, on records or on a benchmark"),
+    "probe": ("experiments.probe_cot", "ask whether vectors read their thoughts"),
+    "ablate": ("experiments.ablate", "compare SFT only with SFT and GRPO over seeds"),
+    "compare-methods": ("experiments.compare_methods", "compare ways to think over seeds"),
+    "compare-selection": ("experiments.compare_selection", "compare what is taught over seeds"),
+    "prepare-smollm2": ("prepare.smollm2", "convert SmolLM2 to a backbone"),
+    "prepare-wordnet": ("prepare.wordnet", "write WordNet's reverse dictionary as records"),
+    "pretrain-demo": ("prepare.demo_backbone", "train the backbone of the embedded default"),
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand and return its exit status: 0 fine, 1 wrong input, 2 wrong usage."""
+    """Run one command and return its exit status: 0 fine, 1 wrong input, 2 wrong usage."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    if words and words[0] in RECIPES:
+        return _run_recipe(*words)
     chosen = next((word for word in words if not word.startswith("-")), None)
-    parser = argparse.ArgumentParser(prog="twn-rl", description="Embed, search, prepare data.")
+    parser = argparse.ArgumentParser(
+        prog="twn-rl", description="Train, measure and serve embedding models that may think."
+    )
     parser.add_argument("--version", action="version", version=f"twn-rl {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (_, line) in COMMANDS.items():
+    for name, (_, line) in {**COMMANDS, **RECIPES}.items():
         subparser = subparsers.add_parser(
             name,
             help=line,
             description=line,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        if name == chosen:
+        if name == chosen and name in COMMANDS:
             _module(name).add_arguments(subparser)
     parsed = parser.parse_args(words)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     try:
         return int(_module(parsed.command).run(parsed))
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -53,3 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _module(name: str) -> Any:
     return importlib.import_module(f"twn_rl.cli.{COMMANDS[name][0]}")
+
+
+def _run_recipe(name: str, *words: str) -> int:
+    """Run a recipe as a program in this process, with the words after its name."""
+    sys.argv = [name, *words]
+    try:
+        runpy.run_module(f"twn_rl.recipes.{RECIPES[name][0]}", run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:  # says which extra to install
+        logging.getLogger(__name__).error("%s", error)
+        return 1
+    return 0

@@ -236,6 +236,7 @@ def parse_arguments(
         parsed = _Parser(
             types,
             description=description,
+            usage="%(prog)s [--config FILE] [--FIELD VALUE ...]",
             epilog="--config FILE reads settings from YAML; flags override them.",
             formatter_class=_Help,
         ).read(words, config)
