@@ -29,22 +29,21 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,eval,mteb,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,deepspeed,eval,mteb,dev]"
 	@touch $@
 
 env .venv: $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/accelerate launch --num_processes 1 recipes/grpo_embed.py
-	$(BIN)/accelerate launch --num_processes 1 recipes/gate_embed.py
-	$(BIN)/accelerate launch --num_processes 1 recipes/eval_embed.py --before outputs/demo/sft
+	$(BIN)/twn-rl demo
 
 ablation: $(STAMP)
-	$(BIN)/python recipes/experiments/ablate.py --output_dir $(OUTPUTS)/ablation
+	$(BIN)/twn-rl ablate --output_dir $(OUTPUTS)/ablation
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
 
 types: $(STAMP)
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -262,16 +262,15 @@ def test_a_yaml_file_tells_all_its_faults_before_anything_is_converted(
     assert _main(root, "vlm2vec", source, "--subset", "fine") == 0
 
 
-@pytest.mark.parametrize(("package", "name"), [("pyarrow", "mmeb"), ("yaml", "vlm2vec")])
 def test_a_missing_package_is_named_with_what_installs_it(
-    root: Path, package: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
-    source = root / {"pyarrow": "rows.parquet", "yaml": "train.yaml"}[package]
+    source = root / "rows.parquet"
     source.write_text("a: {}")
-    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "twn_rl.data.parquet", raising=False)
-    assert _main(root, name, source) == 1
-    assert f"module {package} is missing" in caplog.text
+    assert _main(root, "mmeb", source) == 1
+    assert "module pyarrow is missing" in caplog.text
     assert "install twn-rl[" in caplog.text
     monkeypatch.undo()
     importlib.import_module("twn_rl.data.parquet")

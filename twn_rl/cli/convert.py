@@ -7,9 +7,6 @@ from typing import Any
 from twn_rl.data.formats import FORMATS, Conversion
 from twn_rl.data.formats.conversion import convert_file
 
-# Packages whose absence is told, not traced; anything else missing is a fault of the installation.
-_EXTRAS = ("yaml", "pyarrow")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -58,18 +55,13 @@ def run(arguments: argparse.Namespace) -> int:
         num_negatives=arguments.num_negatives,
         **_special_options(arguments, chosen.options),
     )
-    try:
-        tally = convert_file(
-            chosen.convert,
-            conversion,
-            on_bad_record=arguments.on_bad_record,
-            limit=arguments.limit,
-            overwrite=arguments.overwrite,
-        )
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        raise ValueError(str(error)) from error
+    tally = convert_file(
+        chosen.convert,
+        conversion,
+        on_bad_record=arguments.on_bad_record,
+        limit=arguments.limit,
+        overwrite=arguments.overwrite,
+    )
     tally.log()
     return 0
 

@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         logger.info("Stage %d of %d: %s", number, len(named), name)
         if not stage.run(["--num_processes", "1"], is_shown=True):
             logger.info("It had been run; to run it again, remove %s", stage.target)
-    logger.info("Report: %s", stage.target / "report.html")
+    logger.info("Report: %s", named["evaluation"].target / "report.html")
     return 0
 
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from twn_rl.evaluation.gate_threshold import CurvePoint, GateCurve, curve_rows
-from twn_rl.evaluation.report.gate_chart import plot_gate_curves
 from twn_rl.metrics.calibration import expected_calibration_error, roc_auc
+from twn_rl.runtime.extras import extra
 from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -99,6 +99,12 @@ def write_curves(
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / f"{name}.csv", table.getvalue())
+    try:
+        with extra("eval"):
+            from twn_rl.evaluation.report.gate_chart import plot_gate_curves
+    except ModuleNotFoundError as error:  # the numbers are there without the picture
+        logger.warning("No picture of the curves: %s", error)
+        return
     plot_gate_curves(curves, folder / f"{name}.png", metric=metric, side=side)
 
 

@@ -13,14 +13,17 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
-from trl.models.utils import unwrap_model_for_generation
 
 from twn_rl.modeling.checkpoint import load_weights
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.extras import extra
 from twn_rl.runtime.processes import check_engaged, join_processes
 from twn_rl.runtime.whole_files import read_json, write_json
 from twn_rl.runtime.zero import deepspeed_dtype, describe_engine, fill_auto_sizes, save_trained_only
 from twn_rl.training.whole_checkpoints import is_finished, seal
+
+with extra("train"):
+    from trl.models.utils import unwrap_model_for_generation
 
 logger = logging.getLogger(__name__)
 ENGINE_FILE = "deepspeed.json"

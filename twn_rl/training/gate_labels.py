@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from twn_rl.runtime.extras import extra
 from twn_rl.runtime.sharded_pass import PLAN_FILE, shard_ranges
 from twn_rl.runtime.whole_files import map_file, read_json, write_array, written_aside
+
+with extra("train"):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 LABEL_FORMAT = 1
 IGNORED = -1

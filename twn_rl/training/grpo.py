@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from datasets import Dataset
 from torch.utils.data import Sampler
-from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
 from twn_rl.data.mixture import Mixture, MixtureSampler
 from twn_rl.data.record import Item, Record
@@ -16,11 +14,16 @@ from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable, snapshot_
 from twn_rl.modeling.collator import fit_item
 from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.extras import extra
 from twn_rl.runtime.zero import deepspeed_dtype
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.rollout_scorer import RolloutScorer
 from twn_rl.training.settings import TrainingSettings, at_least
 from twn_rl.training.trl_hooks import HookedGRPOTrainer
+
+with extra("train"):
+    from datasets import Dataset
+    from trl import GRPOConfig  # pyright: ignore[reportPrivateImportUsage]
 
 ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
 

@@ -16,13 +16,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import httpx2
-
 from twn_rl.data.chat import Renderer, parse_think
 from twn_rl.data.images import ImageSource, open_image
 from twn_rl.data.record import Record
+from twn_rl.runtime.extras import extra
 from twn_rl.training.thought_selection.candidates import Candidate, problem_of
 from twn_rl.training.thought_selection.shards import SelectionError
+
+with extra("train"):
+    import httpx2
 
 logger = logging.getLogger(__name__)
 
