@@ -106,7 +106,6 @@ def test_worker_processes_find_what_threads_find_and_nothing_is_decoded_again(
     rows = [record(name, query=Item(images=(f"{name}.png",))) for name in "abcd"]
     path = write(folder, *rows)
     images._remembered.clear()
-    images._file_digest.cache_clear()
     by_processes = load_records(path, on_bad_record="skip", workers=2)
     monkeypatch.setattr(images, "open_image", lambda *_: pytest.fail("decoded again"))
     keys = [row.query.content_key() for row in by_processes]

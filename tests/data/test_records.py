@@ -383,7 +383,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def _forget() -> None:
     """Bring the module to the state of a new process."""
-    images._file_digest.cache_clear()
     images._remembered.clear()
 
 
@@ -446,7 +445,7 @@ def test_an_image_cache_that_cannot_be_written_is_only_logged(
 
 def test_each_distinct_image_is_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    images._file_digest.cache_clear()
+    images._remembered.clear()
     original = images.open_image
     monkeypatch.setattr(images, "open_image", lambda p, r=None: opened.append(p) or original(p, r))
     rows = [_row(id=str(i), negatives=[{"images": ["pics/a.png"]}]) for i in range(50)]

@@ -1,4 +1,4 @@
-"""Opening image files safely: inside the data root, whole, of sane size. Knows no records, no nets.
+"""Opening image files safely: inside the data root, whole, of sane size.
 
 Every picture of the project enters through `open_image`, so that training, evaluation and serving
 see the same pixels: orientation applied, transparency laid over white, RGB.
@@ -10,7 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class ImageFacts(NamedTuple):
     modified_ns: int
 
 
-# Facts that came from elsewhere than a decoding in this process, by absolute path.
+# By absolute path, what was found by decoding, in this process or another one.
 _remembered: dict[str, ImageFacts] = {}
 
 
@@ -195,25 +195,24 @@ def image_facts(path: str | Path) -> ImageFacts:
         ImageError: If the image cannot be decoded.
     """
     path = Path(path).absolute()
-    if not path.is_file():
-        open_image(path)  # raises the message for missing files
     known = remembered_facts(str(path))
-    if known is not None:
-        return known
-    stat = path.stat()
-    return _file_digest(str(path), stat.st_mtime_ns, stat.st_size)
+    if known is None:
+        stat = path.stat() if path.is_file() else None  # before it is read: it may change
+        image = open_image(path)
+        assert stat is not None  # opening it would have raised
+        known = ImageFacts(_pixel_digest(image), *image.size, stat.st_size, stat.st_mtime_ns)
+        _remembered[str(path)] = known
+    return known
 
 
 def remembered_facts(path: str) -> ImageFacts | None:
-    """Return what `remember_images` was told of an absolute path, if the file is still the same."""
+    """Return what is known of an absolute path, if the file is still the same."""
     known = _remembered.get(path)
-    if known is None:
-        return None
     try:
-        stat = Path(path).stat()
+        stat = Path(path).stat() if known else None
     except OSError:
         return None
-    is_same = (known.size_bytes, known.modified_ns) == (stat.st_size, stat.st_mtime_ns)
+    is_same = known and stat and known[3:] == (stat.st_size, stat.st_mtime_ns)
     return known if is_same else None
 
 
@@ -224,12 +223,6 @@ def remember_images(facts: Mapping[str, ImageFacts]) -> None:
         facts: By absolute path; a file that has changed since is decoded anew when asked for.
     """
     _remembered.update(facts)
-
-
-@lru_cache(maxsize=1_000_000)
-def _file_digest(path: str, modified_ns: int, size_bytes: int) -> ImageFacts:
-    image = open_image(path)
-    return ImageFacts(_pixel_digest(image), *image.size, size_bytes, modified_ns)
 
 
 def _pixel_digest(image: Image.Image) -> str:

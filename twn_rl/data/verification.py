@@ -5,11 +5,12 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import msgspec
 from tqdm import tqdm
 
 from twn_rl.data.images import (
@@ -43,7 +44,7 @@ class RecordChecks:
         self.skipped: list[tuple[int, RecordError]] = []
         self.metadata_fields: Counter[str] = Counter()
         self._row_of_id: dict[str, int] = {}
-        self._resolved: dict[str, str | ImageError] = {}
+        self._resolved: dict[str, str] = {}
         self._problems: dict[str, ImageError] = {}
 
     def parse(self, row: int, data: Row) -> Record | None:
@@ -66,14 +67,8 @@ class RecordChecks:
 
     def decode_images(self, *, workers: int = 0) -> None:
         """Decode each distinct image of the parsed rows and remember what is wrong with it."""
-        paths = {found for found in self._resolved.values() if isinstance(found, str)}
-        self._problems = check_images(
-            paths,
-            workers=workers,
-            cache=self.path.with_name(f"{self.path.name}{CACHE_SUFFIX}"),
-            label=f"Verifying images of {self.path.name}",
-            show_progress_bar=len(paths) >= _PROGRESS_FROM_IMAGES,
-        )
+        cache = self.path.with_name(f"{self.path.name}{CACHE_SUFFIX}")
+        self._problems = _unusable(sorted(set(self._resolved.values())), workers, cache)
 
     def parse_again(self, data: Row) -> Record:
         """Return the record of a row that `parse` has accepted."""
@@ -115,14 +110,8 @@ class RecordChecks:
 
     def _resolve(self, name: str) -> str:
         if name not in self._resolved:
-            try:
-                self._resolved[name] = str(resolve_inside(name, self.root))
-            except ImageError as error:
-                self._resolved[name] = error
-        found = self._resolved[name]
-        if isinstance(found, ImageError):
-            raise ImageError(str(found), reason=found.reason)
-        return found
+            self._resolved[name] = str(resolve_inside(name, self.root))
+        return self._resolved[name]
 
     def _bad(self, row: int, error: RecordError) -> None:
         located = error.at(file=self.path, row=row)
@@ -131,14 +120,7 @@ class RecordChecks:
         self.skipped.append((row, located))
 
 
-def check_images(
-    paths: Iterable[str],
-    *,
-    workers: int = 0,
-    cache: Path | None = None,
-    label: str = "Verifying images",
-    show_progress_bar: bool = True,
-) -> dict[str, ImageError]:
+def _unusable(paths: list[str], workers: int, cache: Path) -> dict[str, ImageError]:
     """Return what is wrong with each picture that cannot be used; the others are remembered.
 
     Args:
@@ -146,34 +128,27 @@ def check_images(
         workers: Processes that decode; 0 decodes in threads of this process.
         cache: File that keeps what was found, so that the next run decodes only pictures whose
             size or time of change differs. Written from a thousand pictures on.
-        label: Name of the progress bar.
-        show_progress_bar: Show pictures done.
-
-    Raises:
-        RuntimeError: If a worker process dies.
     """
-    distinct = sorted(set(paths))
-    cached = {} if cache is None else _read_cache(cache)
+    cached = _read_cache(cache)
     remember_images(cached)
     # Threads look the known ones up themselves; a worker process would decode them.
-    unknown = [p for p in distinct if not workers or remembered_facts(p) is None]
+    unknown = [path for path in paths if not workers or remembered_facts(path) is None]
     problems: dict[str, ImageError] = {}
     found: dict[str, ImageFacts] = {}
     progress = tqdm(
         _examine_all(unknown, workers),
-        desc=label,
+        desc=f"Verifying images of {cache.name.removesuffix(CACHE_SUFFIX)}",
         unit="image",
         total=len(unknown),
-        disable=not show_progress_bar,
+        disable=len(paths) < _PROGRESS_FROM_IMAGES,
     )
     for path, finding in zip(unknown, progress, strict=True):
         if isinstance(finding, ImageError):
             problems[path] = finding
         elif cached.get(path) != finding:
             found[path] = finding
-    if workers:
-        remember_images(found)
-    if cache is not None and found and len(distinct) >= _CACHE_FROM_IMAGES:
+    remember_images(found)
+    if found and len(paths) >= _CACHE_FROM_IMAGES:
         _write_cache(cache, cached | found)
     return problems
 
@@ -187,13 +162,11 @@ def _read_cache(path: Path) -> dict[str, ImageFacts]:
             if json.loads(file.readline()) != {"format": _CACHE_FORMAT}:
                 raise ValueError(f"expected format {_CACHE_FORMAT}")
             for line in file:
-                name, digest, *numbers = json.loads(line)
-                width, height, size_bytes, modified_ns = map(int, numbers)
-                entry = ImageFacts(str(digest), width, height, size_bytes, modified_ns)
-                facts[os.path.normpath(folder / name)] = entry
+                name, *fact = json.loads(line)
+                facts[os.path.normpath(folder / name)] = msgspec.convert(fact, ImageFacts)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, msgspec.DecodeError) as error:
         logger.warning("Image cache %s is not usable (%s); verifying all images", path, error)
         return {}
     return facts

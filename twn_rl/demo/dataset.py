@@ -1,4 +1,4 @@
-"""Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures; knows no model.
+"""Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures.
 
 Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test`` and ``ood``. All but
 ``ood`` are drawn in Fluent artwork and never ask the held-out relation pairs; ``ood`` is drawn in
@@ -21,16 +21,8 @@ from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
 from twn_rl.data.verification import CACHE_SUFFIX
 from twn_rl.demo import questions
-from twn_rl.demo.questions import Question, TeacherNoise
-from twn_rl.demo.scenes import (
-    GRID,
-    PLACES,
-    ROW_WORDS,
-    STYLES,
-    Scene,
-    concepts,
-    draw_tile,
-)
+from twn_rl.demo.questions import SCENE_RETRIEVAL, Question, TeacherNoise
+from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts, draw_tile
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +30,6 @@ logger = logging.getLogger(__name__)
 LAYOUT = 2
 SPLITS = ("train", "rl", "validation", "test", "ood")
 QUESTIONS_PER_SCENE = 4
-SCENE_RETRIEVAL = "scene_retrieval"
 # Kind of question -> share of the records. Easy kinds (no walk over the grid) are 65 % by default.
 DEFAULT_MIX = {
     "hop0": 0.25,
@@ -114,13 +105,11 @@ def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, 
     """
     cots: dict[str, list[str]] = {}
     for i, kind, scene, draw in _draws(split, settings):
-        if kind == SCENE_RETRIEVAL:
-            texts = [_row_cot(scene, draw.randrange(GRID))] * count
-        else:
-            question = ask(kind, scene, draw, held_out=split == "ood")
-            dice = [random.Random(f"{settings.seed}/{split}/{i}/teacher{n}") for n in range(count)]
-            texts = [questions.teach(scene, question, settings.noise, die)[0] for die in dice]
-        cots[_identity(split, i)] = texts
+        question = ask(kind, scene, draw, held_out=split == "ood")
+        dice = [random.Random(f"{settings.seed}/{split}/{i}/teacher{n}") for n in range(count)]
+        cots[_identity(split, i)] = [
+            questions.teach(scene, question, settings.noise, die)[0] for die in dice
+        ]
     return cots
 
 
@@ -150,14 +139,37 @@ def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[
         if i % QUESTIONS_PER_SCENE == 0:
             picture = f"images/scenes/{split}/{i // QUESTIONS_PER_SCENE:05d}.png"
             scene.draw().save(directory / picture, compress_level=1)
-        identity = _identity(split, i)
-        if kind == SCENE_RETRIEVAL:
-            others = [record for record in records[-400:] if record.query.images]
-            records.append(_scene_record(identity, scene, picture, others, draw))
+        question = ask(kind, scene, draw, held_out=split == "ood")
+        cot, mistake = question.gold_cot, None
+        if kind == SCENE_RETRIEVAL:  # no mistakes, so no dice are thrown for them
+            targets = _scene_targets(scene, picture, records[-400:], draw)
         else:
-            question = ask(kind, scene, draw, held_out=split == "ood")
             cot, mistake = questions.teach(scene, question, settings.noise, draw)
-            records.append(_record(identity, scene, picture, question, cot, mistake, draw))
+            targets = _targets(scene, question, draw)
+        pool, instruction, positive, negatives = targets
+        record = Record(
+            id=_identity(split, i),
+            source=f"emoji_scenes/{question.task}",
+            query=Item(
+                instruction=instruction,
+                text=question.text,
+                images=() if kind == SCENE_RETRIEVAL else (picture,),
+            ),
+            positive=positive,
+            negatives=negatives,
+            query_cot=cot,
+            metadata={
+                "task": question.task,
+                "hops": question.hops,
+                "relations": list(question.relations),
+                "style": scene.style,
+                "pool": pool,
+                "caption": question.answer or None,
+                "gold_cot": question.gold_cot,
+                "teacher_mistake": mistake,
+            },
+        )
+        records.append(record)
     return records
 
 
@@ -165,25 +177,23 @@ def ask(kind: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Quest
     """Ask a question of one kind of the mix."""
     if kind.startswith("hop"):
         return questions.ask_hops(scene, int(kind[3:]), rng, held_out=held_out)
-    if kind == questions.CLASSIFY:
-        return questions.ask_classification(scene, rng)
-    if kind == questions.GROUND:
-        return questions.ask_grounding(scene, rng)
-    return questions.ask_caption(scene, rng)
+    asking = {
+        questions.CLASSIFY: questions.ask_classification,
+        questions.GROUND: questions.ask_grounding,
+        questions.RETRIEVE: questions.ask_caption,
+        SCENE_RETRIEVAL: questions.ask_scene,
+    }
+    return asking[kind](scene, rng)
 
 
-def _record(
-    identity: str,
-    scene: Scene,
-    picture: str,
-    question: Question,
-    cot: str,
-    mistake: str | None,
-    rng: random.Random,
-) -> Record:
+# Pool, instruction, positive and negatives of a question.
+Targets = tuple[str, str, Item, tuple[Item, ...]]
+
+
+def _targets(scene: Scene, question: Question, rng: random.Random) -> Targets:
+    """Return the answer, in words or as a picture, among others of its kind."""
     if question.task == questions.GROUND:
-        pool, instruction = "place", "find the place"
-        others = list(PLACES)
+        pool, instruction, others = "place", "find the place", list(PLACES)
     elif question.task == questions.RETRIEVE:
         pool, instruction, others = "caption", "find the caption", list(question.distractors)
     else:
@@ -193,23 +203,11 @@ def _record(
         category = concepts()[question.answer]
         others = list(scene.objects) + [n for n, c in concepts().items() if c == category]
     negatives = [name for name in dict.fromkeys(others) if name != question.answer]
-    return Record(
-        id=identity,
-        source=f"emoji_scenes/{question.task}",
-        query=Item(instruction=instruction, text=question.text, images=(picture,)),
-        positive=_target(question.answer, pool),
-        negatives=tuple(_target(name, pool) for name in negatives),
-        query_cot=cot,
-        metadata={
-            "task": question.task,
-            "hops": question.hops,
-            "relations": list(question.relations),
-            "style": scene.style,
-            "pool": pool,
-            "caption": question.answer,
-            "gold_cot": question.gold_cot,
-            "teacher_mistake": mistake,
-        },
+    return (
+        pool,
+        instruction,
+        _target(question.answer, pool),
+        tuple(_target(name, pool) for name in negatives),
     )
 
 
@@ -219,35 +217,11 @@ def _target(answer: str, pool: str) -> Item:
     return Item(text=answer)
 
 
-def _scene_record(
-    identity: str, scene: Scene, picture: str, earlier: list[Record], rng: random.Random
-) -> Record:
-    """Ask for a scene by the words of one of its rows; negatives are earlier scenes."""
-    row = rng.randrange(GRID)
-    names = scene.row(row)
-    word = ROW_WORDS[row]
-    gold = _row_cot(scene, row)
-    pictures = [p for p in dict.fromkeys(r.query.images[0] for r in earlier) if p != picture]
-    return Record(
-        id=identity,
-        source=f"emoji_scenes/{SCENE_RETRIEVAL}",
-        query=Item(instruction="find the scene", text=f"{word} row is {' '.join(names)}"),
-        positive=Item(images=(picture,)),
-        negatives=tuple(Item(images=(p,)) for p in rng.sample(pictures, min(4, len(pictures)))),
-        query_cot=gold,
-        metadata={
-            "task": SCENE_RETRIEVAL,
-            "hops": None,
-            "relations": [],
-            "style": scene.style,
-            "pool": f"scene/{scene.style}",
-            "caption": None,
-            "gold_cot": gold,
-            "teacher_mistake": None,
-        },
-    )
-
-
-def _row_cot(scene: Scene, row: int) -> str:
-    cells = range(row * GRID, (row + 1) * GRID)
-    return " ; ".join(f"{scene.objects[cell]} {PLACES[cell]}" for cell in cells)
+def _scene_targets(
+    scene: Scene, picture: str, earlier: list[Record], rng: random.Random
+) -> Targets:
+    """Return the scene itself among earlier ones."""
+    shown = dict.fromkeys(r.query.images[0] for r in earlier if r.query.images)
+    pictures = [other for other in shown if other != picture]
+    negatives = tuple(Item(images=(p,)) for p in rng.sample(pictures, min(4, len(pictures))))
+    return f"scene/{scene.style}", "find the scene", Item(images=(picture,)), negatives

@@ -1,4 +1,4 @@
-"""What can be asked about a scene: question, answer, CoT, teacher mistakes; knows strings only."""
+"""What can be asked about a scene: question, answer, CoT, teacher mistakes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ CLASSIFY = "classification"
 ANSWER = "question_answering"
 RETRIEVE = "retrieval"
 GROUND = "grounding"
+SCENE_RETRIEVAL = "scene_retrieval"
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,14 @@ def ask_caption(scene: Scene, rng: random.Random) -> Question:
     return Question(
         RETRIEVE, text, caption, f"{ROW_WORDS[row]} row ; {caption}", distractors=tuple(distractors)
     )
+
+
+def ask_scene(scene: Scene, rng: random.Random) -> Question:
+    """Ask for the scene itself, which has no answer in words, by the words of one of its rows."""
+    row = rng.randrange(GRID)
+    cells = range(row * GRID, (row + 1) * GRID)
+    cot = " ; ".join(f"{scene.objects[cell]} {PLACES[cell]}" for cell in cells)
+    return Question(SCENE_RETRIEVAL, f"{ROW_WORDS[row]} row is {' '.join(scene.row(row))}", "", cot)
 
 
 def teach(
