@@ -10,7 +10,7 @@ from torch import Tensor
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records, write_records
 from twn_rl.evaluation.retrieval_pools import collect_candidates
-from twn_rl.inference.mining_plan import MiningPlan
+from twn_rl.inference.mine_negatives import MiningPlan
 from twn_rl.metrics.ranking import TIE_TOLERANCE
 from twn_rl.modeling.config import LoraSettings
 from twn_rl.modeling.gate import QUERY_SIDE

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 
-from twn_rl.inference.search import hit_lines, search_files
+from twn_rl.inference.search import search_files, show_hits
 from twn_rl.inference.stored_vectors import open_vectors
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
         top_k=arguments.top_k,
         backend=arguments.backend,
     )
-    for line in hit_lines(first):
+    for line in show_hits(first):
         logger.info("%s", line)
     return 0

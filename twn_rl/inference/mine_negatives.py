@@ -1,25 +1,33 @@
-"""Hard negatives for a file of records: embed, compare, write. The choosing is in `mining`.
+"""Hard negatives for a file of records: embed, compare, write; `negative_choice` says which.
 
-Queries and candidates are written to a cache folder, each distinct one once, and embedded there by
-`encode_files`; a killed run goes on, and another margin costs no embedding.
+Distinct queries and candidates are written to a cache folder as they are met, so that only their
+keys stay in memory, and embedded there by `encode_file`: a killed run goes on, and another margin
+costs no embedding. What a query may not take is what `metrics.negatives` says, read without
+instructions: a mined negative stays in the data, and another prompt makes no other content.
 """
 
+import json
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from twn_rl.data.record_files import load_records, write_records
+from twn_rl.data.images import ImageError
+from twn_rl.data.record import Item, pool_of
+from twn_rl.data.record_files import RecordSet, load_records, write_records
 from twn_rl.inference.encode_file import Embedder, encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemFile, Side
-from twn_rl.inference.mining_plan import MiningPlan, by_pool, columns_of
 from twn_rl.inference.negative_choice import MiningCounts, MiningSettings, select_negatives
 from twn_rl.inference.stored_vectors import StoredVectors, open_vectors
+from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
 
@@ -45,20 +53,163 @@ class MiningReport:
 
     def lines(self) -> Iterator[str]:
         """Yield the report for people."""
-        counts = self.counts
         yield (
-            f"{counts.mined} negatives mined for {self.records} records: {counts.short_queries} "
-            f"got fewer than asked for, {self.failed_records} could not be embedded, "
-            f"{self.left_out} bad rows left out"
+            f"{self.counts.mined} negatives mined for {self.records} records: "
+            f"{self.counts.short_queries} got fewer than asked for, {self.failed_records} could "
+            f"not be embedded, {self.left_out} bad rows left out"
         )
-        yield f"{counts.candidates} candidates: pairs of a record and an item of its pool"
-        for name, dropped in counts.dropped.items():
-            share = 100 * dropped / max(counts.candidates, 1)
-            yield f"  {name}: {dropped} ({share:.1f} %)"
-        for name in ("positive_scores", "negative_scores"):
-            if scores := getattr(counts, name):
-                low, middle, high = np.quantile(scores, [0.05, 0.5, 0.95])
-                yield f"{name}: median {middle:.3f}, from {low:.3f} (5 %) to {high:.3f} (95 %)"
+        yield from self.counts.lines()
+
+
+class DistinctItems:
+    """A file of items being written, each content once.
+
+    Attributes:
+        path: The file; it appears when all is written.
+        row_of: Content key -> row of the file.
+        rows_of_content: Content without instruction -> rows.
+    """
+
+    def __init__(self, path: Path, file: TextIO, data_root: Path) -> None:
+        self.path, self._file, self._root = path, file, data_root
+        self.row_of: dict[str, int] = {}
+        self.rows_of_content: dict[str, list[int]] = {}
+
+    @classmethod
+    @contextmanager
+    def written_to(cls, path: Path, data_root: Path) -> Iterator["DistinctItems"]:
+        """Write a file while the body runs; paths in it are relative to `data_root`."""
+        with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
+            yield cls(path, file, data_root)
+
+    def __len__(self) -> int:
+        return len(self.row_of)
+
+    def add(self, item: Item) -> int:
+        """Return the row of an item, a new one if no equal item was added before.
+
+        Raises:
+            ImageError: If a picture cannot be decoded.
+        """
+        key = item.content_key()
+        if key not in self.row_of:
+            row = self.row_of[key] = len(self.row_of)
+            self.rows_of_content.setdefault(content_of(item), []).append(row)
+            line = {"id": key, **item.to_dict()}
+            for kind in ("images", "video"):
+                line[kind] = [os.path.relpath(path, self._root) for path in line[kind]]
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        return self.row_of[key]
+
+
+class MiningPlan:
+    """Candidates of every record, from files written to a folder.
+
+    Attributes:
+        queries: Distinct queries.
+        candidates: Distinct candidates, and positives that are none.
+        query: Per record the row of its query.
+        positive: Per record the row of its positive.
+        pools: Pool name -> sorted rows of its candidates.
+        records_of: Pool name -> the records that compete in it.
+    """
+
+    def __init__(
+        self,
+        records: RecordSet,
+        folder: Path,
+        *,
+        corpus: str | Path | None = None,
+        show_progress_bar: bool = True,
+    ) -> None:
+        """Write `query.jsonl` and `document.jsonl` into `folder`.
+
+        Args:
+            records: Verified records.
+            folder: Where to write.
+            corpus: File of items that are the candidates; without one, all positives and negatives.
+            show_progress_bar: Show records read.
+        """
+        root = records.data_root
+        self.query: list[int] = []
+        self.positive: list[int] = []
+        self.records_of: dict[str, list[int]] = {}
+        self._known: list[list[int]] = []
+        self._reserved: dict[int, set[str]] = {}
+        self._members: dict[str, dict[int, None]] = {}
+        with (
+            DistinctItems.written_to(folder / "query.jsonl", root) as self.queries,
+            DistinctItems.written_to(folder / "document.jsonl", root) as self.candidates,
+        ):
+            has_pools = corpus is None or self._read_corpus(corpus, root)
+            self._read_records(records, corpus is None, has_pools, show_progress_bar)
+        self.pools = {name: np.array(sorted(rows)) for name, rows in self._members.items()}
+        sizes = {name: len(rows) for name, rows in self.pools.items()}
+        logger.info("candidates: %d in %d pools", sum(sizes.values()), len(sizes))
+        if empty := sorted(set(self.records_of) - set(sizes)):
+            logger.warning("pools without candidates: %s of %s", empty[:10], sorted(sizes)[:10])
+
+    def excluded(self, record: int) -> dict[str, Collection[int]]:
+        """Return reason -> rows that are never negatives of a record."""
+        same = {
+            row
+            for content in self._reserved[self.query[record]]
+            for row in self.candidates.rows_of_content.get(content, ())
+        }
+        return {"equal to the query or a positive": same, "already a negative": self._known[record]}
+
+    def items(self, rows: Set[int]) -> dict[int, Item]:
+        """Return the candidates of some rows, read from their file."""
+        with self.candidates.path.open(encoding="utf-8") as file:
+            found = {row: json.loads(line) for row, line in enumerate(file) if row in rows}
+        for fields in found.values():
+            del fields["id"]
+        return {row: Item.from_dict(fields) for row, fields in found.items()}
+
+    def _read_corpus(self, path: str | Path, root: Path) -> bool:
+        """Add the items of a corpus; return whether any of them names a pool."""
+        bad, named = 0, False
+        for row in tqdm(ItemFile(path, side="document", data_root=root), desc="corpus", unit="row"):
+            try:
+                if row.item is None:
+                    raise row.error or ValueError(f"row {row.id} has no item")
+                number = self.candidates.add(row.item)
+            except (ImageError, ValueError) as error:
+                bad += 1
+                if bad == 1:
+                    logger.warning("first bad row of the corpus: %s", error)
+                continue
+            named |= row.pool is not None
+            self._members.setdefault(row.pool or "", {})[number] = None
+        if bad:
+            logger.warning("%s: left out %d bad rows", path, bad)
+        if not len(self.candidates):
+            raise ValueError(f"{path} has no usable row; expected candidates; correct the file")
+        return named
+
+    def _read_records(
+        self, records: RecordSet, are_candidates: bool, has_pools: bool, show_progress_bar: bool
+    ) -> None:
+        for record in tqdm(records, desc="reading", unit="record", disable=not show_progress_bar):
+            query, positive = self.queries.add(record.query), self.candidates.add(record.positive)
+            pool = pool_of(record) if has_pools else ""
+            self.records_of.setdefault(pool, []).append(len(self.query))
+            self.query.append(query)
+            self.positive.append(positive)
+            if are_candidates:
+                known = [self.candidates.add(item) for item in record.negatives]
+                self._members.setdefault(pool, {}).update(dict.fromkeys([positive, *known]))
+            else:
+                keys = [item.content_key() for item in record.negatives]
+                known = [self.candidates.row_of[k] for k in keys if k in self.candidates.row_of]
+            self._known.append(known)
+            own, right = content_of(record.query), content_of(record.positive)
+            self._reserved.setdefault(query, {own}).add(right)
+
+
+def content_of(item: Item) -> str:
+    """Return the content key without the instruction: a prompt makes no other content."""
+    return replace(item, instruction=None, text=(item.text or "").strip() or None).content_key()
 
 
 def mine_file(
@@ -140,7 +291,8 @@ def _mine(
     query, positive = np.array(plan.query), np.array(plan.positive)
     has_vectors = queries.is_usable[query] & candidates.is_usable[positive]
     with tqdm(total=len(query), desc="mining", unit="record", disable=not show_progress_bar) as bar:
-        for pool, records in by_pool(plan.pool):
+        for pool, members in plan.records_of.items():
+            records = np.array(members)
             rows = plan.pools.get(pool, np.empty(0, dtype=np.int64))
             rows = rows[candidates.is_usable[rows]]
             usable = records[has_vectors[records]]
@@ -150,10 +302,11 @@ def _mine(
                 scores = _scores(vectors, candidates.vectors, rows)
                 own = np.einsum("nd,nd->n", vectors, candidates.vectors[positive[block]])
                 for record, row_scores, own_score in zip(block, scores, own, strict=True):
-                    excluded = plan.excluded(int(record)).items()
+                    barred = plan.excluded(int(record)).items()
                     columns = select_negatives(
-                        *(row_scores, float(own_score)),
-                        {reason: columns_of(rows, barred) for reason, barred in excluded},
+                        row_scores,
+                        float(own_score),
+                        {reason: _columns(rows, barred_rows) for reason, barred_rows in barred},
                         settings,
                         counts,
                         stream=int(record),
@@ -172,3 +325,12 @@ def _scores(
         part = slice(start, start + _COLUMN_BLOCK)
         np.matmul(queries, vectors[rows[part]].T, out=scores[:, part])
     return scores
+
+
+def _columns(rows: NDArray[np.int64], wanted: Collection[int]) -> list[int]:
+    """Return the places of the wanted rows in sorted `rows`, leaving out those not there."""
+    values = np.fromiter(wanted, dtype=np.int64, count=len(wanted))
+    places = np.searchsorted(rows, values)
+    is_there = places < len(rows)
+    is_there[is_there] = rows[places[is_there]] == values[is_there]
+    return places[is_there].tolist()

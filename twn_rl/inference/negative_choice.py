@@ -1,4 +1,4 @@
-"""Hard negatives from similarities: which candidates, and why not the others. Knows no files.
+"""Hard negatives from similarities: which candidates, and why not the others.
 
 Settings are named as in sentence-transformers' `mine_hard_negatives`; the relative margin is that
 of NV-Retriever (arXiv 2407.15831, "TopK-PercPos"): 0.05 keeps negatives at most 95 % as similar as
@@ -6,12 +6,15 @@ the positive.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+from twn_rl.inference.search import top_k
+from twn_rl.runtime.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -42,26 +45,21 @@ class MiningSettings:
 
     def __post_init__(self) -> None:
         """Collect every problem of the settings into one error."""
-        room = None if self.range_max is None else self.range_max - self.range_min
-        checks = {
-            f"num_negatives = {self.num_negatives}, expected >= 1": self.num_negatives >= 1,
-            f"range_min = {self.range_min}, expected >= 0": self.range_min >= 0,
-            f"range_max = {self.range_max}, expected at least range_min + num_negatives = "
-            f"{self.range_min + self.num_negatives}": room is None or room >= self.num_negatives,
-            f"absolute_margin = {self.absolute_margin}, expected in [0, 2]": (
-                self.absolute_margin is None or 0.0 <= self.absolute_margin <= 2.0
-            ),
-            f"relative_margin = {self.relative_margin}, expected in [0, 1]": (
-                self.relative_margin is None or 0.0 <= self.relative_margin <= 1.0
-            ),
-            f"max_score = {self.max_score}, expected in [-1, 1]": self.max_score is None
-            or -1.0 <= self.max_score <= 1.0,
-            f"sampling = {self.sampling!r}, expected 'top' or 'random'": self.sampling
-            in ("top", "random"),
-            f"seed = {self.seed}, expected >= 0": self.seed >= 0,
-        }
-        if problems := [problem for problem, is_fine in checks.items() if not is_fine]:
-            raise ValueError("; ".join(problems) + "; change these settings")
+        problems, least = Problems(), self.range_min + self.num_negatives
+        problems.expect(self, ">= 1", "num_negatives")
+        problems.expect(self, ">= 0", "range_min", "seed")
+        problems.unless(
+            self.range_max is None or self.range_max >= least,
+            f"range_max = {self.range_max}, expected at least range_min + num_negatives = {least}",
+        )
+        problems.expect(self, "None or in [0, 2]", "absolute_margin")
+        problems.expect(self, "None or in [0, 1]", "relative_margin")
+        problems.expect(self, "None or in [-1, 1]", "max_score")
+        problems.unless(
+            self.sampling in ("top", "random"),
+            f"sampling = {self.sampling!r}, expected 'top' or 'random'",
+        )
+        problems.refuse("MiningSettings", "change these settings")
 
 
 @dataclass
@@ -83,6 +81,17 @@ class MiningCounts:
     positive_scores: list[float] = field(default_factory=list)
     negative_scores: list[float] = field(default_factory=list)
     short_queries: int = 0
+
+    def lines(self) -> Iterator[str]:
+        """Yield the counts for people."""
+        yield f"{self.candidates} candidates: pairs of a record and an item of its pool"
+        for name, dropped in self.dropped.items():
+            share = 100 * dropped / max(self.candidates, 1)
+            yield f"  {name}: {dropped} ({share:.1f} %)"
+        for name in ("positive_scores", "negative_scores"):
+            if scores := getattr(self, name):
+                low, middle, high = np.quantile(scores, [0.05, 0.5, 0.95])
+                yield f"{name}: median {middle:.3f}, from {low:.3f} (5 %) to {high:.3f} (95 %)"
 
 
 def select_negatives(
@@ -152,12 +161,14 @@ def thresholds(positive_score: float, settings: MiningSettings) -> dict[str, flo
     >>> thresholds(-0.5, MiningSettings(relative_margin=0.1))
     {'relative_margin': -0.55}
     """
-    limits = {"max_score": settings.max_score, "absolute_margin": None, "relative_margin": None}
+    limits: dict[str, float] = {}
+    if settings.max_score is not None:
+        limits["max_score"] = settings.max_score
     if settings.absolute_margin is not None:
         limits["absolute_margin"] = positive_score - settings.absolute_margin
     if settings.relative_margin is not None:
         limits["relative_margin"] = positive_score - abs(positive_score) * settings.relative_margin
-    return {name: limit for name, limit in limits.items() if limit is not None}
+    return limits
 
 
 def nearest_allowed(
@@ -167,9 +178,5 @@ def nearest_allowed(
     is_allowed = np.ones(len(scores), dtype=bool)
     is_allowed[list(excluded)] = False
     allowed = np.flatnonzero(is_allowed)
-    values = scores[allowed]
-    if count is not None and count < len(values):
-        # Everything as large as the last place, so that ties are settled by column below.
-        least = np.partition(values, len(values) - count)[len(values) - count]
-        allowed, values = allowed[values >= least], values[values >= least]
-    return allowed[np.argsort(-values, kind="stable")][:count]
+    count = len(allowed) if count is None else min(count, len(allowed))
+    return allowed[top_k(scores[None, allowed], count)[1][0]]

@@ -1,4 +1,4 @@
-"""Nearest vectors of one file to those of another: FAISS or an exact product. Knows no model.
+"""Nearest vectors of one file to those of another: FAISS or an exact product.
 
 Scores are inner products, cosines for the unit vectors that `encode_files` writes. Both ways read
 the index block by block from its memory map, so neither needs it in memory.
@@ -7,6 +7,7 @@ the index block by block from its memory map, so neither needs it in memory.
 import importlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ BlockSearch = Callable[[NDArray[np.float32], NDArray[np.float32], int], Hits]
 
 QUERY_BLOCK_ROWS = 512
 INDEX_BLOCK_ROWS = 16_384
+SHOWN_LINES = 3
 
 
 def top_k(scores: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.int64]]:
@@ -55,9 +57,7 @@ def top_k(scores: NDArray[Any], k: int) -> tuple[NDArray[Any], NDArray[np.int64]
     return np.take_along_axis(values, order, 1), np.take_along_axis(columns, order, 1)
 
 
-def exact_block(
-    queries: NDArray[np.float32], block: NDArray[np.float32], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def exact_block(queries: NDArray[np.float32], block: NDArray[np.float32], k: int) -> Hits:
     """Return the k best of a block for each query by a matrix product.
 
     In float64, rounded to float32: equal vectors then get equal scores wherever they stand, which
@@ -69,9 +69,11 @@ def exact_block(
 
 def faiss_block(faiss: Any) -> BlockSearch:
     """Return the block search of FAISS, whose order among equals is made ours within its k."""
+    # A folder of that name on the path is imported as an empty package: say so now.
+    knn, metric = faiss.knn, faiss.METRIC_INNER_PRODUCT
 
     def search(queries: NDArray[np.float32], block: NDArray[np.float32], k: int) -> Hits:
-        scores, columns = faiss.knn(queries, block, k, metric=faiss.METRIC_INNER_PRODUCT)
+        scores, columns = knn(queries, block, k, metric=metric)
         order = np.lexsort((columns, -scores))
         return np.take_along_axis(scores, order, 1), np.take_along_axis(columns, order, 1)
 
@@ -89,20 +91,15 @@ def choose_backend(backend: Backend) -> tuple[str, BlockSearch]:
     if backend == "exact":
         return "exact", exact_block
     try:
-        faiss = importlib.import_module("faiss")
-        # A folder of that name on the path is imported as an empty package.
-        problem = None if hasattr(faiss, "knn") else f"{faiss} has no knn"
-    except ImportError as error:
-        faiss, problem = None, str(error)
-    if problem is None:
-        return "faiss", faiss_block(faiss)
-    if backend == "faiss":
-        raise ValueError(
-            f"backend = 'faiss' cannot be used ({problem}); expected FAISS installed; install "
-            "faiss-cpu or use the exact backend"
-        )
-    logger.info("FAISS cannot be used (%s): the search is an exact product", problem)
-    return "exact", exact_block
+        return "faiss", faiss_block(importlib.import_module("faiss"))
+    except (ImportError, AttributeError) as error:
+        if backend == "faiss":
+            raise ValueError(
+                f"backend = 'faiss' cannot be used ({error}); expected FAISS installed; install "
+                "faiss-cpu or use the exact backend"
+            ) from error
+        logger.info("FAISS cannot be used (%s): the search is an exact product", error)
+        return "exact", exact_block
 
 
 def search(
@@ -115,7 +112,7 @@ def search(
     query_block_rows: int = QUERY_BLOCK_ROWS,
     index_block_rows: int = INDEX_BLOCK_ROWS,
     show_progress_bar: bool = False,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> Hits:
     """Return the best scores (Q, k) and their rows of `index` (Q, k), best first.
 
     Args:
@@ -134,15 +131,16 @@ def search(
     usable = np.ones(len(index), dtype=bool) if is_usable is None else is_usable
     _check(queries, index, k, usable)
     k = min(k, int(usable.sum()))
-    starts = range(0, len(queries), query_block_rows)
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
-    blocks = _blocks(index, usable, index_block_rows)
-    total = -(-len(index) // index_block_rows)
-    for numbers, block in tqdm(
-        blocks, desc="searching", unit="block", total=total, disable=not show_progress_bar
-    ):
-        for start in starts:
+    starts = range(0, len(index), index_block_rows)
+    for first in tqdm(starts, desc="searching", unit="block", disable=not show_progress_bar):
+        numbers = first + np.flatnonzero(usable[first : first + index_block_rows])
+        if not len(numbers):
+            continue
+        block = np.ascontiguousarray(index[numbers], dtype=np.float32)
+        _check_finite(block, numbers, "index")
+        for start in range(0, len(queries), query_block_rows):
             part = slice(start, start + query_block_rows)
             wanted = np.ascontiguousarray(queries[part], dtype=np.float32)
             found, columns = block_search(wanted, block, min(k, len(numbers)))
@@ -205,56 +203,33 @@ def search_files(
         block_search=block_search,
         show_progress_bar=show_progress_bar,
     )
-    return _write_hits(Path(output), queries, index, wanted, scores, rows)
+    hits = dict(zip(wanted.tolist(), zip(rows.tolist(), scores.tolist(), strict=True), strict=True))
+    write_json_lines(Path(output), _hit_lines(queries, index, hits))
+    return list(islice(_hit_lines(queries, index, hits), SHOWN_LINES))
 
 
-def hit_lines(lines: Sequence[dict[str, Any]], *, hits: int = 3) -> Iterator[str]:
-    """Yield hits as text, one query a line, for people."""
+def show_hits(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the best hits as text, one query a line, for people."""
     for line in lines:
-        found = [f"{hit['id']} ({hit['score']:.3f})" for hit in line["hits"][:hits]]
+        found = [f"{hit['id']} ({hit['score']:.3f})" for hit in line["hits"][:3]]
         yield f"{line['id']}: {', '.join(found) or 'no vector'}"
 
 
-def _write_hits(
-    output: Path,
+def _hit_lines(
     queries: StoredVectors,
     index: StoredVectors,
-    wanted: NDArray[np.int64],
-    scores: NDArray[np.float32],
-    rows: NDArray[np.int64],
-    shown: int = 3,
-) -> list[dict[str, Any]]:
-    place = {int(row): i for i, row in enumerate(wanted)}
-    first: list[dict[str, Any]] = []
-
-    def lines() -> Iterator[dict[str, Any]]:
-        for row in range(len(queries.vectors) - queries.unwritten_rows):
-            i = place.get(row)
-            line: dict[str, Any] = {"id": queries.ids[row], "row": row}
-            line["hits"] = [] if i is None else [
+    hits: dict[int, tuple[list[int], list[float]]],
+) -> Iterator[dict[str, Any]]:
+    for row in range(len(queries.vectors) - queries.unwritten_rows):
+        line: dict[str, Any] = {"id": queries.ids[row], "row": row, "hits": []}
+        if row not in hits:
+            line["error"] = True
+        else:
+            line["hits"] = [
                 {"id": index.ids[hit], "row": hit, "score": round(score, 6) or 0.0}
-                for hit, score in zip(rows[i].tolist(), scores[i].tolist(), strict=True)
-            ]  # fmt: skip
-            if i is None:
-                line["error"] = True
-            if len(first) < shown:
-                first.append(line)
-            yield line
-
-    write_json_lines(output, lines())
-    return first
-
-
-def _blocks(
-    index: NDArray[np.float32], usable: NDArray[np.bool_], size: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield row numbers and vectors of the usable rows, `size` rows of the index at a time."""
-    for start in range(0, len(index), size):
-        numbers = start + np.flatnonzero(usable[start : start + size])
-        if len(numbers):
-            block = np.ascontiguousarray(index[numbers], dtype=np.float32)
-            _check_finite(block, numbers, "index")
-            yield numbers, block
+                for hit, score in zip(*hits[row], strict=True)
+            ]
+        yield line
 
 
 def _check(

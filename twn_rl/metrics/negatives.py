@@ -4,10 +4,10 @@ One meaning for all stages: no negative of an input are the input itself and its
 sides of all pairs whose own side has the same content. A query's partners are the positives of all
 records with an equal query; a target's are the queries of all records with an equal positive.
 
-- Rewards and selection (`rollouts.RolloutScorer`), gate labels and evaluation ask this module.
+- Rewards and selection (`training.rollout_scorer`), gate labels and evaluation ask this module.
 - The warm start says the same of the records of one global batch: `losses.false_negative_mask`.
-- Mining keeps files instead of keys (`jobs.mining_plan`). It leaves out the same, and whatever
-  differs from it in the instruction only: what it adds stays in the data.
+- Mining keeps files instead of keys (`inference.mine_negatives`). It leaves out the same, and
+  whatever differs from it in the instruction only: what it adds stays in the data.
 
 Pools are kept by whoever has them: a partner bars an item in every pool that the item is in.
 """
