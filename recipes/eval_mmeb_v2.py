@@ -30,6 +30,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.launch.arguments import parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 
 logger = logging.getLogger(__name__)
@@ -94,21 +95,19 @@ class MmebScriptArguments:
 
     def __post_init__(self) -> None:
         """Collect every problem of the settings into one error."""
-        problems = [
-            f"{name} = {value!r}, expected one of {allowed}"
-            for name, value, allowed in (
-                ("benchmark", self.benchmark, (BENCHMARK,)),
-                ("label_set", self.label_set, LABEL_SETS),
-                ("on_missing_data", self.on_missing_data, ("raise", "skip")),
-            )
-            if value not in allowed
-        ]
+        problems = Problems()
+        for name, allowed in {
+            "benchmark": (BENCHMARK,),
+            "label_set": LABEL_SETS,
+            "on_missing_data": ("raise", "skip"),
+        }.items():
+            value = getattr(self, name)
+            problems.unless(value in allowed, f"{name} = {value!r}, expected one of {allowed}")
         try:
             self.encode_settings()
         except ValueError as error:
             problems.append(str(error))
-        if problems:
-            raise ValueError("; ".join(problems) + "; change these settings")
+        problems.refuse("MmebScriptArguments", "change these settings")
 
     def encode_settings(self) -> EncodeSettings:
         """Return how items become vectors."""

@@ -32,15 +32,21 @@ import numpy as np
 import torch
 from transformers import set_seed
 
-from twn_rl.evaluation.gate_threshold import ThresholdRule, gate_curve
+from twn_rl.evaluation.gate_threshold import (
+    ChosenThreshold,
+    ThresholdRule,
+    choose_threshold,
+    gate_curve,
+)
 from twn_rl.evaluation.results import query_values
-from twn_rl.evaluation.threshold_files import ChosenThreshold, describe, log_choice, write_results
+from twn_rl.evaluation.threshold_files import log_choice, write_results
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.modeling.gate_files import save_gates, set_threshold
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
 from twn_rl.training.gate_label_pass import LabelSettings, label_records
@@ -103,21 +109,22 @@ class GateScriptArguments:
 
     def __post_init__(self) -> None:
         """Collect what would only show after data, model or labels are there."""
-        problems = []
+        problems = Problems()
         try:
             self.label_settings()
         except ValueError as error:
             problems.append(str(error))
-        if not self.sides or not set(self.sides) <= set(SIDES):
-            problems.append(f"sides = {self.sides}, expected some of {list(SIDES)}")
-        if self.margin < 0:
-            problems.append(f"margin = {self.margin}, expected >= 0")
-        if self.lower_margin is not None and self.lower_margin > self.margin:
-            problems.append(f"lower_margin = {self.lower_margin}, expected <= margin {self.margin}")
-        if self.soft_label_temperature is not None and self.soft_label_temperature <= 0:
-            problems.append(f"soft_label_temperature = {self.soft_label_temperature}, expected > 0")
-        if problems:
-            raise ValueError("GateScriptArguments: " + "; ".join(problems) + "; change these")
+        problems.unless(
+            self.sides and set(self.sides) <= set(SIDES),
+            f"sides = {self.sides}, expected some of {list(SIDES)}",
+        )
+        problems.expect(self, ">= 0", "margin")
+        problems.unless(
+            self.lower_margin is None or self.lower_margin <= self.margin,
+            f"lower_margin = {self.lower_margin}, expected <= margin {self.margin}",
+        )
+        problems.expect(self, "null or > 0", "soft_label_temperature")
+        problems.refuse("GateScriptArguments", "change these")
 
     def label_settings(self) -> LabelSettings:
         """Return how inputs are labelled."""
@@ -202,15 +209,20 @@ def fit_side(
         quality(validation, "think", rule.metric),
         validation.column("think_tokens"),
     )
-    chosen = rule.pick(curve.points)
-    metrics = {
+    found = choose_threshold(
+        rule,
+        curve,
+        probability=probability,
+        is_worth_it=validation.gains > script.margin,
+        rows=validation.rows,
+    )
+    found.metrics |= {
         "classes": {str(label): int((classes == label).sum()) for label in (0, 1, IGNORED)},
         "fit": fit,
         "train_labels": label_report(train.rows, script.margin),
         "validation_labels": label_report(validation.rows, script.margin),
-        **describe(probability, validation.gains > script.margin, validation.rows, curve, chosen),
     }
-    return gate, ChosenThreshold(curve, chosen, metrics)
+    return gate, found
 
 
 def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:

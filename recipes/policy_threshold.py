@@ -24,10 +24,10 @@ import numpy as np
 from transformers import set_seed
 
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
-from twn_rl.evaluation.gate_threshold import ThresholdRule, gate_curve
+from twn_rl.evaluation.gate_threshold import ChosenThreshold, ThresholdRule, choose_threshold
 from twn_rl.evaluation.results import query_values
-from twn_rl.evaluation.routing import RoutedQuery, routed_queries
-from twn_rl.evaluation.threshold_files import ChosenThreshold, describe, log_choice, write_results
+from twn_rl.evaluation.routing import RoutedQuery, routed_queries, routing_curve
+from twn_rl.evaluation.threshold_files import log_choice, write_results
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
@@ -68,7 +68,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
             seed=script.seed,
         )
         rows = evaluate(model, records, settings).queries
-        found = choose_threshold(routed_queries(rows, MODE)[script.validation_split], rule)
+        found = choose(routed_queries(rows, MODE)[script.validation_split], rule)
         write_results(path / FOLDER, {MODE: found}, rule.metric)
         log_choice(MODE, found, rule.metric)
         assert found.chosen.threshold is not None
@@ -79,21 +79,19 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
     return path
 
 
-def choose_threshold(queries: Sequence[RoutedQuery], rule: ThresholdRule) -> ChosenThreshold:
-    """Return the curve of all thresholds on these queries and the point of the rule."""
-    probability = np.array([query.probability for query in queries])
+def choose(queries: Sequence[RoutedQuery], rule: ThresholdRule) -> ChosenThreshold:
+    """Return the point of the rule among all thresholds on these queries."""
     before, after = (
         np.array([query_values(row)[rule.metric] for row in rows])
         for rows in ([q.never for q in queries], [q.always for q in queries])
     )
-    tokens = [query_values(query.always)["think_tokens"] for query in queries]
-    # A probability may round to 0, which is as good as the smallest number above it.
-    smallest = np.finfo(np.float32).tiny
-    curve = gate_curve(np.maximum(probability, smallest), before, after, tokens)
-    chosen = rule.pick(curve.points)
-    rows = [query.never for query in queries]
-    metrics = describe(probability, after > before, rows, curve, chosen)
-    return ChosenThreshold(curve, chosen, metrics)
+    return choose_threshold(
+        rule,
+        routing_curve(queries, metric=rule.metric),
+        probability=np.array([query.probability for query in queries]),
+        is_worth_it=after > before,
+        rows=[query.never for query in queries],
+    )
 
 
 if __name__ == "__main__":

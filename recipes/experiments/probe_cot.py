@@ -22,6 +22,7 @@ from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -76,10 +77,7 @@ def main(script: ProbeScriptArguments, data: DataArguments) -> Path:
 
 def table(split: str, metrics: dict[str, float]) -> str:
     """Return a Markdown table of one split: a row for each kind of thought."""
-    lines = [
-        f"| {split} | queries | hit@1 in % | cosine to the vector with the own thought |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    rows = []
     for mode in MODES:
         start = f"{split}/all/{mode}"
         if f"{start}/hit@1" not in metrics:
@@ -87,10 +85,10 @@ def table(split: str, metrics: dict[str, float]) -> str:
         near = f"{split}/collapse/own_to_{mode}"
         mean, std = metrics.get(f"{near}/cosine_mean"), metrics.get(f"{near}/cosine_std")
         cosine = "" if mean is None else f"{mean:.3f} ± {std:.3f}"
-        hit = f"{100 * metrics[f'{start}/hit@1']:.1f}"
-        queries = int(metrics[f"{start}/num_queries"])
-        lines.append(f"| {mode_name(mode)} | {queries} | {hit} | {cosine} |")
-    return "\n".join(lines) + "\n"
+        queries, hit = f"{metrics[f'{start}/num_queries']:.0f}", metrics[f"{start}/hit@1"]
+        rows.append((mode_name(mode), queries, f"{100 * hit:.1f}", cosine))
+    columns = (split, "queries", "hit@1 in %", "cosine to the vector with the own thought")
+    return markdown_table(columns, rows)
 
 
 if __name__ == "__main__":

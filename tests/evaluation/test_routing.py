@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from twn_rl.evaluation.gate_threshold import CurvePoint
 from twn_rl.evaluation.modes import choose
 from twn_rl.evaluation.results import Evaluation, summarize
 from twn_rl.evaluation.routing import (
@@ -71,7 +72,7 @@ def make_queries(probabilities: Sequence[float], *, threshold: float = 0.5) -> l
     return routed_queries(make_rows(probabilities, threshold=threshold))["test"]
 
 
-def flat(point: RoutingPoint) -> tuple[float, float, float]:
+def flat(point: RoutingPoint | CurvePoint) -> tuple[float, float, float]:
     return point.quality, point.think_rate, point.think_tokens
 
 
@@ -90,7 +91,7 @@ def test_a_perfect_gate_reaches_the_oracle_and_a_reversed_one_the_worst() -> Non
     points = routing_points(make_queries(HELPED))
     assert points["decided"] == points["oracle"]
     assert routing_summary(make_queries(HELPED))["oracle_share"] == pytest.approx(1.0)
-    curve = [flat(point) for point in routing_curve(make_queries(HELPED))]
+    curve = [flat(point) for point in routing_curve(make_queries(HELPED)).points]
     expected = [flat(points[mode]) for mode in ("never", "oracle", "always")]
     assert np.array(curve) == pytest.approx(np.array(expected))
     reversed_gate = make_queries([1 - helped for helped in HELPED])
@@ -101,7 +102,7 @@ def test_a_perfect_gate_reaches_the_oracle_and_a_reversed_one_the_worst() -> Non
 def test_a_constant_gate_lies_on_the_line_of_chance() -> None:
     for probability in (0.2, 0.8):
         queries = make_queries([probability] * 5)
-        points, curve = routing_points(queries), routing_curve(queries)
+        points, curve = routing_points(queries), routing_curve(queries).points
         assert len(curve) == 2  # never and always; the line between is chance
         assert flat(curve[0]) == pytest.approx(flat(points["never"]))
         assert flat(curve[1]) == pytest.approx(flat(points["always"]))
@@ -119,14 +120,16 @@ def test_the_gate_at_any_threshold_is_a_point_of_the_curve(
 ) -> None:
     queries = make_queries(probabilities, threshold=threshold)
     auto = routing_points(queries)["decided"]
-    curve = {round(point.think_rate * len(queries)): point for point in routing_curve(queries)}
+    curve = {
+        round(point.think_rate * len(queries)): point for point in routing_curve(queries).points
+    }
     met = curve[round(auto.think_rate * len(queries))]
     assert flat(met) == pytest.approx(flat(auto))
     assert len(curve) == len(set(probabilities)) + 1
 
 
 def test_the_highest_probabilities_think_first_and_any_metric_can_be_asked() -> None:
-    curve = routing_curve(make_queries([0.1, 0.2, 0.3, 0.4, 0.9]), metric="mrr")
+    curve = routing_curve(make_queries([0.1, 0.2, 0.3, 0.4, 0.9]), metric="mrr").points
     assert [point.think_tokens for point in curve] == pytest.approx([0, 0.4, 2, 3.2, 4, 6])
     gains = [0.5, 0, 0, -0.5, 2 / 3]  # of the reciprocal rank, from the last query to the first
     start = (1 / 3 + 1 + 1 + 1 / 5 + 1 / 2) / 5

@@ -32,14 +32,14 @@ def test_the_cheapest_threshold_close_to_the_best_quality_is_chosen() -> None:
         *[query(0.7, 1, 1, 10, "easy")] * 2,  # thought about by default, for nothing
         query(0.0, 1, 3, 10, "harmed"),
     ]
-    found = policy_threshold.choose_threshold(queries, ThresholdRule())
+    found = policy_threshold.choose(queries, ThresholdRule())
     assert found.chosen.threshold == pytest.approx(0.8)
     assert found.chosen.quality == 1.0
     assert found.chosen.think_tokens == 4.0
     assert found.curve.always.quality == 0.8
     assert found.metrics["think_rate_by_group"] == {"easy": 0.0, "hard": 1.0, "harmed": 0.0}
     assert found.metrics["validation_auc"] == 1.0
-    half = policy_threshold.choose_threshold(queries, ThresholdRule(think_rate=0.1))
+    half = policy_threshold.choose(queries, ThresholdRule(think_rate=0.1))
     assert half.chosen.think_rate == 0.0
 
 

@@ -1,11 +1,11 @@
-"""From probabilities of thinking to one threshold: what quality costs in tokens; knows no model.
+"""From probabilities of thinking to one threshold: what quality costs in tokens.
 
 An input thinks when its probability is above the threshold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from twn_rl.evaluation.results import INTERVAL_METRICS
+from twn_rl.metrics.calibration import expected_calibration_error, roc_auc
+from twn_rl.runtime.problems import Problems
 
 # Nearer probabilities are one: padding alone moves them by less.
 TIE_TOLERANCE = 1e-6
@@ -162,20 +164,19 @@ class ThresholdRule:
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
-        problems = []
-        if self.metric not in INTERVAL_METRICS:
-            problems.append(f"metric = {self.metric!r}, expected one of {INTERVAL_METRICS}")
-        if not self.max_quality_drop >= 0:
-            problems.append(f"max_quality_drop = {self.max_quality_drop}, expected >= 0")
-        if self.think_rate is not None and not 0 <= self.think_rate <= 1:
-            problems.append(f"think_rate = {self.think_rate}, expected in [0, 1]")
-        if self.think_rate is not None and self.min_quality is not None:
-            problems.append(
-                f"think_rate = {self.think_rate} and min_quality = {self.min_quality}, expected "
-                "one of them"
-            )
-        if problems:
-            raise ValueError("ThresholdRule: " + "; ".join(problems) + "; change these fields")
+        problems = Problems()
+        problems.unless(
+            self.metric in INTERVAL_METRICS,
+            f"metric = {self.metric!r}, expected one of {INTERVAL_METRICS}",
+        )
+        problems.expect(self, ">= 0", "max_quality_drop")
+        problems.expect(self, "None or in [0, 1]", "think_rate")
+        problems.unless(
+            self.think_rate is None or self.min_quality is None,
+            f"think_rate = {self.think_rate} and min_quality = {self.min_quality}, expected one of "
+            "them",
+        )
+        problems.refuse("ThresholdRule")
 
     def pick(self, points: Sequence[CurvePoint]) -> CurvePoint:
         """Return the point of the rule asked for; the knee if neither rate nor quality is given.
@@ -203,3 +204,47 @@ class ThresholdRule:
         good = [point for point in points if point.quality >= best - drop - ROUNDING]
         # Points come by rising think rate, so that the first of equals has the highest threshold.
         return min(good, key=lambda point: (point.think_tokens, -point.quality))
+
+
+@dataclass(frozen=True)
+class ChosenThreshold:
+    """A curve, the point of it that is served, and figures for metrics.json."""
+
+    curve: GateCurve
+    chosen: CurvePoint
+    metrics: dict[str, Any]
+
+
+def choose_threshold(
+    rule: ThresholdRule,
+    curve: GateCurve,
+    *,
+    probability: NDArray[Any],
+    is_worth_it: NDArray[np.bool_],
+    rows: Sequence[Mapping[str, Any]],
+) -> ChosenThreshold:
+    """Return the point of a rule, with what decisions by it do on the validation split.
+
+    Args:
+        rule: Which point.
+        curve: Of these inputs.
+        probability: (N,) of thinking.
+        is_worth_it: (N,) whether the thought helped.
+        rows: (N,) with `task` and `hop`, the groups each input counts in.
+    """
+    chosen = rule.pick(curve.points)
+    assert chosen.threshold is not None
+    rates: dict[str, list[bool]] = {}
+    for row, thinks in zip(rows, probability > chosen.threshold, strict=True):
+        for name in dict.fromkeys([row["task"], *([row["hop"]] if row["hop"] else [])]):
+            rates.setdefault(str(name), []).append(bool(thinks))
+    metrics = {
+        "validation_auc": roc_auc(probability, is_worth_it),
+        "validation_ece": expected_calibration_error(probability, is_worth_it),
+        "chosen": asdict(chosen),
+        "never": asdict(curve.never),
+        "always": asdict(curve.always),
+        "oracle": asdict(curve.oracle),
+        "think_rate_by_group": {n: float(np.mean(t)) for n, t in sorted(rates.items())},
+    }
+    return ChosenThreshold(curve, chosen, metrics)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as numbers and on disk; knows no models and no drawing."""
+"""What an evaluation found, as numbers and on disk."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from twn_rl.metrics.ranking import bootstrap_interval
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.runtime.whole_files import write_json_lines, write_text
 
 METRICS_FILE = "metrics.json"
 QUERIES_FILE = "per_query.jsonl"
@@ -37,12 +37,9 @@ class Evaluation:
     def save(self, directory: str | Path) -> None:
         """Write `metrics.json`, `per_query.jsonl` and `targets.json` into a folder."""
         folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(
-            folder / METRICS_FILE, json.dumps(self.metrics, indent=1, allow_nan=False) + "\n"
-        )
-        rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.queries)
-        write_text(folder / QUERIES_FILE, rows)
+        metrics = json.dumps(self.metrics, indent=1, allow_nan=False)
+        write_text(folder / METRICS_FILE, metrics + "\n")
+        write_json_lines(folder / QUERIES_FILE, self.queries)
         write_text(folder / TARGETS_FILE, json.dumps(self.targets, ensure_ascii=False) + "\n")
 
     @classmethod
@@ -52,23 +49,15 @@ class Evaluation:
         Raises:
             FileNotFoundError: If the folder holds none.
         """
-        folder = Path(directory)
-        missing = [
-            name
-            for name in (METRICS_FILE, QUERIES_FILE, TARGETS_FILE)
-            if not (folder / name).is_file()
-        ]
-        if missing:
+        paths = [Path(directory) / name for name in (METRICS_FILE, QUERIES_FILE, TARGETS_FILE)]
+        if missing := [path.name for path in paths if not path.is_file()]:
             raise FileNotFoundError(
-                f"{folder} has no {', '.join(missing)}; expected a folder written by an "
+                f"{directory} has no {', '.join(missing)}; expected a folder written by an "
                 "evaluation; run recipes/eval_embed.py first or correct the path"
             )
-        lines = (folder / QUERIES_FILE).read_text(encoding="utf-8").splitlines()
-        return cls(
-            metrics=json.loads((folder / METRICS_FILE).read_text(encoding="utf-8")),
-            queries=[json.loads(line) for line in lines],
-            targets=json.loads((folder / TARGETS_FILE).read_text(encoding="utf-8")),
-        )
+        metrics, queries, targets = (path.read_text(encoding="utf-8") for path in paths)
+        rows = [json.loads(line) for line in queries.splitlines()]
+        return cls(json.loads(metrics), rows, json.loads(targets))
 
 
 def merge_evaluations(evaluations: Iterable[Evaluation]) -> Evaluation:

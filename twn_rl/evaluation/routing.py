@@ -1,4 +1,4 @@
-"""What choices of thinking were worth, from the rows of an evaluation; knows no models, no drawing.
+"""What choices of thinking were worth, from the rows of an evaluation.
 
 The rows hold every query both without and with its thought, so any rule of thinking can be judged
 without running a model again: a rule is a share of thinking for each query.
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from twn_rl.evaluation.gate_threshold import GateCurve, gate_curve
 from twn_rl.evaluation.results import query_values
 from twn_rl.metrics.ranking import bootstrap_interval
 
@@ -164,25 +165,17 @@ def routing_points(
     }
 
 
-def routing_curve(queries: Sequence[RoutedQuery], *, metric: str = "hit@1") -> list[RoutingPoint]:
-    """Return a point for every threshold that tells queries apart, from never to always.
+def routing_curve(queries: Sequence[RoutedQuery], *, metric: str = "hit@1") -> GateCurve:
+    """Return what every threshold would have given, from never to always thinking.
 
     Queries with equal probabilities think together, so a decider that says the same of all has
     two points, and the line between them is chance.
     """
-    probabilities = np.array([query.probability for query in queries])
-    order = np.argsort(-probabilities, kind="stable")
-    # How many queries think at each threshold: none, then up to the last of each equal group.
-    ends = np.flatnonzero(np.diff(probabilities[order], append=-np.inf)) + 1
-    counts = np.concatenate([[0], ends])
-    quality, tokens = (
-        _thinking_first(_both_ways(queries, name), order)[counts]
-        for name in (metric, "think_tokens")
-    )
-    return [
-        RoutingPoint(float(q), float(count) / len(queries), float(t))
-        for q, count, t in zip(quality, counts, tokens, strict=True)
-    ]
+    # A probability may round to 0, which is as good as the smallest number above it.
+    smallest = np.finfo(np.float32).tiny
+    probability = np.maximum([query.probability for query in queries], smallest)
+    _, tokens = _both_ways(queries, "think_tokens")
+    return gate_curve(probability, *_both_ways(queries, metric), tokens)
 
 
 def routing_summary(
@@ -263,13 +256,6 @@ def _both_ways(queries: Sequence[RoutedQuery], metric: str) -> tuple[NDArray[Any
 def _mixed_mean(values: tuple[NDArray[Any], NDArray[Any]], share: ArrayLike) -> float:
     never, always = values
     return float(np.mean(never + np.asarray(share) * (always - never)))
-
-
-def _thinking_first(values: tuple[NDArray[Any], NDArray[Any]], order: NDArray[Any]) -> NDArray[Any]:
-    """Return means (N + 1,) when none, the first, the first two, ... of `order` think."""
-    never, always = values
-    gains = np.concatenate([[0.0], np.cumsum((always - never)[order])])
-    return never.mean() + gains / len(order)
 
 
 def _ratio(part: float, whole: float) -> float | None:

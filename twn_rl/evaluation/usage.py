@@ -1,4 +1,4 @@
-"""What embedding the inputs of a benchmark cost, kept on disk beside its scores; knows no scores.
+"""What embedding the inputs of a benchmark cost, kept on disk beside its scores.
 
 Costs are booked by task, split, subset and side, so that a resumed run adds what it embeds itself
 to what earlier runs embedded, and never counts an input twice.
@@ -14,6 +14,9 @@ from typing import Any, NamedTuple
 
 from twn_rl.inference.outputs import EncodeDetails
 from twn_rl.runtime.whole_files import write_text
+
+# Of the signs of collapse the worse one counts.
+_WORST = {"mean_pairwise_cosine": max, "effective_rank": min}
 
 
 @dataclass
@@ -56,14 +59,10 @@ class Usage:
     def add(self, other: Usage) -> None:
         """Add what other calls cost; of the signs of collapse the worse ones stay."""
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "mean_pairwise_cosine":
-                value = _worst(max, mine, theirs)
-            elif field.name == "effective_rank":
-                value = _worst(min, mine, theirs)
-            else:
-                value = mine + theirs
-            setattr(self, field.name, value)
+            both = (getattr(self, field.name), getattr(other, field.name))
+            known = [value for value in both if value is not None]
+            join = _WORST.get(field.name, sum)
+            setattr(self, field.name, join(known) if known else None)
 
     def rates(self) -> dict[str, float | int | None]:
         """Return the sums as figures per input; {} if nothing was embedded.
@@ -73,18 +72,11 @@ class Usage:
         """
         if not self.inputs:
             return {}
-        return {
-            "inputs": self.inputs,
-            "think_rate": self.thinking / self.inputs,
-            "think_tokens": self.think_tokens / self.inputs,
-            "seconds": self.seconds / self.inputs,
-            "fallbacks": self.fallbacks,
-            "cut": self.cut,
-            "blank": self.blank,
-            "placeholders_removed": self.placeholders_removed,
-            "mean_pairwise_cosine": self.mean_pairwise_cosine,
-            "effective_rank": self.effective_rank,
-        }
+        sums = asdict(self)
+        means = {"think_rate": sums.pop("thinking")}
+        means |= {name: sums.pop(name) for name in ("think_tokens", "seconds")}
+        shares = {name: value / self.inputs for name, value in means.items()}
+        return {"inputs": sums.pop("inputs"), **shares, **sums}
 
 
 class Account(NamedTuple):
@@ -126,7 +118,6 @@ class UsageBook:
             rows: list[dict[str, Any]] = [
                 {**account._asdict(), **asdict(usage)} for account, usage in accounts.items()
             ]
-            path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
     def total(self, tasks: Iterable[str], side: str) -> Usage:
@@ -140,8 +131,3 @@ class UsageBook:
 
     def _path(self, task: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{task}.json"
-
-
-def _worst(choose: Any, mine: float | None, theirs: float | None) -> float | None:
-    known = [value for value in (mine, theirs) if value is not None]
-    return choose(known) if known else None

@@ -179,7 +179,7 @@ def score_tables(
     measured = f"{summary['num_measured']} of {summary['num_tasks']}"
     return (
         f"Labels: {summary['label_set']}; tasks: {measured}.\n\n"
-        + markdown_table(head, rows, texts=2)
+        + markdown_table(head, rows, texts=(0, 1))
         + "\n"
         + markdown_table(("mean", "tasks", "score in %"), means)
     )

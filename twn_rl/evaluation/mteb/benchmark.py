@@ -119,30 +119,25 @@ def find_tasks(
     if asked.lower() == mrmr.NAME:
         _check_names(settings.tasks, [mrmr.task_name(name) for name in mrmr.INSTRUCTIONS])
         return mrmr.mrmr_tasks(settings.data_root, settings.tasks)
+    if asked == EMOJI_SCENES and not splits:
+        raise ValueError(
+            f"benchmark = {asked!r} without records; expected its splits; run it with the "
+            "embedded default's data, that is without record files"
+        )
     if asked == EMOJI_SCENES:
-        if not splits:
-            raise ValueError(
-                f"benchmark = {asked!r} without records; expected its splits; run it with the "
-                "embedded default's data, that is without record files"
-            )
-        tasks: Iterable[Any] = [records_task(EMOJI_SCENES, splits)]
+        tasks: list[Any] = [records_task(EMOJI_SCENES, splits or {})]
     else:
-        tasks = _mteb_benchmark(asked).tasks
-    tasks = list(tasks)
+        known = {alias: each for each in mteb.get_benchmarks() for alias in each.aliases or ()}
+        known |= {each.name: each for each in mteb.get_benchmarks()}
+        if asked not in known:
+            own = ["mmeb_v2", mrmr.NAME, EMOJI_SCENES]
+            raise ValueError(
+                f"benchmark = {asked!r}; expected one of {own} or of mteb's names"
+                f"{_like(asked, [*known, *own])}; correct the name"
+            )
+        tasks = list(known[asked].tasks)
     _check_names(settings.tasks, [task.metadata.name for task in tasks])
     return [t for t in tasks if settings.tasks is None or t.metadata.name in settings.tasks]
-
-
-def _mteb_benchmark(name: str) -> Any:
-    known: dict[str, Any] = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
-    known |= {alias: each for each in list(known.values()) for alias in each.aliases or ()}
-    if name not in known:
-        own = ["mmeb_v2", mrmr.NAME, EMOJI_SCENES]
-        raise ValueError(
-            f"benchmark = {name!r}; expected one of {own} or of mteb's names"
-            f"{_like(name, [*known, *own])}; correct the name"
-        )
-    return known[name]
 
 
 class _Run:
@@ -258,13 +253,11 @@ class _Run:
         }
 
     def _write(self) -> None:
-        if not self.writes:
-            return
-        self.output.mkdir(parents=True, exist_ok=True)
-        summary = self.summary()
-        text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
-        write_text(self.output / SUMMARY_FILE, text + "\n")
-        write_text(self.output / TABLE_FILE, format_table(summary))
+        if self.writes:
+            summary = self.summary()
+            text = json.dumps(summary, indent=1, ensure_ascii=False, allow_nan=False)
+            write_text(self.output / SUMMARY_FILE, text + "\n")
+            write_text(self.output / TABLE_FILE, format_table(summary))
 
 
 class _ReadOnlyCache(ResultCache):

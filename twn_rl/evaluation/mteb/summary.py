@@ -1,41 +1,37 @@
-"""What a benchmark's summary looks like to a reader; knows no models and not mteb."""
+"""What a benchmark's summary looks like to a reader."""
 
 from collections.abc import Mapping
 from typing import Any
 
+from twn_rl.runtime.text_tables import markdown_table
+
 
 def format_row(row: Mapping[str, Any]) -> str:
     """Return one line about a task."""
-    cost = row["queries"]
-    spent = (
-        ""
-        if not cost
-        else (
+    cost, spent = row["queries"], ""
+    if cost:
+        spent = (
             f", think rate {cost['think_rate']:.2f}, {cost['think_tokens']:.1f} think tokens and "
             f"{cost['seconds']:.4f} s a query"
         )
-    )
     return f"{row['task']}: {row['metric']} {row['score']:.4f}{spent}"
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
     """Return the summary as a Markdown table."""
-    head = "| task | metric | score | think rate | think tokens | seconds a query | remark |"
-    lines = [head, "|---|---|---:|---:|---:|---:|---|"]
+    rows = []
     for row in summary["tasks"]:
-        cost = row["queries"]
-        columns = [row["task"], row["metric"], f"{row['score']:.4f}"]
-        columns += (
-            [f"{cost['think_rate']:.3f}", f"{cost['think_tokens']:.1f}"] if cost else ["", ""]
-        )
-        columns += [f"{cost['seconds']:.4f}" if cost else "", ""]
-        lines.append(f"| {' | '.join(columns)} |")
+        cost, spent = row["queries"], ("", "", "")
+        if cost:
+            rates = f"{cost['think_rate']:.3f}", f"{cost['think_tokens']:.1f}"
+            spent = (*rates, f"{cost['seconds']:.4f}")
+        rows.append((row["task"], row["metric"], f"{row['score']:.4f}", *spent, ""))
     for kind in ("skipped", "failed"):
         for task, reason in summary[kind].items():
             remark = f"{kind}: {reason}".replace("|", "/").replace("\n", " ")
-            lines.append(f"| {task} | | | | | | {remark} |")
-    count = len(summary["tasks"])
-    if count:
+            rows.append((task, *[""] * 5, remark))
+    if count := len(summary["tasks"]):
         which = f"mean of {count} of {summary['num_tasks']} tasks"
-        lines.append(f"| {which} | | {summary['mean_of_measured']:.4f} | | | | |")
-    return "\n".join(lines) + "\n"
+        rows.append((which, "", f"{summary['mean_of_measured']:.4f}", *[""] * 4))
+    columns = ("task", "metric", "score", "think rate", "think tokens", "seconds a query", "remark")
+    return markdown_table(columns, rows, texts=(0, 1, 6))

@@ -150,7 +150,7 @@ def _routing_chart(split: str, queries: Sequence[RoutedQuery], mode: str) -> Cha
         names[rule]: (point.think_tokens, point.quality)
         for rule, point in routing_points(queries).items()
     }
-    curve = [(point.think_tokens, point.quality) for point in routing_curve(queries)]
+    curve = [(point.think_tokens, point.quality) for point in routing_curve(queries).points]
     chance = [points[names[rule]] for rule in ("never", "always")]
     return draw_tradeoff(
         f"Quality for thinking: {split}",
