@@ -171,6 +171,16 @@ def read_table(path: Path, *, batch_rows: int) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
+def num_rows(path: Path) -> int:
+    """Return the number of rows of a Parquet file, without reading them.
+
+    Raises:
+        RecordError: If the file is damaged or of another kind.
+    """
+    with _readable(path):
+        return pq.read_metadata(path).num_rows
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:

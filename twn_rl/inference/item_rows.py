@@ -1,21 +1,23 @@
-"""Rows of a file, one at a time, as items to encode. Knows no model and keeps no row.
+"""Rows of a file, one at a time, as items to encode.
 
-A row is a record of `records` (one of its sides is taken), a plain item (`id`, `text`, `image` or
+A row is a record (one of its sides is taken), a plain item (`id`, `text`, `image` or
 `images`, `video`, `instruction`), or anything whose fields are named. A bad row is yielded as what
 is wrong with it, because among millions of rows one must not end a job.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from twn_rl.data.images import ImageError, ImageSource, resolve_inside
-from twn_rl.data.jsonl import JsonLines, parse_json
-from twn_rl.data.record import Item, RecordError
+from twn_rl.data.formats.input_files import read_file
+from twn_rl.data.images import resolve_inside
+from twn_rl.data.jsonl import parse_json
+from twn_rl.data.record import Item, RecordError, named_in_errors
+from twn_rl.runtime.problems import Problems
 
 Side = Literal["query", "document"]
 
@@ -24,8 +26,6 @@ ROW_FIELDS = ("id", "item", "text", "image", "images", "video", "instruction")
 _RECORD_SIDE = {"query": "query", "document": "positive"}
 _KNOWN = {*ROW_FIELDS, "source", "pool", "metadata"}
 _RECORD_ONLY = {"query", "positive", "negatives", "query_cot", "positive_cot"}
-_PARQUET_BATCH_ROWS = 256
-_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,22 @@ class ItemFile:
         self.fields = dict(fields or {})
         self.data_root = (self.path.parent if data_root is None else Path(data_root)).resolve()
         self.ignored_fields: Counter[str] = Counter()
-        unknown = sorted(set(self.fields) - set(ROW_FIELDS))
-        problems = {
-            f"file = {str(path)!r}, expected .jsonl or .parquet": self.path.suffix
-            in (".jsonl", ".parquet"),
-            f"side = {side!r}, expected 'query' or 'document'": side in _RECORD_SIDE,
-            f"fields = {unknown}, expected only {list(ROW_FIELDS)}": not unknown,
-            f"limit = {limit}, expected >= 1 or none": limit is None or limit >= 1,
-            "both images and image (or item and text) are named, expected one of them": not (
-                {"image", "images"} <= set(self.fields) or {"item", "text"} <= set(self.fields)
-            ),
-        }
-        if wrong := [problem for problem, is_fine in problems.items() if not is_fine]:
-            raise ValueError("; ".join(wrong) + "; change these settings")
+        named, problems = set(self.fields), Problems()
+        problems.unless(
+            self.path.suffix in (".jsonl", ".parquet"),
+            f"file = {str(path)!r}, expected .jsonl or .parquet",
+        )
+        problems.unless(side in _RECORD_SIDE, f"side = {side!r}, expected 'query' or 'document'")
+        problems.unless(
+            named <= set(ROW_FIELDS),
+            f"fields = {sorted(named - set(ROW_FIELDS))}, expected only {list(ROW_FIELDS)}",
+        )
+        problems.expect(self, "None or >= 1", "limit")
+        problems.unless(
+            not ({"image", "images"} <= named or {"item", "text"} <= named),
+            "both images and image (or item and text) are named, expected one of them",
+        )
+        problems.refuse("rows", "change these settings")
         if not self.path.is_file():
             raise FileNotFoundError(
                 f"file = {str(path)!r} does not exist; expected a .jsonl or .parquet file; "
@@ -103,7 +106,7 @@ class ItemFile:
     def rows(self, start: int = 0) -> Iterator[ItemRow]:
         """Yield the rows from position `start` on; those before are passed over unjudged."""
         self.ignored_fields = Counter()
-        rows = enumerate(islice(self._read(), self.limit))
+        rows = enumerate(islice(read_file(self.path), self.limit))
         for position, (number, data) in islice(rows, start, None):
             yield self._to_item(position, number, data)
 
@@ -117,48 +120,17 @@ class ItemFile:
         state = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "limit": self.limit}
         if known is not None and all(known.get(key) == value for key, value in state.items()):
             return dict(known)
-        digest, rows = hashlib.sha256(), 0
         with self.path.open("rb") as file:
             if self.path.suffix == ".parquet":
-                while chunk := file.read(_CHUNK_BYTES):
-                    digest.update(chunk)
-                rows = self._parquet().metadata.num_rows
+                from twn_rl.data.parquet import num_rows
+
+                digest, rows = hashlib.file_digest(file, "sha256"), num_rows(self.path)
             else:
+                digest, rows = hashlib.sha256(), 0
                 for line in file:
                     digest.update(line)
                     rows += bool(line.strip())
         return {**state, "sha256": digest.hexdigest(), "rows": min(rows, self.limit or rows)}
-
-    def _read(self) -> Iterator[tuple[int, Any]]:
-        """Yield 1-based row (line) numbers with parsed rows, or what kept one from being parsed."""
-        if self.path.suffix == ".parquet":
-            number = 0
-            for batch in self._parquet().iter_batches(batch_size=_PARQUET_BATCH_ROWS):
-                for data in batch.to_pylist():
-                    number += 1
-                    yield number, data
-            return
-        for number, _, data in JsonLines(self.path).scan():
-            yield number, data
-
-    def _parquet(self) -> Any:
-        try:
-            import pyarrow as pa
-            import pyarrow.parquet as pq
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "module pyarrow is missing; expected it for .parquet files; install pyarrow or "
-                "use .jsonl",
-                name="pyarrow",
-            ) from error
-        try:
-            return pq.ParquetFile(self.path)
-        except pa.ArrowInvalid as error:
-            raise RecordError(
-                f"file is no readable Parquet ({error}); expected a complete file; write it again",
-                reason="bad_file",
-                file=self.path,
-            ) from error
 
     def _to_item(self, position: int, number: int, data: Any) -> ItemRow:
         row_id = str(position)
@@ -209,11 +181,7 @@ class ItemFile:
 
     def _plain(self, data: Mapping[str, Any]) -> Item:
         """Return the item whose parts are fields of the row."""
-        values = {
-            name: _lookup(data, self.fields.get(name, name))
-            for name in ROW_FIELDS
-            if name not in ("id", "item")
-        }
+        values = {name: _lookup(data, self.fields.get(name, name)) for name in ROW_FIELDS[2:]}
         image = values.pop("image")
         if image is not None:
             if values["images"]:
@@ -240,15 +208,11 @@ class ItemFile:
         return Item.from_dict(values)
 
     def _absolute(self, item: Item) -> Item:
-        def absolute(name: str, sources: Sequence[ImageSource]) -> tuple[str, ...]:
-            try:
-                return tuple(str(resolve_inside(str(s), self.data_root)) for s in sources)
-            except ImageError as error:
-                raise RecordError(str(error), reason=error.reason, field=name) from error
-
-        return replace(
-            item, images=absolute("images", item.images), video=absolute("video", item.video)
-        )
+        for name in ("images", "video"):
+            with named_in_errors(name):
+                paths = [resolve_inside(str(s), self.data_root) for s in getattr(item, name)]
+            item = replace(item, **{name: tuple(map(str, paths))})
+        return item
 
 
 def _pool(data: Mapping[str, Any]) -> str | None:

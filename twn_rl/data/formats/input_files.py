@@ -163,7 +163,7 @@ def read_rows(files: Iterable[DataFile]) -> Iterator[Row]:
     counters: dict[str, Iterator[int]] = {}
     for file in files:
         counter = counters.setdefault(file.subset, count(1))
-        for number, data in _read(file.path):
+        for number, data in read_file(file.path):
             if not isinstance(data, dict | RecordError):
                 data = bad_type(data, "an object with named fields")
             yield Row(file.path, number, file.subset, next(counter), data)
@@ -171,10 +171,10 @@ def read_rows(files: Iterable[DataFile]) -> Iterator[Row]:
 
 def count_rows(path: Path) -> int:
     """Return the number of rows of a file, by reading it."""
-    return sum(1 for _ in _read(path))
+    return sum(1 for _ in read_file(path))
 
 
-def _read(path: Path) -> Iterator[tuple[int, Any]]:
+def read_file(path: Path) -> Iterator[tuple[int, Any]]:
     """Yield 1-based row numbers (lines of JSON lines) with rows, or with what is wrong with one."""
     if path.suffix in (".parquet", ".arrow"):
         from twn_rl.data.parquet import read_table
