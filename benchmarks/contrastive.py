@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from twn_rl.data.record import Item, Record
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.training.chunking import Chunks
 from twn_rl.training.sft import SftConfig, SftTrainer
 
@@ -97,18 +98,17 @@ def print_table(found: dict[str, list[dict[str, float]]]) -> None:
     }
     columns = ["step, arm", "batch", "ms a sample", "ratio", "collate ms a sample", "peak MB"]
     columns += ["ratio", "peak without batch MB", "ratio", "process MB", "ratio"]
-    print(f"| {' | '.join(columns)} |")
-    print(f"| --- |{' ---: |' * (len(columns) - 1)}")
+    rows = []
     for arm, row in medians.items():
         plain = medians.get(f"{ARMS[arm][0]}, plain", row)
         bare, plain_bare = (r["peak_mb"] - r["batch_mb"] for r in (row, plain))
-        print(
-            f"| {arm} | {row['batch']:.0f} | {row['ms_a_sample']:.2f} | "
-            f"{row['ms_a_sample'] / plain['ms_a_sample']:.2f} | "
-            f"{row['collate_ms_a_sample']:.2f} | {row['peak_mb']:.0f} | "
-            f"{row['peak_mb'] / plain['peak_mb']:.2f} | {bare:.0f} | {bare / plain_bare:.2f} | "
-            f"{row['process_mb']:.0f} | {row['process_mb'] / plain['process_mb']:.2f} |"
-        )
+        own, base = row["ms_a_sample"], plain["ms_a_sample"]
+        cells = [arm, f"{row['batch']:.0f}", f"{own:.2f}", f"{own / base:.2f}"]
+        cells += [f"{row['collate_ms_a_sample']:.2f}", f"{row['peak_mb']:.0f}"]
+        cells += [f"{row['peak_mb'] / plain['peak_mb']:.2f}", f"{bare:.0f}"]
+        cells += [f"{bare / plain_bare:.2f}", f"{row['process_mb']:.0f}"]
+        rows.append([*cells, f"{row['process_mb'] / plain['process_mb']:.2f}"])
+    print(markdown_table(columns, rows), end="")
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:

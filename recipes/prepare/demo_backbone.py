@@ -27,6 +27,7 @@ from transformers import Idefics3ForConditionalGeneration
 from twn_rl.demo import lessons, pretraining, tiny_vlm
 from twn_rl.demo.scenes import STYLES
 from twn_rl.launch.arguments import parse_arguments
+from twn_rl.runtime.text_tables import markdown_table
 
 
 @dataclass
@@ -109,11 +110,8 @@ def save(
     model.save_pretrained(output)
     processor.save_pretrained(output)
     parameters = sum(p.numel() for p in model.parameters())
-    rows = "\n".join(
-        f"| {style} | " + " | ".join(f"{100 * report[style][k]:.1f}" for k in report[style]) + " |"
-        for style in report
-    )
-    header = " | ".join(next(iter(report.values())))
+    figures = [[style, *(f"{100 * v:.1f}" for v in row.values())] for style, row in report.items()]
+    table = markdown_table(["style", *next(iter(report.values()))], figures)
     hops = f"the bare answers of hop questions ({hop_share:.0%} of lessons)"
     hops = hops if hop_share else "no hop question"
     (output / "README.md").write_text(
@@ -131,10 +129,7 @@ chain of thought and {hops}.
 
 Per cent right on 128 fresh scenes per style:
 
-| style | {header} |
-| --- | {" | ".join("---" for _ in next(iter(report.values())))} |
-{rows}
-
+{table}
 The artwork's licences are in `NOTICE`.
 """,
         encoding="utf-8",

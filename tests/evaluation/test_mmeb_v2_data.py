@@ -12,7 +12,6 @@ from twn_rl.evaluation.mmeb_v2.loaders import (
     ROW_READERS,
     check_data,
     load_task,
-    missing_data,
 )
 from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import MAIN_METRICS, load_tasks, select_tasks
@@ -350,15 +349,15 @@ def test_a_video_with_a_picture_is_refused(tmp_path: Path) -> None:
 def test_missing_folders_show_before_anything_is_embedded(tmp_path: Path) -> None:
     folder = BenchmarkFolder(tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match="is empty"):
-        missing_data([TASKS["MSVD"]], folder)
+        check_data([TASKS["MSVD"]], folder, skip_missing=True)
     files.text_task(tmp_path, "OK-VQA")
     files.msvd(tmp_path)
     tasks = [TASKS[name] for name in ("OK-VQA", "MSVD", "ImageNet-1K")]
-    assert list(missing_data(tasks, folder)) == ["ImageNet-1K"]
+    assert list(check_data(tasks, folder, skip_missing=True)) == ["ImageNet-1K"]
     (tmp_path / "video-tasks/frames").rename(tmp_path / "video-tasks/moved")
     (tmp_path / "video-tasks/frames").mkdir()
     (tmp_path / "video-tasks/frames/video_ret.tar.gz").write_bytes(b"")
-    problems = missing_data(tasks, folder)
+    problems = check_data(tasks, folder, skip_missing=True)
     assert "frames/video_ret/MSVD is missing or empty" in problems["MSVD"]
     assert "unpack" in problems["MSVD"]
     assert "video_ret.tar.gz" in problems["MSVD"]

@@ -12,6 +12,7 @@ import numpy as np
 
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import write_json, write_text
 
 if TYPE_CHECKING:
@@ -144,26 +145,21 @@ def table(summary: Summary, *, metric: str = "hit@1", modes: Sequence[str] = MOD
     Shares are in per cent, tokens are counts.
     """
     unit = "" if metric.endswith("_tokens") else " in %"
-    rows = {
-        key.rpartition("/")[0]: [_text(key, metrics.get(key)) for metrics in summary.values()]
+    rows = [
+        [key.rpartition("/")[0], *(_text(key, metrics.get(key)) for metrics in summary.values())]
         for key in _headline_keys(summary, metric, modes)
-    }
-    return _markdown([f"{metric}{unit}", *summary], rows)
+    ]
+    return markdown_table([f"{metric}{unit}", *summary], rows)
 
 
 def method_table(summary: Summary) -> str:
     """Return a Markdown table of what methods reach and cost: a row a method, a column a metric."""
     columns = list(dict.fromkeys(key for metrics in summary.values() for key in metrics))
-    rows = {
-        method: [_text(key, metrics.get(key)) for key in columns]
+    rows = [
+        [method, *(_text(key, metrics.get(key)) for key in columns)]
         for method, metrics in summary.items()
-    }
-    return _markdown(["method", *map(_title, columns)], rows)
-
-
-def _markdown(header: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *([k, *v] for k, v in rows.items())]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    ]
+    return markdown_table(["method", *map(_title, columns)], rows)
 
 
 def _text(key: str, cell: Cell | None) -> str:

@@ -195,7 +195,7 @@ def search_files(
         *(chosen, queries.is_usable.sum(), index.is_usable.sum(), len(index.vectors)),
     )
     wanted = np.flatnonzero(queries.is_usable)
-    scores, rows = search(
+    hits = search(
         queries.vectors[wanted],
         index.vectors,
         k=top_k,
@@ -203,9 +203,8 @@ def search_files(
         block_search=block_search,
         show_progress_bar=show_progress_bar,
     )
-    hits = dict(zip(wanted.tolist(), zip(rows.tolist(), scores.tolist(), strict=True), strict=True))
-    write_json_lines(Path(output), _hit_lines(queries, index, hits))
-    return list(islice(_hit_lines(queries, index, hits), SHOWN_LINES))
+    write_json_lines(Path(output), _hit_lines(queries, index, wanted, hits))
+    return list(islice(_hit_lines(queries, index, wanted, hits), SHOWN_LINES))
 
 
 def show_hits(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -216,19 +215,19 @@ def show_hits(lines: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def _hit_lines(
-    queries: StoredVectors,
-    index: StoredVectors,
-    hits: dict[int, tuple[list[int], list[float]]],
+    queries: StoredVectors, index: StoredVectors, wanted: NDArray[np.int64], hits: Hits
 ) -> Iterator[dict[str, Any]]:
+    place = {int(row): i for i, row in enumerate(wanted)}
     for row in range(len(queries.vectors) - queries.unwritten_rows):
         line: dict[str, Any] = {"id": queries.ids[row], "row": row, "hits": []}
-        if row not in hits:
-            line["error"] = True
-        else:
+        if row in place:
+            scores, rows = (part[place[row]].tolist() for part in hits)
             line["hits"] = [
                 {"id": index.ids[hit], "row": hit, "score": round(score, 6) or 0.0}
-                for hit, score in zip(*hits[row], strict=True)
+                for hit, score in zip(rows, scores, strict=True)
             ]
+        else:
+            line["error"] = True
         yield line
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.sharded_pass import PLAN_FILE, shard_ranges
+from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import map_file, read_json, write_array, written_aside
 
 with extra("train"):
@@ -166,11 +167,11 @@ def is_false_helpful(row: Mapping[str, Any]) -> bool:
 def report_table(report: Mapping[str, Mapping[str, float]]) -> str:
     """Return a `label_report` as a Markdown table."""
     names = list(next(iter(report.values())))
-    lines = ["| group | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    for group, values in report.items():
-        cells = [f"{values[n]:.0f}" if n == "count" else f"{values[n]:.3f}" for n in names]
-        lines.append(f"| {group} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    rows = [
+        [group, *(f"{values[n]:.0f}" if n == "count" else f"{values[n]:.3f}" for n in names)]
+        for group, values in report.items()
+    ]
+    return markdown_table(["group", *names], rows)
 
 
 def read_labels(directory: str | Path) -> GateLabels:

@@ -115,12 +115,12 @@ def summarize(scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[MmebTask]
 def write_reports(
     output: Path, tasks: Sequence[MmebTask], metadata: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write the summary, a Markdown table and the leaderboard's file; return the summary.
+    """Write the summary, Markdown tables and the leaderboard's file; return the summary.
 
     Args:
         output: Folder of the scores.
         tasks: All tasks of the benchmark.
-        metadata: Of the leaderboard.
+        metadata: What the leaderboard's file says of the model.
 
     Raises:
         MixedScoresError: As `read_scores`.

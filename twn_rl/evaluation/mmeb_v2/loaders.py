@@ -1,7 +1,7 @@
 """A task's queries and targets from its files, and whether these are there before anything runs."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ ROW_READERS: dict[str, RowReader] = {
     "moment_retrieval": video_rows.read_moment,
     "momentseeker": video_rows.read_momentseeker,
 }
-DOCUMENT_PARSERS = ("vidore", "visrag")
+DOCUMENT_PARSERS, DOCUMENT_CONFIGS = ("vidore", "visrag"), ("corpus", "queries", "qrels")
 
 
 def load_task(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
@@ -34,14 +34,13 @@ def load_task(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
         RecordError: For a row that cannot be used, with its file and number: a score without it
             would be no MMEB-V2 score.
     """
-    is_documents = task.parser in DOCUMENT_PARSERS
-    data = load_documents(task, folder) if is_documents else _load_rows(task, folder)
+    data = (load_documents if _is_documents(task) else _load_rows)(task, folder)
     if not data.queries or not data.targets.keys:
         raise RecordError(
             f"task {task.task} has {len(data.queries)} queries and {len(data.targets.keys)} "
             "targets; expected some of both; download it again",
             reason="no_records",
-            file=folder.files(task, "queries" if is_documents else None)[0].path,
+            file=folder.files(task, "queries" if _is_documents(task) else None)[0].path,
         )
     if len(data.queries) != task.num_queries:
         data.warnings.append(
@@ -53,7 +52,7 @@ def load_task(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
 def check_data(
     tasks: Sequence[MmebTask], folder: BenchmarkFolder, *, skip_missing: bool = False
 ) -> dict[str, str]:
-    """Return what is missing, by task, before anything is loaded or embedded.
+    """Return why tasks cannot be measured, by task, before anything is loaded or embedded.
 
     Args:
         tasks: Those asked for.
@@ -61,23 +60,8 @@ def check_data(
         skip_missing: Return what is missing; otherwise it is an error.
 
     Raises:
-        FileNotFoundError: If a folder of annotations, pictures or frames is missing.
-    """
-    problems = missing_data(tasks, folder)
-    if problems and not skip_missing:
-        listed = "\n".join(problems.values())
-        raise FileNotFoundError(
-            f"{len(problems)} of {len(tasks)} tasks have no data:\n{listed}\nexpected all of it; "
-            "complete the download, choose --tasks, or pass --on_missing_data skip"
-        )
-    return problems
-
-
-def missing_data(tasks: Iterable[MmebTask], folder: BenchmarkFolder) -> dict[str, str]:
-    """Return why a task cannot be measured, for those whose files are not there.
-
-    Raises:
-        FileNotFoundError: If the data root is no folder or is empty.
+        FileNotFoundError: If the data root is no folder or is empty, or a folder of annotations,
+            pictures or frames is missing.
     """
     if not folder.data_root.is_dir() or not any(folder.data_root.iterdir()):
         state = "empty" if folder.data_root.is_dir() else "no folder"
@@ -87,22 +71,26 @@ def missing_data(tasks: Iterable[MmebTask], folder: BenchmarkFolder) -> dict[str
         )
     problems: dict[str, str] = {}
     for task in tasks:
-        is_documents = task.parser in DOCUMENT_PARSERS
         try:
-            for config in ("corpus", "queries", "qrels") if is_documents else _subsets(task):
+            for config in DOCUMENT_CONFIGS if _is_documents(task) else _subsets(task):
                 folder.files(task, config)
             folder.check_media(task)
         except (RecordError, OSError) as error:
             problems[task.task] = str(error)
+    if problems and not skip_missing:
+        listed = "\n".join(problems.values())
+        raise FileNotFoundError(
+            f"{len(problems)} of {len(tasks)} tasks have no data:\n{listed}\nexpected all of it; "
+            "complete the download, choose --tasks, or pass --on_missing_data skip"
+        )
     return problems
 
 
 def _load_rows(task: MmebTask, folder: BenchmarkFolder) -> TaskData:
     """Return a task whose rows stand alone, as those of all image and video tasks do."""
     targets, queries = ItemTargets(), list[TaskQuery]()
-    if task.num_candidates is not None:
-        for label in _read_labels(task, folder):
-            targets.add(label, Item(text=label))
+    for label in _read_labels(task, folder):
+        targets.add(label, Item(text=label))
     for subset in _subsets(task):
         root = folder.media_root(task) / (subset or "")
         for row in folder.rows(task, subset):
@@ -126,7 +114,9 @@ def _labels_path(task: MmebTask, folder: BenchmarkFolder) -> Path:
 
 
 def _read_labels(task: MmebTask, folder: BenchmarkFolder) -> list[str]:
-    """Return labels from beside the annotations, else from `labels/TASK.txt`; none without."""
+    """Return labels from beside the annotations, else from `labels/TASK.txt`; else none."""
+    if task.num_candidates is None:
+        return []
     names = ("labels.json", "labels.txt")
     places = [place / name for place in folder.places(task) for name in names]
     for path in (*places, _labels_path(task, folder)):
@@ -147,6 +137,10 @@ def _read_labels(task: MmebTask, folder: BenchmarkFolder) -> list[str]:
             )
         return labels
     return []
+
+
+def _is_documents(task: MmebTask) -> bool:
+    return task.parser in DOCUMENT_PARSERS
 
 
 def _subsets(task: MmebTask) -> Sequence[str | None]:

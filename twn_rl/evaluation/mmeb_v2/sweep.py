@@ -41,14 +41,7 @@ def sweep_thresholds(
 ) -> dict[str, str]:
     """Write the curves as CSV and the chart as PNG; return why tasks are not in them.
 
-    Args:
-        embedder: A `ThinkingEmbedder` with a query gate.
-        tasks: What to measure.
-        folder: Where the data is.
-        output: Where vectors, CSV and PNG go.
-        settings: How to embed; its `think` and `think_threshold` are not looked at.
-        processes: `PartialState` when several share the work.
-        show_progress_bar: Show rows done, on the main process.
+    Arguments are those of `run_tasks`; `think` and `think_threshold` of `settings` do not count.
 
     Raises:
         ValueError: If the model has no query gate.

@@ -1,4 +1,4 @@
-"""MRMR (arXiv 2510.09510) from the official files on disk, as five tasks; knows no models.
+"""MRMR (arXiv 2510.09510) from the official files on disk, as five tasks.
 
 `DIR/<set>/<config>/test-*.parquet`, as in the repositories MRMRbenchmark/<set>, with the configs
 corpus, query and qrels. Pictures stay in the files until they are embedded.
@@ -150,7 +150,8 @@ def _entries(folder: Path, config: str) -> tuple[list[Entry], dict[str, str]]:
                     "has; restore the file"
                 )
             seen.add(name)
-            numbered = sorted((c for c in cells["pictures"] if c != "image"), key=_number)
+            numbered = [c for c in cells["pictures"] if c != "image"]
+            numbered.sort(key=lambda column: int(column.removeprefix("image ")))
             columns = numbered or cells["pictures"]
             pictures = tuple(f"{config}:{index}:{row}:{column}" for column in columns)
             text = cells["text"] or ""
@@ -244,31 +245,26 @@ def _cell(path: Path, column: str, row: int) -> dict[str, Any] | None:
     for group in range(file.num_row_groups):
         size = file.metadata.row_group(group).num_rows
         if row < size:
-            return _column(path, _stamp(path), column, group)[row].as_py()
+            with _naming(path):
+                return _column(file, column, group)[row].as_py()
         row -= size
     raise IndexError(f"{path} has no row {row}")
 
 
 @lru_cache(maxsize=16)  # of one row group each, for the few columns that neighbours have
-def _column(path: Path, stamp: tuple[int, int], column: str, group: int) -> Any:
-    with _naming(path):
-        return _open(path).read_row_group(group, columns=[column]).column(column)
+def _column(file: pq.ParquetFile, column: str, group: int) -> Any:
+    return file.read_row_group(group, columns=[column]).column(column)
 
 
 def _open(path: Path) -> pq.ParquetFile:
-    return _opened(path, _stamp(path))
+    facts = path.stat()  # changes when a file is replaced, so that nothing of the old one is used
+    with _naming(path):
+        return _opened(path, facts.st_mtime_ns, facts.st_size)
 
 
 @lru_cache(maxsize=64)
-def _opened(path: Path, stamp: tuple[int, int]) -> pq.ParquetFile:
-    with _naming(path):
-        return pq.ParquetFile(path)
-
-
-def _stamp(path: Path) -> tuple[int, int]:
-    """Return what changes when a file is replaced, so that nothing of the old one is used."""
-    facts = path.stat()
-    return facts.st_mtime_ns, facts.st_size
+def _opened(path: Path, modified_ns: int, size: int) -> pq.ParquetFile:
+    return pq.ParquetFile(path)
 
 
 @contextmanager
@@ -283,12 +279,6 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _shards(folder: Path, config: str) -> list[Path]:
     return sorted((folder / config).glob("test-*.parquet"))
-
-
-def _number(column: str) -> int:
-    match = _NUMBERED.fullmatch(column)
-    assert match is not None
-    return int(match[1])
 
 
 def _revision(folder: Path) -> str:

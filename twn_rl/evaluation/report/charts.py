@@ -1,4 +1,4 @@
-"""Curves and bars as SVG text that takes its ink from the page; knows no HTML and no models."""
+"""Curves and bars as SVG text that takes its ink from the page."""
 
 import io
 import json

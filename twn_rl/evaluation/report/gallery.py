@@ -1,4 +1,4 @@
-"""Queries as entries of the report's gallery, pictures included; knows no HTML and no models."""
+"""Queries as entries of the report's gallery, pictures included."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The quality/token curve of a routing gate as a picture; knows no models and no gates."""
+"""The quality/token curve of a routing gate as a picture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML file of what was learned; knows no models and measures nothing."""
+"""One self-contained HTML file of what was learned."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,6 +64,11 @@ def write_report(
     after = after if isinstance(after, Evaluation) else Evaluation.load(after)
     if before is not None and not isinstance(before, Evaluation):
         before = Evaluation.load(before)
+    splits = splits_of(after)
+    tables = [
+        *(quality_table(split, after, before) for split in splits),
+        *(further_table(split, after) for split in splits),
+    ]
     stages = {name: draw_curves(read_curves(file)) for name, file in (curves or {}).items()}
     environment = Environment(
         loader=PackageLoader("twn_rl.evaluation.report", "."),
@@ -76,23 +81,14 @@ def write_report(
         title=title,
         note=note,
         has_before=before is not None,
-        tables=_tables(after, before),
+        tables=[table for table in tables if table is not None],
         ablations=_markup(_ablation_charts(after)),
         stages={name: _markup(charts) for name, charts in stages.items() if charts},
         routing=_routing(after, num_routing_examples),
         examples=gallery(after, before, num_examples),
     )
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
-    return path
-
-
-def _tables(after: Evaluation, before: Evaluation | None) -> list[dict[str, Any]]:
-    splits = splits_of(after)
-    further = [further_table(split, after) for split in splits]
-    tables = [quality_table(split, after, before) for split in splits]
-    return tables + [table for table in further if table is not None]
+    write_text(Path(path), text)
+    return Path(path)
 
 
 def _markup(charts: Sequence[Chart]) -> list[dict[str, Any]]:
@@ -120,28 +116,20 @@ def _ablation_charts(evaluation: Evaluation) -> list[Chart]:
 
 def _routing(evaluation: Evaluation, num_examples: int) -> list[dict[str, Any]]:
     """Return what the page says of each mode that decides, where it was measured."""
-    routed = {mode: routed_queries(evaluation.queries, mode) for mode in DECIDERS}
-    return [
-        _routing_section(evaluation, mode, splits, num_examples)
-        for mode, splits in routed.items()
-        if splits
-    ]
-
-
-def _routing_section(
-    evaluation: Evaluation, mode: str, routed: Mapping[str, list[RoutedQuery]], num_examples: int
-) -> dict[str, Any]:
-    everything = [query for queries in routed.values() for query in queries]
-    return {
-        "decider": DECIDERS[mode].name,
-        "words": [
-            describe_routing(split, routing_summary(queries), mode)
-            for split, queries in routed.items()
-        ],
-        "charts": _markup([_routing_chart(s, queries, mode) for s, queries in routed.items()]),
-        "tables": [routing_table(split, evaluation, mode) for split in routed],
-        "kinds": routing_gallery(everything, evaluation, num_examples, DECIDERS[mode].name),
-    }
+    sections = []
+    for mode, decider in DECIDERS.items():
+        routed = routed_queries(evaluation.queries, mode)
+        summaries = {split: routing_summary(queries) for split, queries in routed.items()}
+        everything = [query for queries in routed.values() for query in queries]
+        section = {
+            "decider": decider.name,
+            "words": [describe_routing(split, s, mode) for split, s in summaries.items()],
+            "charts": _markup([_routing_chart(s, queries, mode) for s, queries in routed.items()]),
+            "tables": [routing_table(split, evaluation, mode) for split in routed],
+            "kinds": routing_gallery(everything, evaluation, num_examples, decider.name),
+        }
+        sections += [section] if routed else []
+    return sections
 
 
 def _routing_chart(split: str, queries: Sequence[RoutedQuery], mode: str) -> Chart:

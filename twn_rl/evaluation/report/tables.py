@@ -1,5 +1,6 @@
-"""Metrics of an evaluation as the report's tables; knows no HTML and no models."""
+"""Metrics of an evaluation as the report's tables."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,23 +46,16 @@ def quality_table(split: str, after: Evaluation, before: Evaluation | None) -> d
         if _has_mode(after, split, mode):
             name = MODE_NAMES[mode] + (", after RL" if before is not None else "")
             columns.append((name, after, mode))
-    rows = [
-        (group, [_cell(evaluation, f"{split}/{group}/{mode}") for _, evaluation, mode in columns])
-        for group in groups_of(after, split)
-    ]
     caption = f"{split}: hit@1, with its 95 % interval and mean tokens of thinking"
-    return {"caption": caption, "columns": [name for name, _, _ in columns], "rows": rows}
+    return _table(caption, split, groups_of(after, split), columns)
 
 
 def routing_table(split: str, evaluation: Evaluation, mode: str) -> dict[str, Any]:
     """Return quality and cost of every group where `mode` decides, and where nothing does."""
-    columns = [name for name in ROUTING_MODES[mode] if _has_mode(evaluation, split, name)]
-    rows = [
-        (group, [_cost_cell(evaluation, f"{split}/{group}/{name}") for name in columns])
-        for group in groups_of(evaluation, split)
-    ]
+    modes = [name for name in ROUTING_MODES[mode] if _has_mode(evaluation, split, name)]
+    columns = [(MODE_NAMES[name], evaluation, name) for name in modes]
     caption = f"{split}: hit@1, and what a query costs on average"
-    return {"caption": caption, "columns": [MODE_NAMES[name] for name in columns], "rows": rows}
+    return _table(caption, split, groups_of(evaluation, split), columns, shows_costs=True)
 
 
 def further_table(split: str, evaluation: Evaluation) -> dict[str, Any] | None:
@@ -73,37 +67,48 @@ def further_table(split: str, evaluation: Evaluation) -> dict[str, Any] | None:
     extra = [*averaged, *(mode for mode in THINKING_TARGETS if mode in found)]
     if not extra:
         return None
-    columns = [mode for mode in ("never", "always", *extra) if mode in found]
-    rows = [
-        (group, [_cell(evaluation, f"{split}/{group}/{mode}") for mode in columns])
-        for group in groups_of(evaluation, split)
-    ]
+    modes = [mode for mode in ("never", "always", *extra) if mode in found]
+    columns = [(mode_name(mode), evaluation, mode) for mode in modes]
     caption = f"{split}: hit@1 with several sampled thoughts a query, and with targets that think"
-    return {"caption": caption, "columns": [mode_name(mode) for mode in columns], "rows": rows}
+    return _table(caption, split, groups_of(evaluation, split), columns)
 
 
 def _has_mode(evaluation: Evaluation, split: str, mode: str) -> bool:
     return f"{split}/all/{mode}/hit@1" in evaluation.metrics
 
 
-def _cell(evaluation: Evaluation, key: str) -> Cell:
-    metrics = evaluation.metrics
-    if f"{key}/hit@1" not in metrics:
-        return Cell()
-    low, high = metrics[f"{key}/hit@1_low"], metrics[f"{key}/hit@1_high"]
-    tokens = metrics[f"{key}/think_tokens"]
-    return Cell(f"{metrics[f'{key}/hit@1']:.2f}", f"{low:.2f} to {high:.2f}, {tokens:.0f} tokens")
+def _table(
+    caption: str,
+    split: str,
+    groups: Sequence[str],
+    columns: Sequence[tuple[str, Evaluation, str]],
+    *,
+    shows_costs: bool = False,
+) -> dict[str, Any]:
+    """Return a table with a row a group and a column for each (title, evaluation, mode)."""
+    rows = [
+        (
+            group,
+            [
+                _cell(run.metrics, f"{split}/{group}/{mode}", shows_costs)
+                for _, run, mode in columns
+            ],
+        )
+        for group in groups
+    ]
+    return {"caption": caption, "columns": [title for title, _, _ in columns], "rows": rows}
 
 
-def _cost_cell(evaluation: Evaluation, key: str) -> Cell:
-    metrics = evaluation.metrics
+def _cell(metrics: Mapping[str, float], key: str, shows_costs: bool) -> Cell:
+    """Return hit@1 with its interval and tokens, or with what it costs."""
     if f"{key}/hit@1" not in metrics:
         return Cell()
+    quality, tokens = f"{metrics[f'{key}/hit@1']:.2f}", metrics[f"{key}/think_tokens"]
+    if not shows_costs:
+        low, high = metrics[f"{key}/hit@1_low"], metrics[f"{key}/hit@1_high"]
+        return Cell(quality, f"{low:.2f} to {high:.2f}, {tokens:.0f} tokens")
     # Evaluations of earlier versions have neither rates nor seconds.
     rate, seconds = metrics.get(f"{key}/think_rate"), metrics.get(f"{key}/seconds")
-    lines = [
-        "" if rate is None else f"{100 * rate:.0f} % think",
-        f"{metrics[f'{key}/think_tokens']:.1f} tokens",
-        "" if seconds is None else f"{1000 * seconds:.1f} ms",
-    ]
-    return Cell(f"{metrics[f'{key}/hit@1']:.2f}", lines[0], ", ".join(filter(None, lines[1:])))
+    share = "" if rate is None else f"{100 * rate:.0f} % think"
+    time = "" if seconds is None else f", {1000 * seconds:.1f} ms"
+    return Cell(quality, share, f"{tokens:.1f} tokens{time}")

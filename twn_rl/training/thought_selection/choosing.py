@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twn_rl.data.record import Record, hop_of, task_of
+from twn_rl.runtime.text_tables import markdown_table
 
 RULES = ("best", "sample", "random", "all")
 JUDGED_RULES = ("best", "sample")
@@ -250,26 +251,25 @@ def _noise(found: Counter[str]) -> dict[str, float | int | None]:
 def report_text(report: Mapping[str, Any]) -> str:
     """Return a report as Markdown tables."""
     total = max(1, report["candidates"])
-    lines = [
+    fates, problems = report["fates"].items(), report["problems"].items()
+    shares = [(name, f"{count}", f"{100 * count / total:.1f}") for name, count in fates]
+    texts = [
         f"{report['records']} records, {report['direct_only']} of them without a CoT (direct path "
-        f"only); {report['candidates']} candidates.",
-        "",
-        "| fate | candidates | share in % |",
-        "| --- | ---: | ---: |",
-        *(f"| {name} | {n} | {100 * n / total:.1f} |" for name, n in report["fates"].items()),
+        f"only); {report['candidates']} candidates.\n",
+        markdown_table(("fate", "candidates", "share in %"), shares),
     ]
-    if report["problems"]:
-        lines += ["", "| problem | candidates |", "| --- | ---: |"]
-        lines += [f"| {name} | {n} |" for name, n in report["problems"].items()]
+    if problems:
+        counts = [(name, f"{count}") for name, count in problems]
+        texts.append(markdown_table(("problem", "candidates"), counts))
     if "noise" in report:
         names = ("right", "wrong", "recall", "precision", "right_kept")
         names += ("recall_at_threshold", "right_kept_at_threshold")
-        lines += ["", "| wrong CoTs, in % | " + " | ".join(names) + " |"]
-        lines += ["| --- |" + " ---: |" * len(names)]
-        for group, values in report["noise"].items():
-            cells = [_cell(values[name]) for name in names]
-            lines.append(f"| {group} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows = [
+            (group, *(_cell(values[name]) for name in names))
+            for group, values in report["noise"].items()
+        ]
+        texts.append(markdown_table(("wrong CoTs, in %", *names), rows))
+    return "\n".join(texts)
 
 
 def _cell(value: float | int | None) -> str:
