@@ -15,7 +15,7 @@ from twn_rl.data.record_files import load_records, write_records
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.mine_negatives import mine_file
 from twn_rl.inference.negative_choice import (
-    MiningCounts,
+    MiningReport,
     MiningSettings,
     nearest_allowed,
     select_negatives,
@@ -71,7 +71,7 @@ def cases(draw):
 @settings(max_examples=300, deadline=None)
 def test_top_negatives_are_those_of_a_naive_loop_and_every_candidate_is_accounted_for(case):
     scores, positive_score, excluded, chosen = case
-    counts = MiningCounts()
+    counts = MiningReport()
     reasons = {"positive": sorted(excluded)[:2], "known": sorted(excluded)}
     found = select_negatives(scores, positive_score, reasons, chosen, counts)
     expected = naive_negatives(scores, positive_score, excluded, chosen)
@@ -89,7 +89,7 @@ def test_random_negatives_are_drawn_from_the_same_candidates(case, stream):
     reasons = {"positive": excluded}
     draws = [
         select_negatives(
-            scores, positive_score, reasons, chosen, MiningCounts(), stream=stream
+            scores, positive_score, reasons, chosen, MiningReport(), stream=stream
         ).tolist()
         for _ in range(2)
     ]
@@ -103,7 +103,7 @@ def test_random_draws_differ_between_queries_and_reach_every_candidate():
     scores = np.linspace(0.5, -0.5, 10, dtype=np.float32)
     chosen = MiningSettings(num_negatives=2, sampling="random")
     draws = [
-        tuple(select_negatives(scores, 0.9, {}, chosen, MiningCounts(), stream=stream))
+        tuple(select_negatives(scores, 0.9, {}, chosen, MiningReport(), stream=stream))
         for stream in range(100)
     ]
     assert len(set(draws)) > 20
@@ -119,7 +119,7 @@ def test_ties_at_the_last_rank_go_to_the_lower_column(values, count):
 
 
 def test_a_relative_margin_works_for_negative_similarities_too():
-    counts = MiningCounts()
+    counts = MiningReport()
     scores = np.array([-0.49, -0.5, -0.52, -0.8], dtype=np.float32)
     chosen = MiningSettings(num_negatives=4, relative_margin=0.05)
     assert select_negatives(scores, -0.5, {}, chosen, counts).tolist() == [3]
@@ -207,7 +207,7 @@ def test_negatives_are_the_nearest_of_the_pool_that_are_not_positives(embedder, 
         assert [i.content_key() for i in new.negatives[len(old.negatives) :]] == [
             item.content_key() for item in candidates[:3]
         ]
-    assert report.counts.mined == sum(len(r.negatives) for r in after) - 2
+    assert report.mined == sum(len(r.negatives) for r in after) - 2
 
 
 def test_equal_content_is_no_negative_whatever_its_prompt_or_file_name(embedder, tmp_path):
@@ -229,7 +229,7 @@ def test_equal_content_is_no_negative_whatever_its_prompt_or_file_name(embedder,
     assert set(found["r0"]) == everything - {(None, True), ("camel above", False)}
     assert set(found["r5"]) == everything - {("  pizza ", False)}
     assert set(found["r1"]) == everything
-    barred = report.counts.dropped["equal to the query or a positive"]
+    barred = report.dropped["equal to the query or a positive"]
     assert barred == 3
 
 
@@ -246,8 +246,8 @@ def test_a_margin_below_the_positive_holds_for_every_negative(embedder, tmp_path
     source = make_records(tmp_path)
     margin = MiningSettings(num_negatives=3, absolute_margin=0.05)
     report, after = mine(embedder, source, margin)
-    assert report.counts.dropped["absolute_margin"] > 0
-    assert 0 < report.counts.mined < 36
+    assert report.dropped["absolute_margin"] > 0
+    assert 0 < report.mined < 36
     known = {record.id: len(record.negatives) for record in load_records(source)}
     for record in after:
         query = vector_of(embedder, record.query)
@@ -255,7 +255,7 @@ def test_a_margin_below_the_positive_holds_for_every_negative(embedder, tmp_path
         for item in record.negatives[known[record.id] :]:
             assert query @ vector_of(embedder, item) <= limit
     text = "\n".join(report.lines())
-    assert f"absolute_margin: {report.counts.dropped['absolute_margin']}" in text
+    assert f"absolute_margin: {report.dropped['absolute_margin']}" in text
     assert "positive_scores: median" in text
 
 
@@ -266,7 +266,7 @@ def test_another_margin_costs_no_embedding_and_another_model_is_refused(tmp_path
     assert embedded == 10 + 11  # distinct queries; distinct positives and negatives
     report, _ = mine(embedder, source, MiningSettings(max_score=-1.0))
     assert len(embedder.seen) == embedded
-    assert report.counts.mined == 0
+    assert report.mined == 0
     with pytest.raises(VectorFileError, match=r"model\.space.*--overwrite"):
         mine(TinyEmbedder(seed=1), source)
     mine(TinyEmbedder(seed=1), source, overwrite=True)
@@ -284,7 +284,7 @@ def test_an_interrupted_run_keeps_what_it_embedded(tmp_path):
     whole = mine_file(
         TinyEmbedder(), source, tmp_path / "whole.jsonl", encoding=NEVER, show_progress_bar=False
     )
-    assert report.counts == whole.counts
+    assert report == whole
     assert [r.to_dict() for r in after] == [
         r.to_dict() for r in load_records(tmp_path / "whole.jsonl")
     ]

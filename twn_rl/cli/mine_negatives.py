@@ -63,4 +63,4 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for line in report.lines():
         logger.info("%s", line)
-    return int(report.counts.mined == 0)
+    return int(report.mined == 0)

@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -25,7 +25,7 @@ from twn_rl.data.record_files import RecordSet, load_records, write_records
 from twn_rl.inference.encode_file import Embedder, encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemFile, Side
-from twn_rl.inference.negative_choice import MiningCounts, MiningSettings, select_negatives
+from twn_rl.inference.negative_choice import MiningReport, MiningSettings, select_negatives
 from twn_rl.inference.stored_vectors import StoredVectors, open_vectors
 from twn_rl.runtime.whole_files import written_aside
 
@@ -33,32 +33,6 @@ logger = logging.getLogger(__name__)
 
 _SCORE_BYTES = 1 << 28
 _COLUMN_BLOCK = 16_384
-
-
-@dataclass(frozen=True)
-class MiningReport:
-    """What mining found.
-
-    Attributes:
-        records: Records written.
-        left_out: Bad records of the file, which were not written.
-        counts: What became of the candidates.
-        failed_records: Records whose query or positive has no vector; written as they were.
-    """
-
-    records: int
-    left_out: int
-    counts: MiningCounts
-    failed_records: int
-
-    def lines(self) -> Iterator[str]:
-        """Yield the report for people."""
-        yield (
-            f"{self.counts.mined} negatives mined for {self.records} records: "
-            f"{self.counts.short_queries} got fewer than asked for, {self.failed_records} could "
-            f"not be embedded, {self.left_out} bad rows left out"
-        )
-        yield from self.counts.lines()
 
 
 class DistinctItems:
@@ -95,9 +69,8 @@ class DistinctItems:
         if key not in self.row_of:
             row = self.row_of[key] = len(self.row_of)
             self.rows_of_content.setdefault(content_of(item), []).append(row)
-            line = {"id": key, **item.to_dict()}
-            for kind in ("images", "video"):
-                line[kind] = [os.path.relpath(path, self._root) for path in line[kind]]
+            inside = item.map_sources(lambda path: os.path.relpath(str(path), self._root))
+            line = {"id": key, **inside.to_dict()}
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         return self.row_of[key]
 
@@ -266,16 +239,16 @@ def mine_file(
 
     queries = embed("query", encoding)
     candidates = embed("document", replace(encoding, think="never", think_rate=None))
-    counts = MiningCounts()
-    chosen = _mine(plan, queries, candidates, settings, counts, show_progress_bar)
+    report = MiningReport(len(records), left_out=sum(records.skipped.values()))
+    chosen = _mine(plan, queries, candidates, settings, report, show_progress_bar)
     items = plan.items({int(row) for rows in chosen.values() for row in rows})
     mined = (
         replace(record, negatives=(*record.negatives, *(items[int(r)] for r in chosen.get(i, ()))))
         for i, record in enumerate(records)
     )
     write_records(output, mined, data_root=records.data_root)
-    left_out = sum(records.skipped.values())
-    return MiningReport(len(records), left_out, counts, len(records) - len(chosen))
+    report.failed_records = len(records) - len(chosen)
+    return report
 
 
 def _mine(
@@ -283,7 +256,7 @@ def _mine(
     queries: StoredVectors,
     candidates: StoredVectors,
     settings: MiningSettings,
-    counts: MiningCounts,
+    report: MiningReport,
     show_progress_bar: bool,
 ) -> dict[int, NDArray[np.int64]]:
     """Return record -> rows of its negatives; records without vectors are absent."""
@@ -308,7 +281,7 @@ def _mine(
                         float(own_score),
                         {reason: _columns(rows, barred_rows) for reason, barred_rows in barred},
                         settings,
-                        counts,
+                        report,
                         stream=int(record),
                     )
                     chosen[int(record)] = rows[columns]

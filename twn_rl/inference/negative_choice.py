@@ -63,10 +63,13 @@ class MiningSettings:
 
 
 @dataclass
-class MiningCounts:
-    """What became of the candidates of all queries.
+class MiningReport:
+    """What mining found: what became of the candidates of all queries.
 
     Attributes:
+        records: Records written.
+        left_out: Bad records of the file, which were not written.
+        failed_records: Records whose query or positive has no vector; written as they were.
         candidates: (query, candidate) pairs within the pools.
         mined: Pairs that became negatives.
         dropped: Pairs by the first filter that dropped them; `unused` passed all of them.
@@ -75,6 +78,9 @@ class MiningCounts:
         short_queries: Queries with fewer than `num_negatives`.
     """
 
+    records: int = 0
+    left_out: int = 0
+    failed_records: int = 0
     candidates: int = 0
     mined: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -83,7 +89,12 @@ class MiningCounts:
     short_queries: int = 0
 
     def lines(self) -> Iterator[str]:
-        """Yield the counts for people."""
+        """Yield the report for people."""
+        yield (
+            f"{self.mined} negatives mined for {self.records} records: {self.short_queries} got "
+            f"fewer than asked for, {self.failed_records} could not be embedded, {self.left_out} "
+            "bad rows left out"
+        )
         yield f"{self.candidates} candidates: pairs of a record and an item of its pool"
         for name, dropped in self.dropped.items():
             share = 100 * dropped / max(self.candidates, 1)
@@ -99,7 +110,7 @@ def select_negatives(
     positive_score: float,
     excluded: Mapping[str, Collection[int]],
     settings: MiningSettings,
-    counts: MiningCounts,
+    report: MiningReport,
     *,
     stream: int = 0,
 ) -> NDArray[np.int64]:
@@ -108,12 +119,12 @@ def select_negatives(
     Ranks are counted among the candidates that are not excluded, before the margins; equal scores
     are ranked by column.
 
-    >>> counts = MiningCounts()
+    >>> report = MiningReport()
     >>> settings = MiningSettings(num_negatives=2, absolute_margin=0.1)
     >>> scores = np.array([0.9, 0.85, 0.7, 0.75, 0.1], dtype=np.float32)
-    >>> select_negatives(scores, 0.9, {"positive": [0]}, settings, counts)
+    >>> select_negatives(scores, 0.9, {"positive": [0]}, settings, report)
     array([3, 2])
-    >>> dict(counts.dropped)
+    >>> dict(report.dropped)
     {'positive': 1, 'absolute_margin': 1, 'unused': 1}
 
     Args:
@@ -121,10 +132,10 @@ def select_negatives(
         positive_score: Its similarity to its positive.
         excluded: Reason -> columns that must never be negatives.
         settings: What to select.
-        counts: Counted into.
+        report: Counted into.
         stream: Number of the query, for the draws.
     """
-    dropped, barred = counts.dropped, set[int]()
+    dropped, barred = report.dropped, set[int]()
     for name, reserved in excluded.items():
         dropped[name] += len(set(reserved) - barred)
         barred |= set(reserved)
@@ -144,11 +155,11 @@ def select_negatives(
     dropped["unused"] += len(columns) - len(chosen)
     for name in [name for name, count in dropped.items() if not count]:
         del dropped[name]
-    counts.candidates += len(scores)
-    counts.mined += len(chosen)
-    counts.short_queries += len(chosen) < settings.num_negatives
-    counts.positive_scores.append(float(positive_score))
-    counts.negative_scores += scores[chosen].tolist()
+    report.candidates += len(scores)
+    report.mined += len(chosen)
+    report.short_queries += len(chosen) < settings.num_negatives
+    report.positive_scores.append(float(positive_score))
+    report.negative_scores += scores[chosen].tolist()
     return chosen
 
 
