@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,7 @@ from twn_rl.evaluation.gate_threshold import (
     gate_curve,
 )
 from twn_rl.evaluation.results import query_values
-from twn_rl.evaluation.threshold_files import log_choice, write_results
+from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.fingerprints import Fingerprints
@@ -179,7 +179,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
             model.gates[side] = gate
             set_threshold(model.config, side, found[side].chosen.threshold)
             log_choice(side, found[side], rule.metric)
-        write_results(path / FOLDER, found, rule.metric)
+        write_thresholds(path / FOLDER, found, rule.metric)
         write_text(path / FOLDER / "labels.md", label_tables(found))
         save_gates(model, path)
         model.config.save(path)
@@ -216,13 +216,13 @@ def fit_side(
         is_worth_it=validation.gains > script.margin,
         rows=validation.rows,
     )
-    found.metrics |= {
+    metrics = {
         "classes": {str(label): int((classes == label).sum()) for label in (0, 1, IGNORED)},
         "fit": fit,
         "train_labels": label_report(train.rows, script.margin),
         "validation_labels": label_report(validation.rows, script.margin),
     }
-    return gate, found
+    return gate, replace(found, metrics={**metrics, **found.metrics})
 
 
 def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:

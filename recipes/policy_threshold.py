@@ -27,7 +27,7 @@ from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.gate_threshold import ChosenThreshold, ThresholdRule, choose_threshold
 from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.routing import RoutedQuery, routed_queries, routing_curve
-from twn_rl.evaluation.threshold_files import log_choice, write_results
+from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
@@ -69,7 +69,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
         )
         rows = evaluate(model, records, settings).queries
         found = choose(routed_queries(rows, MODE)[script.validation_split], rule)
-        write_results(path / FOLDER, {MODE: found}, rule.metric)
+        write_thresholds(path / FOLDER, {MODE: found}, rule.metric)
         log_choice(MODE, found, rule.metric)
         assert found.chosen.threshold is not None
         model.config.policy_threshold = found.chosen.threshold

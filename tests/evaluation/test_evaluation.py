@@ -26,7 +26,7 @@ from twn_rl.evaluation.modes import (
     truncated_thoughts,
 )
 from twn_rl.evaluation.results import query_values, summarize
-from twn_rl.evaluation.retrieval_pools import collect_candidates
+from twn_rl.evaluation.retrieval_pools import CandidateScope, collect_candidates
 from twn_rl.modeling.model import DualLoraModel
 
 WORDS = ("camel", "pizza", "zebra", "tree")
@@ -80,7 +80,7 @@ def test_further_positives_of_a_query_and_the_query_itself_are_no_rivals() -> No
         record(2, "zebra", "tree", "zebra", "pizza"),
         record(3, "tree", "tree", "zebra"),  # its positive is its own content
     ]
-    for scope, expected in {
+    texts: dict[CandidateScope, list[set[str]]] = {
         "pool": [
             {"camel", "row", "tree", "zebra"},
             {"pizza", "row", "tree", "zebra"},
@@ -88,12 +88,14 @@ def test_further_positives_of_a_query_and_the_query_itself_are_no_rivals() -> No
             {"camel", "pizza", "row", "tree", "zebra"},
         ],
         "local": [{"camel"}, {"pizza", "row"}, {"tree", "pizza"}, {"tree", "zebra"}],
-    }.items():
+    }
+    for scope, expected in texts.items():
         candidates = collect_candidates(records, scope=scope)
-        texts = [{candidates.items[i].text for i in rows} for rows in candidates.competing]
-        assert texts == expected, scope
-    assert candidates.competing[1:3] == [candidates.competing[1], candidates.competing[2]]
-    assert [len(rows) for rows in candidates.competing] == [1, 2, 2, 2]
+        found = [{candidates.items[i].text for i in rows} for rows in candidates.competing]
+        assert found == expected, scope
+    local = collect_candidates(records, scope="local").competing
+    assert local[1:3] == [local[1], local[2]]
+    assert [len(rows) for rows in local] == [1, 2, 2, 2]
 
 
 def test_local_candidates_are_the_own_positive_and_negatives() -> None:
@@ -299,7 +301,7 @@ def test_a_model_whose_vectors_are_all_equal_scores_nothing(
 def test_non_finite_vectors_are_refused(make_model: Callable[..., DualLoraModel]) -> None:
     model = make_model()
     with torch.no_grad():
-        model.backbone.model.get_input_embeddings().weight.fill_(float("nan"))
+        model.backbone.model.get_input_embeddings().get_parameter("weight").fill_(float("nan"))
     with pytest.raises(ValueError, match="non-finite"):
         evaluate(model, make_records(), dataclasses.replace(QUIET, modes=("never",)))
 

@@ -31,11 +31,13 @@ SHARDS = EncodeSettings(think="never", shard_size=3)
 @pytest.fixture(scope="module")
 def embedder() -> ThinkingEmbedder:
     """A random tiny model with a random gate."""
-    lora = {
-        "reasoning_lora": LoraSettings(r=2, alpha=4),
-        "embedding_lora": LoraSettings(r=3, alpha=6),
-    }
-    config = TwnConfig(**lora, num_readout_tokens=3, max_think_tokens=4, gate_threshold=0.5)
+    config = TwnConfig(
+        reasoning_lora=LoraSettings(r=2, alpha=4),
+        embedding_lora=LoraSettings(r=3, alpha=6),
+        num_readout_tokens=3,
+        max_think_tokens=4,
+        gate_threshold=0.5,
+    )
     model = DualLoraModel.from_backbone(make_idefics3(), config, seed=0)
     awaken(model)
     torch.manual_seed(0)
@@ -168,6 +170,7 @@ def test_the_gate_thinks_where_asked_and_costs_stand_beside_the_score(embedder, 
     row = json.loads((tmp_path / "video/MSVD_pred.jsonl").read_text().splitlines()[0])
     assert row["gate_probability"] > 0
     meta = read_meta(tmp_path / "vectors/video/MSVD/document-00000.npy")
+    assert meta is not None
     assert meta["plan"]["settings"]["think"] == "never", "targets never think"
 
 

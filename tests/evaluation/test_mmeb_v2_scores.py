@@ -16,8 +16,8 @@ from twn_rl.evaluation.mmeb_v2.leaderboard import (
     leaderboard_metrics,
     read_score,
     read_scores,
-    result_path,
     summarize,
+    task_path,
     write_reports,
 )
 from twn_rl.evaluation.mmeb_v2.score_task import score_task
@@ -109,7 +109,7 @@ def test_a_constant_model_has_all_by_argsort_and_nothing_here(num_candidates: in
     # The answer comes first among the candidates, as in the official rows.
     numbers = np.arange(num_candidates)
     data = make_data([{0: 1.0}] * 5, num_candidates, [numbers] * 5)
-    vectors = np.ones((num_candidates, 4), np.float32) / 2
+    vectors = np.full((num_candidates, 4), 0.5, np.float32)
     official = [int(np.argsort(-(vectors[numbers] @ vectors[0]), kind="stable")[0] == 0)] * 5
     assert np.mean(official) == 1.0
     scores = score_task(data, vectors[[0]].repeat(5, 0), vectors, metric="hit@1")
@@ -152,7 +152,7 @@ PLAN = {"model": {"space": "a"}, "think": "auto", "labels": "page-fixed"}
 
 
 def write_score(output: Path, name: str, value: float = 0.5, **changes) -> None:
-    path = result_path(output, TASKS[name], SCORES)
+    path = task_path(output, TASKS[name], SCORES)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = dict.fromkeys(OFFICIAL_KEYS, value)
     plan = {**PLAN, "task": TASKS[name].fingerprint(), **changes.pop("plan", {})}
@@ -168,7 +168,7 @@ def test_the_mean_over_all_is_given_for_all_tasks_only(tmp_path: Path) -> None:
     assert whole["overall"] == pytest.approx(np.mean([i / 100 for i in range(78)]), abs=1e-12)
     assert whole["means"]["visdoc"]["mean"] == pytest.approx(np.mean(np.arange(54, 78) / 100))
     assert whole["means"]["I-QA"]["mean"] == pytest.approx(np.mean(np.arange(10, 20) / 100))
-    result_path(tmp_path, TASKS["MSVD"], SCORES).unlink()
+    task_path(tmp_path, TASKS["MSVD"], SCORES).unlink()
     part = summarize(read_scores(tmp_path, tasks), tasks)
     assert part["overall"] is None
     assert part["means"]["V-RET"]["mean"] is None

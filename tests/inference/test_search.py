@@ -74,7 +74,9 @@ def test_the_last_place_goes_to_the_lower_column(seed, k):
 
 
 def test_a_changed_sign_would_reverse_the_hits():
-    _, found = search(np.eye(2, dtype=np.float32), np.float32([[-1, 0], [0, 1], [1, 0]]), k=3)
+    _, found = search(
+        np.eye(2, dtype=np.float32), np.array([[-1, 0], [0, 1], [1, 0]], np.float32), k=3
+    )
     assert found.tolist() == [[2, 1, 0], [1, 0, 2]]
 
 
@@ -95,7 +97,7 @@ def test_faiss_finds_what_the_exact_product_finds():
 
 def test_an_unknown_backend_is_named():
     with pytest.raises(ValueError, match=r"backend = 'annoy'; expected 'auto', 'faiss' or 'exact'"):
-        choose_backend("annoy")
+        choose_backend("annoy")  # pyright: ignore[reportArgumentType]
 
 
 def test_without_faiss_the_exact_product_is_taken_and_said_so(tmp_path, monkeypatch, caplog):
@@ -122,7 +124,7 @@ def test_vectors_that_cannot_be_searched_are_refused():
     with pytest.raises(ValueError, match="top_k = 0"):
         search(index, index, k=0)
     with pytest.raises(ValueError, match=r"queries: rows \[1\] .* NaN or infinity"):
-        search(np.float32([[1, 0, 0], [np.nan, 0, 0]]), index, k=1)
+        search(np.array([[1, 0, 0], [np.nan, 0, 0]], np.float32), index, k=1)
     index[2, 1] = np.inf
     with pytest.raises(ValueError, match=r"index: rows \[2\] .* NaN or infinity"):
         search(np.eye(3, dtype=np.float32), index, k=1, index_block_rows=2)
@@ -160,6 +162,7 @@ def test_hits_carry_ids_and_never_failed_or_unwritten_rows(tmp_path, caplog):
     write_vectors(tmp_path / "q.npy", vectors, prefix="q", failed=(2,))
     status, lines = run_search(tmp_path, top_k=5)
     assert status == 0
+    assert lines is not None
     assert [line["id"] for line in lines] == ["q0", "q1", "q2", "q3"]
     assert [[hit["id"] for hit in line["hits"]] for line in lines] == [
         ["d2", "d0"], ["d0", "d2"], [], ["d0", "d2"],

@@ -3,7 +3,7 @@
 import json
 import logging
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, islice
 from pathlib import Path
@@ -155,19 +155,22 @@ def _parse_metadata(data: dict[str, Any]) -> Row:
     return bad if isinstance(bad, RecordError) else data
 
 
-def read_table(path: Path, *, batch_rows: int) -> Iterator[dict[str, Any]]:
+def read_table(
+    path: Path, *, batch_rows: int, columns: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a Parquet file, or of an Arrow stream (`.arrow`), whatever their columns.
 
     Args:
         path: File to read.
         batch_rows: Rows held in memory at a time; small where cells hold pictures.
+        columns: Those of a Parquet file to read, as far as it has them; None reads all.
 
     Raises:
         RecordError: If the file is damaged or of another kind.
         FileNotFoundError: If there is no such file.
     """
     with _readable(path):
-        for batch in _batches_of(path, batch_rows):
+        for batch in _batches_of(path, batch_rows, columns):
             yield from batch.to_pylist()
 
 
@@ -194,7 +197,9 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _batches_of(path: Path, batch_rows: int) -> Iterator[pa.RecordBatch]:
+def _batches_of(
+    path: Path, batch_rows: int, columns: Sequence[str] | None
+) -> Iterator[pa.RecordBatch]:
     if path.suffix == ".arrow":
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             for batch in reader:
@@ -202,7 +207,7 @@ def _batches_of(path: Path, batch_rows: int) -> Iterator[pa.RecordBatch]:
                     yield batch.slice(start, batch_rows)
         return
     with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(batch_size=batch_rows)
+        yield from file.iter_batches(batch_size=batch_rows, columns=columns)
 
 
 def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:

@@ -21,7 +21,7 @@ from twn_rl.runtime.whole_files import write_text, written_aside
 logger = logging.getLogger(__name__)
 
 
-def write_results(folder: Path, found: Mapping[str, ChosenThreshold], metric: str) -> None:
+def write_thresholds(folder: Path, found: Mapping[str, ChosenThreshold], metric: str) -> None:
     """Write metrics.json, curve.csv and curve.png; one entry a side."""
     metrics = {side: choice.metrics for side, choice in found.items()}
     text = json.dumps({"metric": metric, **metrics}, indent=1, allow_nan=False) + "\n"

@@ -23,6 +23,7 @@ from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 _CORPUS_ID = ("corpus-id", "corpus_id", "_id", "id")
 _QUERY_ID = ("query-id", "query_id", "_id", "id")
 _LONG_NAME = 50
+_ID_ROWS = 4096
 
 
 @dataclass
@@ -158,25 +159,14 @@ def _judgements(
 def _id_rows(files: Sequence[DataFile]) -> Iterator[Row]:
     """Yield rows with their ids; of Parquet files the pictures are not read."""
     for file in files:
-        if file.path.suffix != ".parquet":
-            yield from read_rows([file])
-            continue
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        if file.path.suffix == ".parquet":
+            from twn_rl.data.parquet import read_table
 
-        try:
-            with pq.ParquetFile(file.path) as table:
-                names = [name for name in _CORPUS_ID if name in table.schema_arrow.names]
-                rows = table.read(columns=names[:1]).to_pylist()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise RecordError(
-                f"file is no readable Parquet ({error}); expected a complete file; download it "
-                "again",
-                reason="bad_file",
-                file=file.path,
-            ) from error
-        for number, data in enumerate(rows, start=1):
-            yield Row(file.path, number, file.subset, number, data)
+            rows = read_table(file.path, batch_rows=_ID_ROWS, columns=_CORPUS_ID)
+            for number, data in enumerate(rows, start=1):
+                yield Row(file.path, number, file.subset, number, data)
+        else:
+            yield from read_rows([file])
 
 
 def _id(data: Mapping[str, Any], names: Sequence[str]) -> str:

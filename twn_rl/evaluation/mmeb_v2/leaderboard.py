@@ -31,7 +31,7 @@ class MixedScoresError(ValueError):
     """Scores that must not be averaged or continued: other labels, model or settings."""
 
 
-def result_path(output: Path, task: MmebTask, kind: str) -> Path:
+def task_path(output: Path, task: MmebTask, kind: str) -> Path:
     """Return where the scores of a task (or `kind`) are, as the official report looks for them."""
     return output / task.group / f"{task.task}_{kind}"
 
@@ -42,7 +42,7 @@ def read_score(output: Path, task: MmebTask, plan: Mapping[str, Any]) -> dict[st
     Raises:
         MixedScoresError: If they were made otherwise than `plan` says.
     """
-    path = result_path(output, task, SCORES)
+    path = task_path(output, task, SCORES)
     stored = read_json(path)
     there = plan if stored is None else stored.get("plan", {})
     different = [name for name in plan if there.get(name) != plan[name]]
@@ -64,7 +64,7 @@ def read_scores(output: Path, tasks: Iterable[MmebTask]) -> dict[str, dict[str, 
     scores: dict[str, dict[str, Any]] = {}
     first: tuple[str, Mapping[str, Any]] | None = None
     for task in tasks:
-        stored = read_json(result_path(output, task, SCORES))
+        stored = read_json(task_path(output, task, SCORES))
         if stored is None:
             continue
         shared = {k: v for k, v in stored.get("plan", {}).items() if k != "task"}
@@ -128,7 +128,7 @@ def write_reports(
     scores = read_scores(output, tasks)
     summary = summarize(scores, tasks)
     write_json(output / SUMMARY_FILE, summary)
-    costs = {task.task: read_json(result_path(output, task, COST)) or {} for task in tasks}
+    costs = {task.task: read_json(task_path(output, task, COST)) or {} for task in tasks}
     write_text(output / TABLE_FILE, score_tables(scores, costs, summary, tasks))
     date = datetime.now(tz=UTC).isoformat(timespec="seconds")
     about = {**metadata, "label_set": summary["label_set"], "report_generated_date": date}

@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from twn_rl.evaluation.mmeb_v2.encoding import TaskEncoder
-from twn_rl.evaluation.mmeb_v2.leaderboard import COST, PREDICTIONS, SCORES, read_score, result_path
+from twn_rl.evaluation.mmeb_v2.leaderboard import COST, PREDICTIONS, SCORES, read_score, task_path
 from twn_rl.evaluation.mmeb_v2.loaders import load_task
 from twn_rl.evaluation.mmeb_v2.score_task import score_task
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
@@ -216,7 +216,7 @@ def _score(
         "warnings": warnings,
         "plan": dict(plan),
     }
-    write_json_lines(result_path(output, task, PREDICTIONS), predictions)
-    write_json(result_path(output, task, COST), cost)
-    write_json(result_path(output, task, SCORES), content)
+    write_json_lines(task_path(output, task, PREDICTIONS), predictions)
+    write_json(task_path(output, task, COST), cost)
+    write_json(task_path(output, task, SCORES), content)
     logger.info("%s: %s = %.4f", task.task, task.metric, scores.metrics[task.metric])

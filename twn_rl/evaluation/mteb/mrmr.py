@@ -179,11 +179,9 @@ def _text_rows(path: Path) -> list[dict[str, Any]]:
     pictures = [name for name in names if name == "image" or _NUMBERED.fullmatch(name)]
     # Of a picture's two parts the path is read: small, and null where the picture is.
     with _naming(path):
-        table = file.read(columns=[*texts, *(f"{name}.path" for name in pictures)])
-    is_there = {name: table.column(name).is_valid().to_pylist() for name in pictures}
-    rows = table.select(texts).to_pylist()
-    for index, row in enumerate(rows):
-        row["pictures"] = [name for name in pictures if is_there[name][index]]
+        rows = file.read(columns=[*texts, *(f"{name}.path" for name in pictures)]).to_pylist()
+    for row in rows:
+        row["pictures"] = [name for name in pictures if row[name] is not None]
     return rows
 
 
