@@ -204,7 +204,7 @@ def test_parquet_rows_of_texts_are_read_in_batches(embedder, tmp_path):
 BAD_ROWS = {
     "not JSON": ("{", "no valid JSON"),
     "NaN": ('{"text": NaN}', "without NaN or Infinity"),
-    "a list": ("[1]", "row is list"),
+    "a list": ("[1]", "of type list; expected an object with named fields"),
     "no text": ({"texts": "camel"}, "text missing among the fields ['texts']"),
     "blank text": ({"text": "  "}, "without images or video"),
     "number": ({"text": 3}, "value = 3 of type int"),

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from twn_rl.data.formats.input_files import read_file
 from twn_rl.data.images import resolve_inside
 from twn_rl.data.jsonl import parse_json
-from twn_rl.data.record import Item, RecordError, named_in_errors
+from twn_rl.data.record import Item, RecordError, bad_type, named_in_errors
 from twn_rl.runtime.problems import Problems
 
 Side = Literal["query", "document"]
@@ -138,11 +138,7 @@ class ItemFile:
             if isinstance(data, RecordError):
                 raise data
             if not isinstance(data, Mapping):
-                raise RecordError(
-                    f"row is {type(data).__name__} {data!r:.60}; expected an object with named "
-                    "fields; correct the row",
-                    reason="bad_type",
-                )
+                raise bad_type(data, "an object with named fields")
             row_id = self._id(data, row_id)
             item = self._absolute(self._item(data))
         except RecordError as error:
@@ -152,15 +148,12 @@ class ItemFile:
         return ItemRow(row_id, item, pool=_pool(data))
 
     def _id(self, data: Mapping[str, Any], default: str) -> str:
-        value = _lookup(data, self.fields.get("id", "id"))
+        name = self.fields.get("id", "id")
+        value = _lookup(data, name)
         if value is None and "id" not in self.fields:
             return default
         if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise RecordError(
-                f"value = {value!r:.60}; expected a string or whole number; correct the id",
-                reason="bad_type",
-                field=self.fields.get("id", "id"),
-            )
+            raise bad_type(value, "a string or whole number", name)
         return str(value)
 
     def _item(self, data: Mapping[str, Any]) -> Item:

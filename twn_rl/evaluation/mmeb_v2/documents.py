@@ -15,7 +15,7 @@ from PIL import Image
 
 from twn_rl.data.formats.input_files import DataFile, Row, read_rows, required
 from twn_rl.data.images import ImageError, resolve_inside
-from twn_rl.data.record import Item, RecordError
+from twn_rl.data.record import Item, RecordError, bad_type
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData, TaskQuery
 from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder, located
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
@@ -138,11 +138,7 @@ def _judgements(
             query, page = _id(data, _QUERY_ID[:2]), _id(data, _CORPUS_ID[:2])
             score = required(data, "score")
             if isinstance(score, bool) or not isinstance(score, int | float) or score != score:
-                raise RecordError(
-                    f"score = {score!r:.40}; expected a number; correct it",
-                    reason="bad_type",
-                    field="score",
-                )
+                raise bad_type(score, "a number", "score")
             if score <= 0:
                 continue
             if page not in places:

@@ -12,7 +12,7 @@ from typing import Any
 
 from twn_rl.data.formats.input_files import as_list, required, text_of
 from twn_rl.data.images import resolve_inside
-from twn_rl.data.record import Item, RecordError
+from twn_rl.data.record import Item, RecordError, bad_type
 from twn_rl.evaluation.mmeb_v2.task_data import TaskRow, query_item
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 
@@ -84,11 +84,7 @@ def _pictures(root: Path, data: Mapping[str, Any]) -> list[tuple[str, str, Item]
 def _listed(data: Mapping[str, Any], name: str) -> list[str]:
     values = as_list(required(data, name))
     if not values or not all(isinstance(value, str) for value in values):
-        raise RecordError(
-            f"{name} = {values!r:.80}; expected a list of texts with the answer first; correct it",
-            reason="bad_type",
-            field=name,
-        )
+        raise bad_type(values, "a list of texts with the answer first", name)
     return values
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from twn_rl.data.record import Item, RecordError
+from twn_rl.data.record import Item, RecordError, bad_file
 from twn_rl.evaluation.mmeb_v2 import image_rows, video_rows
 from twn_rl.evaluation.mmeb_v2.documents import load_documents
 from twn_rl.evaluation.mmeb_v2.task_data import ItemTargets, TaskData, TaskQuery, TaskRow
@@ -130,11 +130,8 @@ def _read_labels(task: MmebTask, folder: BenchmarkFolder) -> list[str]:
         except ValueError as error:
             labels = error
         if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
-            raise RecordError(
-                f"labels = {labels!r:.80}; expected a JSON list of texts; correct the file",
-                reason="bad_file",
-                file=path,
-            )
+            detail = f"labels = {labels!r:.80}; expected a JSON list of texts; correct the file"
+            raise bad_file(path, detail)
         return labels
     return []
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from twn_rl.data.formats.input_files import as_list, required
 from twn_rl.data.images import resolve_inside
-from twn_rl.data.record import Item, RecordError
+from twn_rl.data.record import Item, RecordError, bad_type
 from twn_rl.evaluation.mmeb_v2.task_data import TaskRow, query_item
 from twn_rl.evaluation.mmeb_v2.task_files import read_frames
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
@@ -127,10 +127,7 @@ def _clip_candidates(task: MmebTask, root: Path, names: Sequence[str]) -> list[t
 def _clip_name(clip: Any) -> str:
     path = clip.get("output_path") if isinstance(clip, dict) else None
     if not isinstance(path, str) or not path:
-        raise RecordError(
-            f"clip = {clip!r:.80}; expected an object with output_path; correct the row",
-            reason="bad_type",
-        )
+        raise bad_type(clip, "a clip with output_path")
     return _frames_folder(path)
 
 
