@@ -11,7 +11,7 @@ from twn_rl.evaluation.gate_threshold import (
     curve_rows,
     gate_curve,
 )
-from twn_rl.evaluation.threshold_files import plot_gate_curves
+from twn_rl.evaluation.report.gate_chart import plot_gate_curves
 
 # Four inputs: helped, helped, unchanged, hurt; the gate ranks them rightly.
 GATE = [0.9, 0.7, 0.4, 0.1]
