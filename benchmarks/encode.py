@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from twn_rl.data.record import Item
+from twn_rl.inference.batches import in_batches
 from twn_rl.inference.embedder import ThinkingEmbedder
-from twn_rl.inference.length_batches import in_batches
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import evaluating
@@ -125,8 +125,8 @@ def make_arms(
     """Return name -> function that embeds all items."""
     model, options = embedder.model, limits(script)
     everyone = [True] * len(items)
-    rows = list(in_batches(items, script.batch_size))
-    batches = [([row.position for row in part], [row.item for row in part]) for part in rows]
+    parts = in_batches(items, script.batch_size)
+    batches = [(list(part), list(part.values())) for part in parts]
     collated = [model.collate(part) for _, part in batches]
     return {
         "all think": lambda: embedder.encode_query(items, think="always", **options),

@@ -118,7 +118,8 @@ def peer_ranks(
     queries = embed([record.query.text or "" for record in records])
     scores = (queries @ embed([item.text or "" for item in candidates.items]).T).numpy()
     is_rival = np.zeros(scores.shape, dtype=bool)
-    for row, columns in enumerate(candidates.competing):
+    for row in range(len(records)):
+        columns = candidates.competing(row)
         is_rival[row, columns] = True
     return positive_ranks(scores, candidates.positive, mask=~is_rival)
 

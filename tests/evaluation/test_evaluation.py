@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture
+from torch import nn
 
-from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item, Record
 from twn_rl.evaluation import (
     ABLATIONS,
@@ -20,9 +20,8 @@ from twn_rl.evaluation import (
 )
 from twn_rl.evaluation.modes import (
     Thought,
-    foreign_thoughts,
+    borrowed_thoughts,
     gold_thoughts,
-    shuffled_thoughts,
     truncated_thoughts,
 )
 from twn_rl.evaluation.results import query_values, summarize
@@ -31,6 +30,13 @@ from twn_rl.modeling.model import DualLoraModel
 
 WORDS = ("camel", "pizza", "zebra", "tree")
 QUIET = EvaluationSettings(batch_size=3, max_think_tokens=4, show_progress_bar=False)
+
+
+class SignGate(nn.Module):
+    """The contract of a gate: states (N, D) to probabilities (N,)."""
+
+    def probability(self, states: torch.Tensor) -> torch.Tensor:
+        return (states[:, 0] > 0).float()
 
 
 def make_records() -> list[Record]:
@@ -64,8 +70,8 @@ def test_equal_targets_are_one_candidate_and_pools_do_not_mix() -> None:
     )
     candidates = collect_candidates([*records, image_record])
     assert len(candidates.items) == len(WORDS) + 2
-    assert sorted(candidates.competing[0]) == [0, 1, 2, 3]
-    assert sorted(candidates.competing[-1]) == [4, 5]
+    assert sorted(candidates.competing(0)) == [0, 1, 2, 3]
+    assert sorted(candidates.competing(6)) == [4, 5]
     assert candidates.positive[0] == candidates.positive[4]
 
 
@@ -91,28 +97,24 @@ def test_further_positives_of_a_query_and_the_query_itself_are_no_rivals() -> No
     }
     for scope, expected in texts.items():
         candidates = collect_candidates(records, scope=scope)
-        found = [{candidates.items[i].text for i in rows} for rows in candidates.competing]
+        competing = [candidates.competing(index) for index in range(len(records))]
+        found = [{candidates.items[i].text for i in rows} for rows in competing]
         assert found == expected, scope
-    local = collect_candidates(records, scope="local").competing
-    assert local[1:3] == [local[1], local[2]]
-    assert [len(rows) for rows in local] == [1, 2, 2, 2]
 
 
 def test_local_candidates_are_the_own_positive_and_negatives() -> None:
     candidates = collect_candidates(make_records(), scope="local")
-    assert [len(columns) for columns in candidates.competing] == [2] * 6
-    assert all(
-        positive == columns[0]
-        for positive, columns in zip(candidates.positive, candidates.competing, strict=True)
-    )
+    for index, positive in enumerate(candidates.positive):
+        first, second = candidates.competing(index)
+        assert first == positive != second
 
 
 def test_shuffled_thoughts_stay_in_the_group_and_foreign_ones_leave_it() -> None:
     records = make_records()
-    own = [Thought(completion=(i,), text=str(i)) for i in range(6)]
+    own = [Thought(content=(i,), text=str(i)) for i in range(6)]
     group = [(r.metadata["task"], r.metadata["hops"]) for r in records]
-    shuffled = shuffled_thoughts(records, own, seed=1)
-    foreign = foreign_thoughts(records, own, seed=1)
+    shuffled = borrowed_thoughts(records, own, is_same_group=True, seed=1)
+    foreign = borrowed_thoughts(records, own, is_same_group=False, seed=1)
     for i in range(6):
         near, far = shuffled[i], foreign[i]
         assert near is not None
@@ -124,19 +126,18 @@ def test_shuffled_thoughts_stay_in_the_group_and_foreign_ones_leave_it() -> None
 
 def test_unusable_thoughts_are_never_lent() -> None:
     records = make_records()[4:]
-    own = [Thought(completion=(1,), text="fine"), Thought(problem="truncated")]
-    assert shuffled_thoughts(records, own) == [None, own[0]]
+    own = [Thought(content=(1,), text="fine"), Thought(problem="truncated")]
+    assert borrowed_thoughts(records, own, is_same_group=True) == [None, own[0]]
 
 
 def test_a_truncated_thought_is_the_first_half_of_a_usable_one() -> None:
-    renderer = Renderer()
     own = [
-        Thought(completion=(1,), text="camel left ; tree"),
-        Thought(completion=(1,), text="camel"),
+        Thought(content=(1,), text="camel left ; tree"),
+        Thought(content=(1,), text="camel"),
         Thought(text="camel left", problem="truncated"),
     ]
-    half, *rest = truncated_thoughts(own, renderer)
-    assert half == Thought(renderer.completion("camel left"), "camel left")
+    half, *rest = truncated_thoughts(own)
+    assert half == Thought("camel left", "camel left")
     assert rest == [None, None]
 
 
@@ -160,7 +161,7 @@ def test_cosines_tell_whether_vectors_read_their_thoughts(
 
 def test_records_without_a_cot_have_no_gold_thought() -> None:
     record = Record(id="a", source="s", query=Item(text="a"), positive=Item(text="b"))
-    assert gold_thoughts([record], Renderer()) == [None]
+    assert gold_thoughts([record]) == [None]
 
 
 def test_metrics_of_ranks_have_their_closed_form() -> None:
@@ -184,7 +185,8 @@ def test_every_mode_runs_and_oracle_is_the_better_of_both(
         gate_threshold=0.5,
     )
     records = make_records()
-    result = evaluate(model, records, settings, gate=lambda states: (states[:, 0] > 0).float())
+    model.gates["query"] = SignGate()
+    result = evaluate(model, records, settings)
     assert model.training
     rank = {
         mode: {row["id"]: row["ranks"] for row in result.queries if row["mode"] == mode}
@@ -258,7 +260,7 @@ def test_a_mean_vector_is_that_of_the_usable_thoughts(
     model, records = make_model(), make_records()[:2]
     words = ["<think> camel </think>", "<think> never closed", "<think> tree </think>"]
     written = [model.completion_ids(text, add_eos=True) for text in words]
-    monkeypatch.setattr(model, "reason", lambda prompts, **_: written * len(prompts))
+    monkeypatch.setattr(model, "reason", lambda prompts, rows, **_: written * len(rows))
     settings = dataclasses.replace(QUIET, modes=("averaged",), num_thoughts=3)
     rows = evaluate(model, records, settings).queries
     assert [row["mode"] for row in rows] == [f"averaged{n}" for n in (1, 1, 2, 2, 3, 3)]
@@ -272,8 +274,11 @@ def test_a_mean_vector_is_that_of_the_usable_thoughts(
 
 
 def test_auto_without_a_gate_is_refused(make_model: Callable[..., DualLoraModel]) -> None:
-    with pytest.raises(ValueError, match=r"without a gate; .*gate_embed\.py"):
+    with pytest.raises(ValueError, match=r"without a threshold; .*gate_embed\.py"):
         evaluate(make_model(), make_records(), dataclasses.replace(QUIET, modes=("auto",)))
+    settings = dataclasses.replace(QUIET, modes=("auto",), gate_threshold=0.5)
+    with pytest.raises(ValueError, match=r"no query gate .*gate_embed\.py"):
+        evaluate(make_model(), make_records(), settings)
 
 
 def test_a_malformed_thought_is_counted_and_embedded_as_no_think(
@@ -302,7 +307,7 @@ def test_non_finite_vectors_are_refused(make_model: Callable[..., DualLoraModel]
     model = make_model()
     with torch.no_grad():
         model.backbone.model.get_input_embeddings().get_parameter("weight").fill_(float("nan"))
-    with pytest.raises(ValueError, match="non-finite"):
+    with pytest.raises(ValueError, match=r"query of record 'q[0-9]': its vector holds NaN"):
         evaluate(model, make_records(), dataclasses.replace(QUIET, modes=("never",)))
 
 

@@ -8,8 +8,8 @@ from conftest import picture
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item
+from twn_rl.inference.batches import collate_usable, in_batches
 from twn_rl.inference.inputs import InputError, InputRules, as_list, is_single, parse_input
-from twn_rl.inference.length_batches import Row, collate_rows, in_batches
 from twn_rl.inference.shortlist import Shortlist
 from twn_rl.inference.thought_cache import CACHE_FILE, CotCache, cache_key
 from twn_rl.modeling.limits import PromptLimits
@@ -123,18 +123,18 @@ def test_a_prompt_fills_in_only_where_an_input_brings_no_instruction():
 
 def test_batches_go_from_long_to_short_and_lose_nobody():
     items = [Item(text="a" * n) for n in (5, 50, 1)] + [None, Item(images=(picture(1),))]
-    batches = [[row.position for row in rows] for rows in in_batches(items, 2)]
+    batches = [list(batch) for batch in in_batches(items, 2)]
     assert batches == [[4, 1], [0, 2]]
 
 
 def test_a_picture_the_processor_refuses_is_named_and_the_others_stay(make_backbone):
     backbone = make_backbone("qwen3_vl")
     strip = Item(images=(picture(1, 4000, 2),))
-    rows = [Row(3, Item(text="camel")), Row(5, strip), Row(9, Item(images=(picture(2, 64, 64),)))]
-    batch, kept, cut, errors = collate_rows(backbone, Renderer(), rows, PromptLimits())
-    assert [row.position for row in kept] == [3, 9]
+    items = {3: Item(text="camel"), 5: strip, 9: Item(images=(picture(2, 64, 64),))}
+    batch, kept, errors = collate_usable(backbone, Renderer(), items, PromptLimits())
+    assert list(kept) == [3, 9]
     assert len(batch["input_ids"]) == 2
-    assert cut == []
+    assert kept[3] == items[3]
     assert [error.position for error in errors] == [5]
     assert "the processor refuses it" in errors[0].problem
 

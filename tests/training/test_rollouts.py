@@ -322,7 +322,7 @@ def test_training_labels_mining_and_evaluation_leave_out_what_rewards_do(
     # Evaluation.
     candidates = collect_candidates(repeated)
     for position, texts in enumerate(NEGATIVES):
-        rivals = set(candidates.competing[position]) - {candidates.positive[position]}
+        rivals = set(candidates.competing(position)) - {candidates.positive[position]}
         assert {candidates.items[row].text for row in rivals} == texts
 
 

@@ -1,6 +1,6 @@
-"""Which thought a query is embedded with; knows strings and ids, no models and no vectors.
+"""Which thought a query is embedded with.
 
-A mode gives each query a completion or leaves the query out. `never` and `always` are the two ways
+A mode gives each query a thought or leaves the query out. `never` and `always` are the two ways
 of serving, `latent` a third for models with reason tokens; `oracle` takes the better of the first
 two per query and is the ceiling of any gate; `auto` is what a gate chooses and `random` what chance
 would at the same rate, `policy` what a policy that learned to decide chooses by its first token;
@@ -12,12 +12,13 @@ only its presence.
 """
 
 import random
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Record, hop_of, task_of
+from twn_rl.inference.details import EncodeDetails
+from twn_rl.inference.options import GivenThought
 
 THINKING_TARGETS = {"never_to_thinking": "never", "always_to_thinking": "always"}
 MODES = (
@@ -37,6 +38,8 @@ WORDLESS_MODES = ("never", "latent")
 # Modes that choose between the two ways of serving, query by query.
 CHOOSING_MODES = ("oracle", "auto", "random", "policy")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty", "truncated")
+# Ablations made of the model's own thoughts.
+BORROWING_MODES = ("shuffled", "foreign", "truncated")
 # Mode -> how a reader would call it.
 MODE_NAMES = {
     "never": "no thinking",
@@ -72,13 +75,13 @@ class Thought:
     """What one query is embedded with.
 
     Attributes:
-        completion: What follows the prompt, as text or ids; None embeds without thinking.
+        content: What `ThinkingEmbedder` is given to embed with; None embeds without thinking.
         text: The chain of thought to show.
         think_tokens: Tokens the model wrote for it, end of turn not counted.
         problem: Why the thought was not used ("truncated", "no_open", ...); None if it was.
     """
 
-    completion: str | tuple[int, ...] | None = None
+    content: GivenThought | None = None
     text: str = ""
     think_tokens: int = 0
     problem: str | None = None
@@ -87,48 +90,34 @@ class Thought:
 NO_THOUGHT = Thought()
 
 
-def gold_thoughts(records: Sequence[Record], renderer: Renderer) -> list[Thought | None]:
+def written_thoughts(details: EncodeDetails) -> list[list[Thought]]:
+    """Return the thoughts a model wrote about each query; those left out have no content."""
+    rows = zip(details.thought_ids, details.thoughts, details.problems, strict=True)
+    return [
+        [
+            Thought(tuple(ids) if problem is None else None, text, len(ids), problem)
+            for ids, text, problem in zip(*row, strict=True)
+        ]
+        for row in rows
+    ]
+
+
+def gold_thoughts(records: Sequence[Record]) -> list[Thought | None]:
     """Return the right thought of each record, `metadata["gold_cot"]` or else `query_cot`."""
     cots = [record.metadata.get("gold_cot") or record.query_cot for record in records]
-    return [Thought(completion=renderer.completion(cot), text=cot) if cot else None for cot in cots]
-
-
-def empty_thoughts(records: Sequence[Record], renderer: Renderer) -> list[Thought | None]:
-    """Return an opened and closed think span without content for each record."""
-    empty = Thought(completion=f"{renderer.think_open} {renderer.think_close}")
-    return [empty for _ in records]
-
-
-def shuffled_thoughts(
-    records: Sequence[Record], own: Sequence[Thought], *, seed: int = 0
-) -> list[Thought | None]:
-    """Return for each record another record's own thought, of the same task and hop.
-
-    Only usable thoughts are handed on, and none to the record it came from. A record whose task
-    has no other usable thought is left out.
-    """
-    groups = [(task_of(record), hop_of(record)) for record in records]
-    return _borrow(own, groups, seed=seed, is_same_group=True)
-
-
-def foreign_thoughts(
-    records: Sequence[Record], own: Sequence[Thought], *, seed: int = 0
-) -> list[Thought | None]:
-    """Return for each record the own thought of a record of another task or hop."""
-    groups = [(task_of(record), hop_of(record)) for record in records]
-    return _borrow(own, groups, seed=seed, is_same_group=False)
+    return [Thought(cot, cot) if cot else None for cot in cots]
 
 
 def choose(
     mode: str,
-    never: Mapping[str, Any] | None,
-    always: Mapping[str, Any] | None,
+    never: Mapping[str, Any],
+    always: Mapping[str, Any],
     think: bool | float,
     *,
     probability: float | None = None,
     gate_seconds: float = 0.0,
-    decision_seconds: float = 0.0,
-) -> dict[str, Any] | None:
+    policy_seconds: float = 0.0,
+) -> dict[str, Any]:
     """Return the result row of a query that thinks, does not, or thinks with a chance.
 
     A chance gives a row of both outcomes, weighted: its metrics are exact expectations.
@@ -139,15 +128,13 @@ def choose(
         always: Row with thinking.
         think: Whether to think, or the chance of it.
         probability: What the gate or the policy said, kept in the row.
-        gate_seconds: What choosing adds to a query that thinks: the vector the gate looks at.
-        decision_seconds: What it adds to one that does not: the prompt as the policy reads it.
+        gate_seconds: What the gate adds to a query that thinks.
+        policy_seconds: What it adds to one that does not: the prompt as the policy reads it.
     """
-    if never is None or always is None:
-        return None
     chance = float(think)
     row = {**(always if chance >= 0.5 else never), "mode": mode, "think_rate": chance}
     thinking_seconds = always["seconds"] + gate_seconds
-    direct_seconds = never["seconds"] + decision_seconds
+    direct_seconds = never["seconds"] + policy_seconds
     row["seconds"] = (1.0 - chance) * direct_seconds + chance * thinking_seconds
     if probability is not None:
         row["policy_probability" if mode == "policy" else "gate_probability"] = probability
@@ -158,7 +145,7 @@ def choose(
     return row
 
 
-def truncated_thoughts(own: Sequence[Thought], renderer: Renderer) -> list[Thought | None]:
+def truncated_thoughts(own: Sequence[Thought]) -> list[Thought | None]:
     """Return the first half of the words of each usable own thought, properly closed.
 
     A thought of one word has no first half and is left out.
@@ -167,16 +154,21 @@ def truncated_thoughts(own: Sequence[Thought], renderer: Renderer) -> list[Thoug
     for thought in own:
         words = thought.text.split()
         half = " ".join(words[: len(words) // 2])
-        is_usable = thought.completion is not None and half
-        halves.append(Thought(renderer.completion(half), half) if is_usable else None)
+        halves.append(Thought(half, half) if thought.content is not None and half else None)
     return halves
 
 
-def _borrow(
-    own: Sequence[Thought], groups: Sequence[Hashable], *, seed: int, is_same_group: bool
+def borrowed_thoughts(
+    records: Sequence[Record], own: Sequence[Thought], *, is_same_group: bool, seed: int = 0
 ) -> list[Thought | None]:
+    """Return for each record another record's own thought, of the same task and hop or of others.
+
+    Only usable thoughts are handed on, and none to the record it came from. A record for which
+    there is none is left out.
+    """
     rng = random.Random(seed)
-    usable = [index for index, thought in enumerate(own) if thought.completion is not None]
+    groups = [(task_of(record), hop_of(record)) for record in records]
+    usable = [index for index, thought in enumerate(own) if thought.content is not None]
     lenders = {
         group: [index for index in usable if (groups[index] == group) == is_same_group]
         for group in dict.fromkeys(groups)

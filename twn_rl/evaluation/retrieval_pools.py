@@ -1,16 +1,15 @@
-"""What a query is ranked against: distinct targets in pools; knows no vectors and no models.
+"""What a query is ranked against: distinct targets in pools.
 
 Further positives of a query, and the query itself, are no rivals: see `false_negatives`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from PIL import Image
 
-from twn_rl.data.record import Item, Record
+from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives
 
 CandidateScope = Literal["pool", "local"]
@@ -24,13 +23,20 @@ class Candidates:
         items: M distinct items; equal content is one candidate.
         keys: Their content keys, shortened.
         positive: Per record the index of its positive.
-        competing: Per record the indices of all its candidates: its positive and its rivals.
+        pools: Per record the indices of its pool; records of a pool share one list.
+        barred: Per record those of them that are neither its positive nor rivals.
     """
 
     items: list[Item]
     keys: list[str]
     positive: list[int]
-    competing: Sequence[list[int]]
+    pools: list[list[int]]
+    barred: list[frozenset[int]]
+
+    def competing(self, index: int) -> list[int]:
+        """Return the indices of all candidates of a record: its positive and its rivals."""
+        pool, barred = self.pools[index], self.barred[index]
+        return [row for row in pool if row not in barred] if barred else pool
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return key -> text and picture paths of every candidate, for a report."""
@@ -41,18 +47,15 @@ def collect_candidates(
     records: Sequence[Record],
     *,
     scope: CandidateScope = "pool",
-    data_root: str | Path | None = None,
 ) -> Candidates:
     """Return the candidates of each record.
 
     Args:
         records: N records.
-        scope: "pool": every positive and negative of all records with an equal
-            `metadata["pool"]` (records without one share a pool). "local": the record's own
-            positive and negatives. Less what is no negative of the query.
-        data_root: Folder that relative picture paths are relative to.
+        scope: "pool": every positive and negative of all records of the same `pool_of`. "local":
+            the record's own positive and negatives. Less what is no negative of the query.
     """
-    catalogue = _Catalogue(data_root)
+    catalogue = _Catalogue()
     positive = [catalogue.index(record.positive) for record in records]
     negatives = [[catalogue.index(item) for item in record.negatives] for record in records]
     # A dict keeps the order of first appearance, which makes results independent of hash seeds.
@@ -61,7 +64,7 @@ def collect_candidates(
         competing = [list(indices) for indices in own]
     else:
         pools: dict[str, dict[int, None]] = {}
-        names = [str(record.metadata.get("pool")) for record in records]
+        names = [pool_of(record) for record in records]
         for name, indices in zip(names, own, strict=True):
             pools.setdefault(name, {}).update(indices)
         columns = {name: list(indices) for name, indices in pools.items()}
@@ -74,7 +77,7 @@ def collect_candidates(
         frozenset(rows[key] for key in known.of(query) if key in rows and key != own)
         for query, own in zip(queries, own_keys, strict=True)
     ]
-    return Candidates(catalogue.items, catalogue.keys, positive, _Competing(competing, barred))
+    return Candidates(catalogue.items, catalogue.keys, positive, competing, barred)
 
 
 def describe_item(item: Item) -> dict[str, Any]:
@@ -87,33 +90,12 @@ def describe_item(item: Item) -> dict[str, Any]:
     }
 
 
-class _Competing(Sequence[list[int]]):
-    """Lists less some indices, made when asked for: records of a pool share one long list."""
-
-    def __init__(self, lists: list[list[int]], barred: list[frozenset[int]]) -> None:
-        self._lists, self._barred = lists, barred
-
-    def __len__(self) -> int:
-        return len(self._lists)
-
-    @overload
-    def __getitem__(self, index: int) -> list[int]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[list[int]]: ...
-    def __getitem__(self, index: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(index, slice):
-            return [self[row] for row in range(*index.indices(len(self)))]
-        rows, barred = self._lists[index], self._barred[index]
-        return [row for row in rows if row not in barred] if barred else rows
-
-
 class _Catalogue:
     """Distinct items in order of first appearance."""
 
-    def __init__(self, data_root: str | Path | None) -> None:
+    def __init__(self) -> None:
         self.items: list[Item] = []
         self.keys: list[str] = []
-        self._data_root = data_root
         self.row_of: dict[str, int] = {}
         self._key_of: dict[Item, str] = {}  # spares decoding one picture for each of its uses
 
@@ -122,7 +104,7 @@ class _Catalogue:
         has_paths_only = not any(isinstance(p, Image.Image) for p in (*item.images, *item.video))
         if has_paths_only and item in self._key_of:
             return self._key_of[item]
-        key = item.content_key(self._data_root)[:16]
+        key = item.content_key()[:16]
         if has_paths_only:
             self._key_of[item] = key
         return key

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from twn_rl.inference.outputs import EncodeDetails
+from twn_rl.inference.details import EncodeDetails
 from twn_rl.runtime.whole_files import write_text
 
 # Of the signs of collapse the worse one counts.

@@ -7,30 +7,31 @@ thinking, and let queries think when the gate says so. Those are the defaults.
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twn_rl.data.record import Item
+from twn_rl.inference.chooser import make_chooser
+from twn_rl.inference.details import EncodeDetails, Ledger
 from twn_rl.inference.inputs import InputError, InputRules, as_list, is_single, parse_input
-from twn_rl.inference.ledger import Ledger
-from twn_rl.inference.options import EncodeOptions, Think, think_mask
-from twn_rl.inference.outputs import as_float_rows, finish
-from twn_rl.inference.scheduler import Chooser, EncodeRun
+from twn_rl.inference.options import EncodeOptions, QueryOptions, Side, SidedOptions, takes
+from twn_rl.inference.reading_pass import ReadingPass
 from twn_rl.inference.thought_cache import CotCache
 from twn_rl.inference.thought_pool import ThoughtCache
+from twn_rl.inference.vector_forms import as_float_rows
+from twn_rl.inference.way import Way
 from twn_rl.modeling.backbone import Backbone
-from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
-from twn_rl.modeling.gate import THRESHOLD_FIELDS
 from twn_rl.modeling.limits import prompt_room
 from twn_rl.modeling.model import DualLoraModel
 
-Side = Literal["query", "document"]
-SIDES = ("query", "document")
+# What reading depends on, and what is done to all ways at once.
+_READING_OPTIONS = ("batch_size", "max_think_tokens", "on_bad_input", "prompt", "show_progress_bar")
 
 
 class ThinkingEmbedder:
@@ -84,17 +85,18 @@ class ThinkingEmbedder:
         model = DualLoraModel.from_pretrained(path, backbone=backbone, dtype=dtype)
         return cls(model.to(device), cot_cache_dir=cot_cache_dir)
 
-    def encode_query(self, inputs: Any, *, think: Think = "auto", **options: Any) -> Any:
+    @takes(QueryOptions)
+    def encode_query(self, inputs: Any, options: EncodeOptions) -> Any:
         """Return vectors of what searches; gate or policy decides who thinks. See `encode`."""
-        return self.encode(inputs, side="query", think=think, **options)
+        return self._encode(inputs, "query", options)
 
-    def encode_document(self, inputs: Any, *, think: Think = "never", **options: Any) -> Any:
+    @takes(EncodeOptions)
+    def encode_document(self, inputs: Any, options: EncodeOptions) -> Any:
         """Return vectors of what is found; nobody thinks unless asked for. See `encode`."""
-        return self.encode(inputs, side="document", think=think, **options)
+        return self._encode(inputs, "document", options)
 
-    def encode(
-        self, inputs: Any, *, side: Side = "query", think: Think = "never", **options: Any
-    ) -> Any:
+    @takes(SidedOptions)
+    def encode(self, inputs: Any, options: SidedOptions) -> Any:
         """Return one vector per input, in the order of the inputs.
 
         A vector depends on its input and the options alone, never on the other inputs (but for
@@ -108,13 +110,10 @@ class ThinkingEmbedder:
                 "images", "video" (its frames) and "instruction", chat messages (one user message,
                 before it perhaps a system message, which is the instruction), or an `Item`.
                 Remote URLs are refused.
-            side: "query" or "document": whose gate is asked; the policy decides about queries.
-            think: "auto", "always", "never", "latent" (the model's reason tokens instead of a
-                written thought; one pass, no tokens), or one bool per input. "auto" asks the side's
-                gate, or the policy; a model with reason tokens and neither of the two reads inputs
-                as in training. Documents of a model with `latent_documents` have a latent thought
+            options: Keyword arguments, see `EncodeOptions`; and `side`, see `SidedOptions`. Under
+                "auto", a model with reason tokens and neither gate nor policy reads inputs as in
+                training. Documents of a model with `latent_documents` have a latent thought
                 wherever they have no written one.
-            options: Fields of `EncodeOptions`.
 
         Returns:
             (N, D) float32 unit vectors as an array, (D,) for a single input; other forms by
@@ -125,27 +124,68 @@ class ThinkingEmbedder:
             ValueError: For options that contradict each other or the model.
             TypeError: For unknown options.
         """
-        settings = EncodeOptions.from_arguments({"think": think, **options})
-        values, single = as_list(inputs), is_single(inputs)
-        chooser = self._chooser(side, settings, len(values))
-        self._check_width(settings)
+        return self._encode(inputs, options.side, options)
+
+    def encode_ways(
+        self, inputs: Any, ways: Mapping[str, EncodeOptions], *, side: Side = "query"
+    ) -> dict[str, EncodeDetails]:
+        """Return the details of one list of inputs under several options, by their names.
+
+        Everything is read once: pictures, prompts, and what thoughts are written from.
+
+        Args:
+            inputs: A list, see `encode`.
+            ways: Name -> options, which must agree in what reading depends on: `batch_size`,
+                `max_think_tokens`, `on_bad_input`, `prompt` and `show_progress_bar`.
+            side: See `SidedOptions`.
+
+        Raises:
+            InputError: For an input that cannot be embedded, with its position.
+            ValueError: For options that contradict each other or the model.
+        """
+        for name in _READING_OPTIONS:
+            values = {way: getattr(options, name) for way, options in ways.items()}
+            if len(set(values.values())) != 1:
+                raise ValueError(
+                    f"{name} by way = {values}; expected at least one way and the same in all of "
+                    "them, inputs are read once; change these options"
+                )
+        every = [replace(options, return_details=True) for options in ways.values()]
+        return dict(zip(ways, self._details(inputs, side, every), strict=True))
+
+    def _encode(self, inputs: Any, side: Side, options: EncodeOptions) -> Any:
+        (details,) = self._details(inputs, side, [options])
+        return details if options.return_details else details.embeddings
+
+    def _details(
+        self, inputs: Any, side: Side, every: Sequence[EncodeOptions]
+    ) -> list[EncodeDetails]:
+        """Embed under every one of some options, which agree in what reading depends on."""
+        values, single, width = as_list(inputs), is_single(inputs), self.model.hidden_size
+        choosers = [make_chooser(self.model, side, options, len(values)) for options in every]
+        for options in every:
+            if options.truncate_dim is not None and options.truncate_dim > width:
+                raise ValueError(
+                    f"truncate_dim = {options.truncate_dim}; expected at most the width {width}; "
+                    "lower it or leave it out"
+                )
         with self._turn:
-            width, is_strict = self.model.hidden_size, settings.on_bad_input == "raise"
-            ledger = Ledger(len(values), width, is_strict=is_strict)
-            run = EncodeRun(
-                self.model,
-                self._items(values, settings, ledger),
-                settings,
-                chooser,
-                ledger,
-                limits=replace(self.model.limits, max_length=self._prompt_limit(settings)),
-                cache=self._cache,
-            )
-            run.run()
-        ledger.details.log()
-        vectors = finish(ledger.states, settings, is_single=single, device=self.device)
-        ledger.details.embeddings = vectors
-        return ledger.details if settings.return_details else vectors
+            is_strict = every[0].on_bad_input == "raise"
+            ledgers = [Ledger(len(values), width, is_strict=is_strict) for _ in every]
+            items = self._items(values, every[0].prompt, ledgers)
+            usable = sum(item is not None for item in items)
+            ways = [
+                Way(self.model, *parts, num_usable=usable, cache=self._cache)
+                for parts in zip(every, choosers, ledgers, strict=True)
+            ]
+            # The same whether or not a call thinks: vectors must agree.
+            asked = self._max_seq_length or self.model.config.max_length
+            longest = self._longest_prompt(asked, every[0].max_think_tokens)
+            limits = replace(self.model.limits, max_length=longest)
+            ReadingPass(self.model, items, ways, limits=limits).run()
+        for options, ledger in zip(every, ledgers, strict=True):
+            ledger.finish(options, is_single=single, device=self.device)
+        return [ledger.details for ledger in ledgers]
 
     def similarity(self, queries: Any, documents: Any) -> Tensor:
         """Return cosine similarities (N, M) of float vectors (N, D) and (M, D); one may be (D,)."""
@@ -177,6 +217,14 @@ class ThinkingEmbedder:
         """Return whether an input may hold "text", "image", "video" or be a "message"."""
         return modality in self.modalities
 
+    @property
+    def reserved_tokens(self) -> frozenset[str]:
+        """Tokens that no text may hold: placeholders of pictures, read-outs, reason tokens."""
+        backbone = self.model.backbone
+        tail_ids = [*self.model.readout_ids, *self.model.reason_ids]
+        tail = backbone.tokenizer.convert_ids_to_tokens(tail_ids)
+        return frozenset(backbone.placeholder_tokens() | set(tail))
+
     def get_embedding_dimension(self) -> int:
         """Return the width D of a vector."""
         return self.model.hidden_size
@@ -190,7 +238,7 @@ class ThinkingEmbedder:
         """
         if self._max_seq_length is not None:
             return self._max_seq_length
-        return _least(self.model.config.max_length, prompt_room(*self._parts))
+        return self._longest_prompt(self.model.config.max_length)
 
     @max_seq_length.setter
     def max_seq_length(self, tokens: int | None) -> None:
@@ -201,104 +249,28 @@ class ThinkingEmbedder:
             )
         self._max_seq_length = tokens
 
-    @property
-    def _parts(self) -> tuple[Backbone, TwnConfig]:
-        return self.model.backbone, self.model.config
-
-    def _prompt_limit(self, options: EncodeOptions) -> int | None:
-        """Return the longest prompt of a call, whether or not it thinks: vectors must agree."""
-        asked = self._max_seq_length
-        limit = self.model.config.max_length if asked is None else asked
-        return _least(limit, prompt_room(*self._parts, options.max_think_tokens))
+    def _longest_prompt(self, asked: int | None, max_think_tokens: int | None = None) -> int | None:
+        """Return what was asked for, but at most what the backbone's context leaves."""
+        room = prompt_room(self.model.backbone, self.model.config, max_think_tokens)
+        return min((limit for limit in (asked, room) if limit is not None), default=None)
 
     def _items(
-        self, values: list[Any], options: EncodeOptions, ledger: Ledger
+        self, values: list[Any], prompt: str | None, ledgers: Sequence[Ledger]
     ) -> list[Item | None]:
-        backbone = self.model.backbone
-        tail_ids = [*self.model.readout_ids, *self.model.reason_ids]
-        tail = backbone.tokenizer.convert_ids_to_tokens(tail_ids)
         rules = InputRules(
-            instruction=options.prompt,
-            is_multimodal=backbone.is_multimodal,
-            reserved_tokens=frozenset(backbone.placeholder_tokens() | set(tail)),
+            instruction=prompt,
+            is_multimodal=self.model.backbone.is_multimodal,
+            reserved_tokens=self.reserved_tokens,
         )
         items: list[Item | None] = []
         for position, value in enumerate(values):
             try:
                 items.append(parse_input(value, position, rules))
             except InputError as error:
-                ledger.refuse(error)
+                for ledger in ledgers:
+                    ledger.refuse(error)
                 items.append(None)
         return items
-
-    def _chooser(self, side: str, options: EncodeOptions, count: int) -> Chooser:
-        if side not in SIDES:
-            raise ValueError(f"side = {side!r}; expected one of {SIDES}; correct it")
-        mask = think_mask(options.think, count)
-        is_latent = side == "document" and self.model.config.latent_documents
-        if isinstance(options.think, str) and options.think == "latent":
-            self._check_reason_tokens()
-            is_latent = True
-        if mask is not None:
-            return Chooser(mask=mask, is_latent=is_latent)
-        if self._is_policy_asked(side, options):
-            threshold = options.think_threshold
-            return Chooser(
-                threshold=self.model.config.policy_threshold if threshold is None else threshold,
-                is_latent=is_latent,
-            )
-        if side not in self.model.gates and self.model.reason_ids and options.is_ungated:
-            return Chooser(mask=[False] * count, is_latent=is_latent or side == "query")
-        if side not in self.model.gates:
-            raise ValueError(
-                f"think = 'auto' but the model has no {side} gate (gates: "
-                f"{sorted(self.model.gates)}); expected a fitted one; run recipes/gate_embed.py on "
-                "this checkpoint, or pass think='always', 'never' or one bool per input"
-            )
-        gate: Any = self.model.gates[side]
-        threshold = options.think_threshold
-        if threshold is None:
-            threshold = getattr(self.model.config, THRESHOLD_FIELDS[side])
-        if threshold is None and options.think_rate is None:
-            raise ValueError(
-                f"{THRESHOLD_FIELDS[side]} = None; expected the probability above which a {side} "
-                "thinks; fit it with recipes/gate_embed.py, or pass think_threshold or think_rate"
-            )
-        return Chooser(gate=gate.probability, threshold=threshold, is_latent=is_latent)
-
-    def _check_reason_tokens(self) -> None:
-        if not self.model.reason_ids:
-            raise ValueError(
-                "think = 'latent' but the model has num_reason_tokens = 0; expected at least one; "
-                "train one with recipes/latent_embed.py, or pass think='always', 'never' or 'auto'"
-            )
-
-    def _is_policy_asked(self, side: str, options: EncodeOptions) -> bool:
-        """Tell whether the policy decides; it learned to about queries only."""
-        if side == "document" and options.think_decision is None:
-            return False
-        is_asked = (options.think_decision or self.model.config.thinking_decision) == "policy"
-        if is_asked and (side == "document" or not self.model.is_policy_deciding):
-            raise ValueError(
-                f"think_decision = 'policy' for the {side} side of a model with thinking_decision "
-                f"= {self.model.config.thinking_decision!r}; expected queries and a policy that "
-                "learned to decide; train one with recipes/adaptive_embed.py, or pass "
-                "think_decision='gate', think='always' or 'never'"
-            )
-        return is_asked
-
-    def _check_width(self, options: EncodeOptions) -> None:
-        width = self.model.hidden_size
-        if options.truncate_dim is not None and options.truncate_dim > width:
-            raise ValueError(
-                f"truncate_dim = {options.truncate_dim}; expected at most the width {width}; "
-                "lower it or leave it out"
-            )
-
-
-def _least(*limits: int | None) -> int | None:
-    """Return the smallest of the limits there are; None if there is none."""
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _unit(vectors: Any) -> Tensor:

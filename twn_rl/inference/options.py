@@ -1,48 +1,62 @@
-"""What a call of `encode` may be told, checked at once. Knows no models and no inputs."""
+"""What a call of `encode` may be told: one class whose fields are the keyword arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
-
-import numpy as np
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 from twn_rl.modeling.config import ThinkingDecision
+from twn_rl.runtime.problems import Problems
 
 ThinkMode = Literal["auto", "always", "never", "latent"]
+Side = Literal["query", "document"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-Think = ThinkMode | Sequence[bool]
+# The text of a thought without markers, or the token ids of one with them.
+GivenThought = str | Sequence[int]
+# Entries may be bools, given thoughts and None. A sequence of them would let any text pass as one.
+Think = ThinkMode | Sequence[bool] | list[Any] | tuple[Any, ...]
+
+Arguments = ParamSpec("Arguments")
+Self = TypeVar("Self")
+Inputs = TypeVar("Inputs")
+Result = TypeVar("Result")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
     """Settings of one call; the names are those of sentence-transformers where it has them.
 
     Attributes:
         think: "auto" asks the gate or the policy, "always", "never", "latent" thinks in the model's
-            reason tokens and writes nothing, or one bool per input.
+            reason tokens and writes nothing. Or a list with one entry per input: a bool, or the
+            thought to embed the input with: its text, or token ids as `EncodeDetails.thought_ids`
+            has them; "" is an empty thought, None no thought.
         think_decision: With "auto", whom to ask, "gate" or "policy"; None asks whom the model
             names (`TwnConfig.thinking_decision`). About documents the gate alone is asked.
         think_rate: With "auto", think about this share of the call's inputs, those with the
             highest probability (rounded down); None uses the threshold. Which inputs think
             then depends on the other inputs of the call.
-        think_threshold: With "auto", think above this probability; None takes the model's.
+        think_threshold: With "auto", think above this probability; None takes the model's. With 1
+            nobody thinks, and the details still hold the probabilities.
         max_think_tokens: Longest thought in tokens; None takes the model's. Longer thoughts count
             as truncated and leave the no-think vector.
         do_sample: Sample thoughts instead of taking the likeliest tokens.
         temperature: Of sampling, above 0.
         top_p: Of nucleus sampling; 1 is off.
         num_thoughts: Sampled thoughts per input; the vector is the mean of their vectors.
-        seed: Decides sampled thoughts, together with the content of the input alone.
+        seed: Decides sampled thoughts, together with the content of the input alone; or one seed
+            per input, which then decides by itself.
         prompt: Instruction for inputs that bring none.
         batch_size: Inputs a forward, and thoughts written together.
-        show_progress_bar: None shows it if the log level is INFO or lower.
+        show_progress_bar: None shows it if the log level is INFO or lower; a text is its title.
         convert_to_numpy: Return an array; otherwise a list of tensors.
         convert_to_tensor: Return a tensor on the model's device; wins over `convert_to_numpy`.
         normalize_embeddings: Return unit vectors.
         truncate_dim: Keep the first numbers only (and normalise again); None keeps all.
-        precision: Other than "float32": see `twn_rl.inference.outputs.quantize`.
+        precision: Other than "float32": see `twn_rl.inference.vector_forms.quantize`.
         on_bad_input: "raise", or "skip": an input that cannot be embedded gets a zero vector, and
             the details name position and reason.
         prefix_cache_gib: With `think_rate`, memory for what was read of inputs that may be chosen;
@@ -59,10 +73,10 @@ class EncodeOptions:
     temperature: float = 1.0
     top_p: float = 1.0
     num_thoughts: int = 1
-    seed: int = 0
+    seed: int | Sequence[int] = 0
     prompt: str | None = None
     batch_size: int = 32
-    show_progress_bar: bool | None = None
+    show_progress_bar: bool | str | None = None
     convert_to_numpy: bool = True
     convert_to_tensor: bool = False
     normalize_embeddings: bool = True
@@ -74,100 +88,148 @@ class EncodeOptions:
 
     def __post_init__(self) -> None:
         """Collect every problem of the call into one error."""
-        problems = [*self._think_problems(), *self._other_problems()]
-        if problems:
-            raise ValueError("encode: " + "; ".join(problems) + "; change these arguments")
+        problems, is_auto = Problems(), self.is_auto
+        modes, decisions, precisions = map(get_args, (ThinkMode, ThinkingDecision, Precision))
+        problems.unless(
+            not isinstance(self.think, str) or self.think in modes,
+            f"think = {self.think!r}, expected one of {modes} or a list of bools or thoughts",
+        )
+        problems.unless(
+            self.think_rate is None or self.think_threshold is None,
+            "think_rate and think_threshold are both given, expected one",
+        )
+        problems.unless(
+            is_auto or self.is_ungated,
+            "think_rate or think_threshold without a gate, expected them with think='auto'",
+        )
+        problems.unless(
+            is_auto or self.think_decision is None,
+            f"think_decision = {self.think_decision!r} where nothing is decided, expected it with "
+            "think='auto'",
+        )
+        problems.unless(
+            self.think_decision in (None, *decisions),
+            f"think_decision = {self.think_decision!r}, expected one of {decisions} or None",
+        )
+        problems.expect(self, "None or in [0, 1]", "think_rate", "think_threshold")
+        problems.expect(self, "None or >= 1", "max_think_tokens", "truncate_dim")
+        problems.expect(self, "> 0", "temperature")
+        problems.expect(self, "in (0, 1]", "top_p")
+        problems.expect(self, ">= 1", "num_thoughts", "batch_size")
+        problems.expect(self, ">= 0", "prefix_cache_gib")
+        problems.unless(
+            self.do_sample or (self.temperature, self.top_p, self.num_thoughts) == (1, 1, 1),
+            "temperature, top_p or num_thoughts are set, expected do_sample=True with them",
+        )
+        problems.unless(
+            self.precision in precisions,
+            f"precision = {self.precision!r}, expected one of {precisions}",
+        )
+        problems.unless(
+            self.on_bad_input in ("raise", "skip"),
+            f"on_bad_input = {self.on_bad_input!r}, expected 'raise' or 'skip'",
+        )
+        problems.refuse("encode", "change these arguments")
 
-    @classmethod
-    def from_arguments(cls, arguments: Mapping[str, Any]) -> EncodeOptions:
-        """Return the options of keyword arguments.
-
-        Raises:
-            TypeError: For arguments that do not exist.
-        """
-        known = [option.name for option in fields(cls)]
-        unknown = sorted(set(arguments) - set(known))
-        if unknown:
-            raise TypeError(
-                f"encode got unknown arguments {unknown}; expected only {known}; "
-                "correct or remove them"
-            )
-        return cls(**arguments)
+    @property
+    def is_auto(self) -> bool:
+        """Whether the gate or the policy decides."""
+        return isinstance(self.think, str) and self.think == "auto"
 
     @property
     def is_ungated(self) -> bool:
         """Whether nothing is asked for that only a gate can answer."""
         return self.think_rate is None and self.think_threshold is None
 
-    def _think_problems(self) -> list[str]:
-        is_gated = isinstance(self.think, str) and self.think == "auto"
-        checks = {
-            f"think = {self.think!r}, expected one of {get_args(ThinkMode)} or a list of bools": (
-                not isinstance(self.think, str) or self.think in get_args(ThinkMode)
-            ),
-            "think_rate and think_threshold are both given, expected one": (
-                self.think_rate is None or self.think_threshold is None
-            ),
-            "think_rate or think_threshold without a gate, expected them with think='auto'": (
-                is_gated or (self.think_rate is None and self.think_threshold is None)
-            ),
-            f"think_decision = {self.think_decision!r} where nothing is decided, expected it with "
-            "think='auto'": is_gated or self.think_decision is None,
-            f"think_decision = {self.think_decision!r}, expected one of "
-            f"{get_args(ThinkingDecision)} or None": (
-                self.think_decision in (None, *get_args(ThinkingDecision))
-            ),
-            f"think_rate = {self.think_rate}, expected in [0, 1]": _is_share(self.think_rate),
-            f"think_threshold = {self.think_threshold}, expected in [0, 1]": _is_share(
-                self.think_threshold
-            ),
-            f"max_think_tokens = {self.max_think_tokens}, expected >= 1": (
-                self.max_think_tokens is None or self.max_think_tokens >= 1
-            ),
-            f"temperature = {self.temperature}, expected > 0": self.temperature > 0,
-            f"top_p = {self.top_p}, expected in (0, 1]": 0 < self.top_p <= 1,
-            f"num_thoughts = {self.num_thoughts}, expected >= 1": self.num_thoughts >= 1,
-            "temperature, top_p or num_thoughts are set, expected do_sample=True with them": (
-                self.do_sample or (self.temperature, self.top_p, self.num_thoughts) == (1, 1, 1)
-            ),
-        }
-        return [problem for problem, is_fine in checks.items() if not is_fine]
+    def per_input(self, count: int) -> list[bool | GivenThought]:
+        """Return for each of `count` inputs whether it writes a thought, or which it is given.
 
-    def _other_problems(self) -> list[str]:
-        checks = {
-            f"batch_size = {self.batch_size}, expected >= 1": self.batch_size >= 1,
-            f"truncate_dim = {self.truncate_dim}, expected >= 1 or None": (
-                self.truncate_dim is None or self.truncate_dim >= 1
-            ),
-            f"precision = {self.precision!r}, expected one of {get_args(Precision)}": (
-                self.precision in get_args(Precision)
-            ),
-            f"on_bad_input = {self.on_bad_input!r}, expected 'raise' or 'skip'": (
-                self.on_bad_input in ("raise", "skip")
-            ),
-            f"prefix_cache_gib = {self.prefix_cache_gib}, expected >= 0": (
-                self.prefix_cache_gib >= 0
-            ),
-        }
-        return [problem for problem, is_fine in checks.items() if not is_fine]
+        Raises:
+            ValueError: If a list of thoughts or seeds has another length, or strange entries.
+        """
+        if not isinstance(self.seed, int) and len(self.seed) != count:
+            raise ValueError(
+                f"seed has {len(self.seed)} values for {count} inputs; expected one int, or one "
+                "per input; correct the list"
+            )
+        if isinstance(self.think, str):
+            return [self.think == "always"] * count
+        entries = _plain(self.think)
+        values = [value for value in map(_entry, entries) if value is not None]
+        if not len(entries) == len(values) == count:
+            raise ValueError(
+                f"think = {str(entries)[:80]} ({len(entries)} values) for {count} inputs; expected "
+                "one bool or thought per input, or 'auto', 'always', 'never', 'latent'; correct "
+                "the list"
+            )
+        return values
 
 
-def think_mask(think: Think, count: int) -> list[bool] | None:
-    """Return one bool per input, or None if the gate or the policy decides.
+@dataclass(frozen=True, kw_only=True)
+class QueryOptions(EncodeOptions):
+    """Settings of what searches: by default gate or policy decides who thinks."""
 
-    Raises:
-        ValueError: If a list has another length, or holds something else than bools.
+    think: Think = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SidedOptions(EncodeOptions):
+    """Settings of either side.
+
+    Attributes:
+        side: "query" or "document": whose gate is asked; the policy decides about queries.
     """
-    if isinstance(think, str):
-        return None if think == "auto" else [think == "always"] * count
-    values = think.tolist() if hasattr(think, "tolist") else list(think)  # type: ignore[union-attr]
-    if len(values) != count or not all(isinstance(value, bool | np.bool_) for value in values):
-        raise ValueError(
-            f"think = {str(values)[:80]} ({len(values)} values) for {count} inputs; expected one "
-            "bool per input, or 'auto', 'always', 'never', 'latent'; correct the list"
-        )
-    return [bool(value) for value in values]
+
+    side: Side = "query"
 
 
-def _is_share(value: float | None) -> bool:
-    return value is None or 0.0 <= value <= 1.0
+def takes(
+    options: Callable[Arguments, EncodeOptions],
+) -> Callable[
+    [Callable[[Self, Inputs, Any], Result]], Callable[Concatenate[Self, Inputs, Arguments], Result]
+]:
+    """Let a method (self, inputs, options) be called with the fields of `options` as keywords.
+
+    Type checkers, editors and `inspect.signature` see each of them with its type and default.
+    """
+    keywords = list(inspect.signature(options).parameters.values())
+    known = [keyword.name for keyword in keywords]
+
+    def decorate(
+        method: Callable[[Self, Inputs, Any], Result],
+    ) -> Callable[Concatenate[Self, Inputs, Arguments], Result]:
+        @functools.wraps(method)
+        def encode(
+            self: Self, inputs: Inputs, *args: Arguments.args, **arguments: Arguments.kwargs
+        ) -> Result:
+            if unknown := sorted(set(arguments) - set(known)):
+                raise TypeError(
+                    f"encode got unknown arguments {unknown}; expected only {known}; "
+                    "correct or remove them"
+                )
+            return method(self, inputs, options(*args, **arguments))
+
+        signature = inspect.signature(method)
+        own = list(signature.parameters.values())[:2]
+        encode.__signature__ = signature.replace(parameters=[*own, *keywords])  # type: ignore[attr-defined]
+        return encode
+
+    return decorate
+
+
+def _entry(value: Any) -> bool | GivenThought | None:
+    """Return what a list says of one input, False for no thought; None if it is no such thing."""
+    value = _plain(value)
+    if isinstance(value, bool | str):
+        return value
+    if value is None:
+        return False
+    is_ids = isinstance(value, list) and all(type(token) is int for token in value)
+    return value if is_ids else None
+
+
+def _plain(value: Any) -> Any:
+    """Return arrays, tensors and their scalars as Python has them, and sequences as lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

@@ -1,25 +1,24 @@
-"""Inputs that are to think: pooled over batches, written together, read out where reading stopped.
-
-Knows neither who chose them nor how inputs came in.
-"""
+"""Inputs that are to think: pooled over batches, written together, read out from their prompts."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from twn_rl.inference.ledger import Ledger
-from twn_rl.inference.options import EncodeOptions
-from twn_rl.inference.thought_cache import CotCache, Thoughts, cache_key
+from twn_rl.inference.details import Ledger, timed
+from twn_rl.inference.inputs import InputError
+from twn_rl.inference.options import EncodeOptions, GivenThought
+from twn_rl.inference.thought_cache import CotCache, cache_key
 from twn_rl.modeling.kv_prefix import Prefix, merge, prefix_bytes
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.prompt_features import Prompts, merge_prompts
 
 NOT_FINITE = "not_finite"  # one more problem beside those of `Think`
+_SAMPLING = ("temperature", "top_p", "num_thoughts")
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,17 @@ def _merge_starts(starts: Sequence[Prompts | Prefix]) -> Prompts | Prefix:
     )
 
 
+@dataclass
+class _Thought:
+    """One thought of an input, its end of turn left out; `state` once it has been read out."""
+
+    ids: list[int]
+    text: str
+    problem: str | None = None
+    written_tokens: int = 0
+    state: Tensor | None = None
+
+
 class ThoughtPool:
     """Collects rows that are to think until there are enough of them to write together."""
 
@@ -98,10 +108,13 @@ class ThoughtPool:
         model: DualLoraModel,
         options: EncodeOptions,
         ledger: Ledger,
+        *,
+        given: Mapping[int, GivenThought],
         cache: ThoughtCache | None = None,
     ) -> None:
-        """Write thoughts of `model` and leave vectors and texts in `ledger`."""
+        """Write thoughts of `model`, or read `given` ones, by position; leave all in `ledger`."""
         self.model, self.options, self.ledger, self.cache = model, options, ledger, cache
+        self.given = given
         self.budget = options.max_think_tokens or model.config.max_think_tokens
         self.capacity = max(1, options.batch_size // options.num_thoughts)
         self.waiting: list[Chunk] = []
@@ -109,11 +122,12 @@ class ThoughtPool:
     @property
     def needs_keys(self) -> bool:
         """Whether content keys are used at all; hashing pictures takes time."""
-        return self.cache is not None or self.options.do_sample
+        is_seeded = self.options.do_sample and isinstance(self.options.seed, int)
+        return self.cache is not None or is_seeded
 
     def add(self, chunk: Chunk, rows: Sequence[int]) -> None:
         """Let some rows of a chunk think, now or when the pool is full."""
-        rows = self._without_cached(chunk, rows)
+        rows = self._without_cached(chunk, self._without_given(chunk, rows))
         if not rows:
             return
         if not chunk.is_mergeable:
@@ -129,17 +143,48 @@ class ThoughtPool:
         while self.waiting:
             self._write_waiting()
 
-    def _without_cached(self, chunk: Chunk, rows: Sequence[int]) -> list[int]:
+    def _without_given(self, chunk: Chunk, rows: Sequence[int]) -> Sequence[int]:
+        """Embed the rows that are given a thought; return the others."""
+        known: dict[int, list[_Thought]] = {}
+        for row in rows:
+            position = chunk.positions[row]
+            if position in self.given:
+                try:
+                    known[row] = [self._given(self.given[position])]
+                except ValueError as error:
+                    self.ledger.refuse(InputError(position, str(error)))
+        if known:
+            positions = [chunk.positions[row] for row in known]
+            self._read_out(chunk.prefix.select(list(known)), positions, list(known.values()))
+        return [row for row in rows if chunk.positions[row] not in self.given]
+
+    def _given(self, thought: GivenThought) -> _Thought:
+        """Return a given thought, whose span may be empty."""
+        model, renderer, eos = self.model, self.model.renderer, self.model.backbone.eos_token_id
+        if isinstance(thought, str):
+            empty = f"{renderer.think_open} {renderer.think_close}"
+            span = renderer.completion(thought) if thought else empty
+            return _Thought(model.completion_ids(span), thought)
+        ids = [token for token in thought if token != eos]
+        return _Thought(ids, model.think([*ids, eos]).text)
+
+    def _written(self, ids: list[int]) -> _Thought:
+        """Return a thought the model wrote."""
+        think, eos = self.model.think(ids), self.model.backbone.eos_token_id
+        ids = [token for token in ids if token != eos]
+        return _Thought(ids, think.text, think.problem, written_tokens=len(ids))
+
+    def _without_cached(self, chunk: Chunk, rows: Sequence[int]) -> Sequence[int]:
         """Embed the rows whose thoughts are on disk; return the others."""
         if self.cache is None or not rows:
-            return list(rows)
-        keys = {row: self._cache_key(chunk.keys[row]) for row in rows}
+            return rows
+        keys = {row: self._cache_key(chunk, row) for row in rows}
         found = self.cache.store.get(list(keys.values()))
         known = [row for row in rows if keys[row] in found]
         if known:
             self.ledger.details.cot_cache_hits += len(known)
             positions = [chunk.positions[row] for row in known]
-            thoughts = [found[keys[row]] for row in known]
+            thoughts = [[self._written(ids) for ids in found[keys[row]]] for row in known]
             self._read_out(chunk.prefix.select(known), positions, thoughts)
         return [row for row in rows if keys[row] not in found]
 
@@ -157,9 +202,9 @@ class ThoughtPool:
         self._write(chunk, range(len(chunk)))
 
     def _write(self, chunk: Chunk, rows: Sequence[int]) -> None:
-        options = self.options
-        keys = [chunk.keys[row] for row in rows]
-        with self.ledger.timed("write"):
+        options, count = self.options, self.options.num_thoughts
+        positions = [chunk.positions[row] for row in rows]
+        with timed("write", positions, [self.ledger]):
             ids = self.model.reason(
                 chunk.start,
                 rows,
@@ -167,59 +212,71 @@ class ThoughtPool:
                 do_sample=options.do_sample,
                 temperature=options.temperature,
                 top_p=options.top_p,
-                num_thoughts=options.num_thoughts,
-                seeds=[seed_of(options.seed, key) for key in keys],
+                num_thoughts=count,
+                seeds=[self._seed(chunk, row) for row in rows] if options.do_sample else None,
             )
-        count = options.num_thoughts
         thoughts = [ids[start : start + count] for start in range(0, len(ids), count)]
         if self.cache is not None:
-            self.cache.store.put(dict(zip(map(self._cache_key, keys), thoughts, strict=True)))
-        positions = [chunk.positions[row] for row in rows]
-        self._read_out(chunk.prefix.select(rows), positions, thoughts)
+            keys = [self._cache_key(chunk, row) for row in rows]
+            self.cache.store.put(dict(zip(keys, thoughts, strict=True)))
+        read = [[self._written(own) for own in several] for several in thoughts]
+        self._read_out(chunk.prefix.select(rows), positions, read)
 
     def _read_out(
-        self, prefix: Prefix, positions: Sequence[int], thoughts: Sequence[Thoughts]
+        self, prefix: Prefix, positions: Sequence[int], thoughts: Sequence[Sequence[_Thought]]
     ) -> None:
         """Replace the no-think vectors of n inputs by those with their thoughts."""
-        flat = [(row, ids) for row, written in enumerate(thoughts) for ids in written]
-        thinks = [self.model.think(ids) for _, ids in flat]
-        usable = [index for index, think in enumerate(thinks) if think.is_complete]
-        states = self._states(prefix, [flat[index] for index in usable])
-        is_finite = torch.isfinite(states).all(dim=1)
-        for index, is_fine in zip(usable, is_finite.tolist(), strict=True):
-            if not is_fine:
-                thinks[index] = replace(thinks[index], problem=NOT_FINITE)
-        eos = self.model.backbone.eos_token_id
-        for (row, ids), think in zip(flat, thinks, strict=True):
-            tokens = sum(token != eos for token in ids)
-            self.ledger.details.add_thought(positions[row], think, tokens)
-        owners = torch.tensor([flat[index][0] for index in usable])
-        for row, position in enumerate(positions):
-            own = states[(owners == row) & is_finite] if usable else states
-            if len(own):
-                self.ledger.accept([position], mean_vector(own)[None])
+        details, no_think = self.ledger.details, self.ledger.states[list(positions)]
+        flat = [(row, thought) for row, own in enumerate(thoughts) for thought in own]
+        usable = [(row, thought) for row, thought in flat if thought.problem is None]
+        with timed("read_out", positions, [self.ledger]):
+            states = self._states(prefix, usable)
+        for (_, thought), state in zip(usable, states, strict=True):
+            if torch.isfinite(state).all():
+                thought.state = state
             else:
-                self.ledger.details.fallbacks.append(position)
+                thought.problem = NOT_FINITE
+        for position, own, without in zip(positions, thoughts, no_think, strict=True):
+            details.thoughts[position] += [thought.text for thought in own]
+            details.thought_ids[position] += [thought.ids for thought in own]
+            details.problems[position] += [thought.problem for thought in own]
+            details.think_tokens[position] += sum(thought.written_tokens for thought in own)
+            if self.options.return_details:
+                self.ledger.thought_states[position] += [
+                    without if thought.state is None else thought.state.numpy() for thought in own
+                ]
+            if found := [thought.state for thought in own if thought.state is not None]:
+                self.ledger.accept([position], mean_vector(torch.stack(found))[None])
+            else:
+                details.fallbacks.append(position)
 
-    def _states(self, prefix: Prefix, rows: Sequence[tuple[int, list[int]]]) -> Tensor:
+    def _states(self, prefix: Prefix, rows: Sequence[tuple[int, _Thought]]) -> Tensor:
         """Return the vectors (n, D) of (row of the prefix, thought) pairs, on the CPU."""
         parts = [torch.zeros(0, self.model.hidden_size)]
-        with self.ledger.timed("read_out"):
-            for start in range(0, len(rows), self.options.batch_size):
-                part = rows[start : start + self.options.batch_size]
-                completions = [self.model.completion_for_embedding(ids) for _, ids in part]
-                selected = prefix.select([row for row, _ in part])
-                parts.append(self.model.read_out(selected, completions).float().cpu())
+        for start in range(0, len(rows), self.options.batch_size):
+            part = rows[start : start + self.options.batch_size]
+            selected = prefix.select([row for row, _ in part])
+            states = self.model.read_out(selected, [thought.ids for _, thought in part])
+            parts.append(states.float().cpu())
         return torch.cat(parts)
 
-    def _cache_key(self, content_key: str) -> str:
+    def _seed(self, chunk: Chunk, row: int) -> int:
+        seed = self.options.seed
+        return (
+            seed_of(seed, chunk.keys[row]) if isinstance(seed, int) else seed[chunk.positions[row]]
+        )
+
+    def _cache_key(self, chunk: Chunk, row: int) -> str:
         assert self.cache is not None
         options = self.options
         settings = {"max_think_tokens": self.budget, "do_sample": options.do_sample}
         if options.do_sample:
-            names = ("temperature", "top_p", "num_thoughts", "seed")
-            settings |= {name: getattr(options, name) for name in names}
-        return cache_key(content_key, self.cache.fingerprint, settings)
+            settings |= {name: getattr(options, name) for name in _SAMPLING}
+            if isinstance(options.seed, int):
+                settings["seed"] = options.seed
+            else:
+                settings["own_seed"] = options.seed[chunk.positions[row]]
+        return cache_key(chunk.keys[row], self.cache.fingerprint, settings)
 
 
 def seed_of(seed: int, content_key: str) -> int:

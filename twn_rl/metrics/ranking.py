@@ -13,6 +13,7 @@ from twn_rl.metrics.arrays import Array, Numbers, as_array, bool_matrix, finite,
 
 # Matrix products give equal vectors similarities that differ in the last float32 bits.
 TIE_TOLERANCE = 1e-6
+COLLAPSE_SAMPLE = 2000  # a singular value decomposition of more rows takes minutes on a CPU
 
 
 def positive_ranks(
@@ -252,6 +253,17 @@ def collapse_report(embeds: Numbers) -> dict[str, float]:
         "scaled_std": float(unit.std(axis=0).mean() * np.sqrt(width)),
         "zero_vector_ratio": float((norms == 0).mean()),
     }
+
+
+def sampled_collapse(embeds: Array) -> dict[str, float]:
+    """Return the collapse report of up to `COLLAPSE_SAMPLE` rows (N, D); {} for fewer than two.
+
+    >>> sampled_collapse(np.ones((1, 2)))
+    {}
+    """
+    if len(embeds) < 2:
+        return {}
+    return collapse_report(embeds[:: -(-len(embeds) // COLLAPSE_SAMPLE)])
 
 
 def _checked_ranks(ranks: Numbers) -> Array:

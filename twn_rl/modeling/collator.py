@@ -47,7 +47,7 @@ def collate_prompts(
     Raises:
         ValueError: If a prompt is too long even without its text.
     """
-    return _fit(backbone, renderer, items, limits or PromptLimits())[0]
+    return fit_prompts(backbone, renderer, items, limits or PromptLimits())[0]
 
 
 def fit_item(backbone: Backbone, renderer: Renderer, item: Item, limits: PromptLimits) -> Item:
@@ -56,10 +56,10 @@ def fit_item(backbone: Backbone, renderer: Renderer, item: Item, limits: PromptL
     Raises:
         ValueError: If its prompt is too long even without its text.
     """
-    return _fit(backbone, renderer, [item], limits)[1][0]
+    return fit_prompts(backbone, renderer, [item], limits)[1][0]
 
 
-def _fit(
+def fit_prompts(
     backbone: Backbone, renderer: Renderer, items: Sequence[Item], limits: PromptLimits
 ) -> tuple[dict[str, Tensor], list[Item]]:
     """Return the prompts of items within the limits, and those items."""

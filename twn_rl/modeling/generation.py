@@ -150,7 +150,7 @@ class DualLoraInference(nn.Module):
             started: What `start_reasoning` read of the same rows; serves both sides where one
                 adapter reads for both, in "kv_detach".
         """
-        if started is not None and self._is_detached and self.prefill_adapter == REASONING_ADAPTER:
+        if started is not None and self.has_one_reader:
             return started
         adapter = self.prefill_adapter if self._is_detached else EMBEDDING_ADAPTER
         with self._inference():
@@ -270,6 +270,11 @@ class DualLoraInference(nn.Module):
     def completion_for_embedding(self, ids: Sequence[int]) -> list[int]:
         """Return a completion without end of turn, or [] (no-think) if it is malformed."""
         return thoughts.completion_for_embedding(self.backbone, self.renderer, ids)
+
+    @property
+    def has_one_reader(self) -> bool:
+        """Whether the reasoning adapter reads prompts for both sides."""
+        return self._is_detached and self.prefill_adapter == REASONING_ADAPTER
 
     @property
     def _is_detached(self) -> bool:

@@ -1,7 +1,7 @@
-"""`MtebEncoder`: a model that thinks as an encoder of mteb 2.x; knows no tasks and no scores.
+"""`MtebEncoder`: a model that thinks as an encoder of mteb 2.x.
 
 Every process of a launch embeds its share of the inputs and gets all vectors, so that scores do
-not depend on the number of processes. Vectors that are not finite never reach mteb.
+not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from twn_rl.evaluation.mteb.shares import (
     own_share,
     processes,
 )
-from twn_rl.evaluation.queries import COLLAPSE_SAMPLE
 from twn_rl.evaluation.usage import Account, Usage, UsageBook
-from twn_rl.inference.embedder import Side, ThinkingEmbedder
+from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.inputs import InputError
-from twn_rl.inference.options import ThinkMode
-from twn_rl.metrics.ranking import collapse_report
+from twn_rl.inference.options import Side, ThinkMode
+from twn_rl.metrics.ranking import sampled_collapse
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.runtime.whole_files import digest
 
@@ -85,15 +84,33 @@ class MtebEncoder(AbsEncoder):
             ValueError: For "auto" without a fitted gate, and settings that contradict each other.
         """
         self.embedder = embedder
-        self.think: dict[Side, ThinkMode] = {"query": think, "document": think_documents}
-        self.options: dict[str, Any] = {"max_think_tokens": max_think_tokens}
-        self.think_threshold = think_threshold
         self.usage = UsageBook(None)
         self.open_picture: Callable[[str], ImageSource] | None = None
-        for side in self.think:  # says now what would stop the first task
-            embedder.encode([], side=side, **self._think_options(side))
-        self.meta = self._meta(name)
-        self.mteb_model_meta = self.meta
+        modes: dict[Side, ThinkMode] = {"query": think, "document": think_documents}
+        self.options: dict[Side, dict[str, Any]] = {
+            side: {
+                "side": side,
+                "think": mode,
+                "think_threshold": think_threshold if mode == "auto" else None,
+                "max_think_tokens": max_think_tokens,
+                "return_details": True,
+                "show_progress_bar": False,
+            }
+            for side, mode in modes.items()
+        }
+        for options in self.options.values():  # says now what would stop the first task
+            embedder.encode([], **options)
+        settings = {
+            "think": think,
+            "think_documents": None if think_documents == "never" else think_documents,
+            "think_threshold": think_threshold,
+            "max_think_tokens": max_think_tokens,
+        }
+        self.meta = self.mteb_model_meta = _meta(
+            embedder,
+            name,
+            {key: str(value) for key, value in settings.items() if value is not None},
+        )
 
     def encode(
         self,
@@ -108,8 +125,8 @@ class MtebEncoder(AbsEncoder):
         """Return unit vectors (N, D) in the order of the inputs, the same on every process.
 
         Raises:
-            ValueError: For an input that cannot be embedded, non-finite vectors, or a `precision`
-                other than float32.
+            ValueError: For an input that cannot be embedded, also if its vector is not finite, or a
+                `precision` other than float32.
         """
         precision = kwargs.get("precision") or "float32"
         if precision != "float32":
@@ -122,7 +139,7 @@ class MtebEncoder(AbsEncoder):
         usage = Usage()
         reader = Reader(
             task_instruction(task_metadata, prompt_type),
-            self._reserved_tokens(),
+            self.embedder.reserved_tokens,
             self.open_picture,
             usage,
         )
@@ -134,7 +151,7 @@ class MtebEncoder(AbsEncoder):
             return self._embed(inputs, reader, side=side, where=where, is_quiet=is_quiet), usage
 
         vectors = assemble(on_all_processes(share), chunk_rows(inputs), usage)
-        check_vectors(where, vectors, usage)
+        note_collapse(where, vectors, usage)
         self.usage.note(task_metadata.name, Account(hf_split, hf_subset, side), usage)
         return vectors
 
@@ -142,15 +159,12 @@ class MtebEncoder(AbsEncoder):
         self, inputs: DataLoader[Any], reader: Reader, *, side: Side, where: str, is_quiet: bool
     ) -> NDArray[np.float32]:
         """Return the vectors of this process's chunks."""
-        batch_size = inputs.batch_size or 1
-        options = {**self.options, **self._think_options(side), "batch_size": batch_size}
+        options = {**self.options[side], "batch_size": inputs.batch_size or 1}
         parts = [np.zeros((0, self.embedder.get_embedding_dimension()), np.float32)]
         rows, first = chunk_rows(inputs)[processes()[0]], 0
         for items in _calls(own_share(inputs), reader, description=where, is_quiet=is_quiet):
             try:
-                details = self.embedder.encode(
-                    items, side=side, return_details=True, show_progress_bar=False, **options
-                )
+                details = self.embedder.encode(items, **options)
             except InputError as error:
                 row = rows[first + error.position]
                 raise ValueError(f"{where} in row {row}: {error.problem}") from error
@@ -159,41 +173,25 @@ class MtebEncoder(AbsEncoder):
             first += len(items)
         return np.concatenate(parts)
 
-    def _reserved_tokens(self) -> set[str]:
-        model = self.embedder.model
-        readouts = model.backbone.tokenizer.convert_ids_to_tokens(model.readout_ids)
-        return set(model.backbone.placeholder_tokens()) | set(readouts)
 
-    def _think_options(self, side: Side) -> dict[str, Any]:
-        think = self.think[side]
-        threshold = self.think_threshold if think == "auto" else None
-        return {"think": think, "think_threshold": threshold}
-
-    def _meta(self, name: str) -> ModelMeta:
-        model, settings = self.embedder.model, {"think": self.think["query"]}
-        if self.think["document"] != "never":
-            settings["think_documents"] = self.think["document"]
-        if self.think_threshold is not None:
-            settings["think_threshold"] = str(self.think_threshold)
-        if self.options["max_think_tokens"] is not None:
-            settings["max_think_tokens"] = str(self.options["max_think_tokens"])
-        known = {"text", "image", "video"}
-        return ModelMeta.create_empty(
-            overwrites={
-                "name": f"twn-rl/{name}",
-                "revision": model_revision(self.embedder),
-                "modalities": [m for m in self.embedder.modalities if m in known],
-                "similarity_fn_name": ScoringFunction.COSINE,
-                "embed_dim": self.embedder.get_embedding_dimension(),
-                "max_tokens": self.embedder.max_seq_length,
-                "n_parameters": sum(p.numel() for p in model.parameters()),
-                "framework": ["PyTorch", "Transformers", "safetensors"],
-                "use_instructions": True,
-                "adapted_from": model.config.backbone or None,
-                "open_weights": True,
-                "experiment_kwargs": settings,
-            }
-        )
+def _meta(embedder: ThinkingEmbedder, name: str, settings: dict[str, str]) -> ModelMeta:
+    known = {"text", "image", "video"}
+    return ModelMeta.create_empty(
+        overwrites={
+            "name": f"twn-rl/{name}",
+            "revision": model_revision(embedder),
+            "modalities": [m for m in embedder.modalities if m in known],
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "embed_dim": embedder.get_embedding_dimension(),
+            "max_tokens": embedder.max_seq_length,
+            "n_parameters": sum(p.numel() for p in embedder.model.parameters()),
+            "framework": ["PyTorch", "Transformers", "safetensors"],
+            "use_instructions": True,
+            "adapted_from": embedder.model.config.backbone or None,
+            "open_weights": True,
+            "experiment_kwargs": settings,
+        }
+    )
 
 
 def model_revision(embedder: ThinkingEmbedder) -> str:
@@ -201,21 +199,11 @@ def model_revision(embedder: ThinkingEmbedder) -> str:
     return digest([Fingerprints(embedder.model).everything, embedder.max_seq_length])[:16]
 
 
-def check_vectors(where: str, vectors: NDArray[np.float32], usage: Usage) -> None:
-    """Refuse non-finite vectors (N, D); note and log how far they have collapsed.
-
-    Raises:
-        ValueError: If any is non-finite: a ranking of them can be perfect and means nothing.
-    """
-    is_bad = ~np.isfinite(vectors).all(axis=1)
-    if is_bad.any():
-        raise ValueError(
-            f"{where}: {int(is_bad.sum())} of {len(vectors)} vectors are non-finite (first: row "
-            f"{int(is_bad.argmax())}); expected finite ones; check dtype and checkpoint"
-        )
-    if len(vectors) < 2:
+def note_collapse(where: str, vectors: NDArray[np.float32], usage: Usage) -> None:
+    """Note how far finite vectors (N, D) have collapsed, and warn if that is all the way."""
+    report = sampled_collapse(vectors)
+    if not report:
         return
-    report = collapse_report(vectors[:: -(-len(vectors) // COLLAPSE_SAMPLE)])
     usage.mean_pairwise_cosine = report["mean_pairwise_cosine"]
     usage.effective_rank = report["effective_rank"]
     is_collapsed = report["mean_pairwise_cosine"] > COLLAPSED_COSINE

@@ -1,4 +1,4 @@
-"""mteb's batches of columns -> items, and which instruction a task gives; knows no models.
+"""mteb's batches of columns -> items, and which instruction a task gives.
 
 Texts arrive as mteb composed them (title and body, query and its own instruction), pictures as
 images, lists of images or references, videos as tensors of frames.

@@ -168,7 +168,8 @@ def records_task(name: str, splits: Mapping[str, Sequence[Record]]) -> OwnRetrie
     for split, records in splits.items():
         candidates = collect_candidates(records)
         digest.update(json.dumps([split, candidates.keys, candidates.positive]).encode())
-        for record, rivals in zip(records, candidates.competing, strict=True):
+        for index, record in enumerate(records):
+            rivals = candidates.competing(index)
             about = [record.id, record.query.content_key(), _group(record), rivals]
             digest.update(json.dumps(about).encode())
         readers[split] = partial(_split_data, records, candidates)
@@ -186,12 +187,14 @@ def records_task(name: str, splits: Mapping[str, Sequence[Record]]) -> OwnRetrie
 def _split_data(records: Sequence[Record], candidates: Candidates) -> SplitData:
     keys = candidates.keys
     positives = zip(records, candidates.positive, strict=True)
-    rivals = zip(records, candidates.competing, strict=True)
     return SplitData(
         queries=[_entry(record.id, record.query) for record in records],
         corpus=[_entry(*pair) for pair in zip(keys, candidates.items, strict=True)],
         relevant={record.id: {keys[positive]: 1} for record, positive in positives},
-        candidates={record.id: [keys[i] for i in columns] for record, columns in rivals},
+        candidates={
+            record.id: [keys[column] for column in candidates.competing(index)]
+            for index, record in enumerate(records)
+        },
         groups={record.id: _group(record) for record in records},
     )
 
