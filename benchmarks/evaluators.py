@@ -3,7 +3,7 @@ r"""Which evaluator tells right thoughts from wrong ones? Planted errors on Word
     python benchmarks/evaluators.py --model outputs/wordnet_smollm2/seed0/warm_start \
         --train_file outputs/wordnet/train.jsonl --rl_file outputs/wordnet/rl.jsonl
 
-Every record has three candidates: its own CoT, the same with the word of a hard negative at its end
+Every record has three drafts: its own CoT, the same with the word of a hard negative at its end
 (`near_miss`), and another record's (`foreign`). Records should be such as the model was not trained
 on. AUC is of the own CoTs' worth against the wrong ones'; rejected and kept are shares of the wrong
 and of the own CoTs at the threshold. Scores are kept below output_dir: a killed run goes on.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,8 @@ from twn_rl.launch.run_folder import set_up_logging
 from twn_rl.metrics.calibration import roc_auc
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.text_tables import markdown_table
-from twn_rl.training.thought_selection.candidates import Candidate
-from twn_rl.training.thought_selection.evaluators import EVALUATORS, build_evaluator
-from twn_rl.training.thought_selection.judging import judge
+from twn_rl.training.thought_selection.drafts import Draft
+from twn_rl.training.thought_selection.worth import EVALUATORS, build_evaluator, judge
 
 OWN, WRONG = "own", ("near_miss", "foreign")
 
@@ -43,7 +42,7 @@ class BenchmarkArguments:
     )
     threshold: float = field(default=0.0, metadata={"help": "Smallest worth that is kept."})
     num_records: int | None = field(default=None, metadata={"help": "First records; null: all."})
-    batch_size: int = field(default=16, metadata={"help": "Candidates a forward."})
+    batch_size: int = field(default=16, metadata={"help": "Drafts a forward."})
     seed: int = field(default=0, metadata={"help": "Of the planted errors."})
     output_dir: str = field(default="outputs/evaluators", metadata={"help": "Where scores go."})
 
@@ -72,14 +71,14 @@ def main(script: BenchmarkArguments, data: DataArguments) -> list[dict[str, Any]
             seed=script.seed,
         )
         scores = judge(rows, evaluator, model, output / name, batch_size=script.batch_size)
-        table.append({"evaluator": name, **measured(list(scores.rows()), script.threshold)})
+        table.append({"evaluator": name, **measured(list(scores), script.threshold)})
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in table]
     print(markdown_table(list(table[0]), cells), end="")
     return table
 
 
 def plant(records: Sequence[Record], *, seed: int = 0) -> list[dict[str, Any]]:
-    """Return one row a record with its own CoT and two wrong ones, as sources of candidates do.
+    """Return one row a record with its own CoT and two wrong ones, as sources of drafts do.
 
     Raises:
         ValueError: For fewer than two records, or one whose CoT does not end in its word.
@@ -107,8 +106,8 @@ def plant(records: Sequence[Record], *, seed: int = 0) -> list[dict[str, Any]]:
             WRONG[0]: own.removesuffix(word) + wrong,
             WRONG[1]: die.choice(others).query_cot or "",
         }
-        candidates = [Candidate(cot, source).to_dict() for source, cot in cots.items()]
-        rows.append({"id": record.id, "candidates": candidates})
+        drafts = [asdict(Draft(cot, source)) for source, cot in cots.items()]
+        rows.append({"id": record.id, "drafts": drafts})
     return rows
 
 
@@ -116,9 +115,9 @@ def measured(rows: Sequence[dict[str, Any]], threshold: float) -> dict[str, floa
     """Return how well worth tells own from wrong CoTs, None where none could be judged."""
     worth: dict[str, list[float]] = {source: [] for source in (OWN, *WRONG)}
     for row in rows:
-        for candidate in row["candidates"]:
-            if candidate["problem"] is None:
-                worth[candidate["source"]].append(candidate["worth"])
+        for draft in row["drafts"]:
+            if draft["problem"] is None:
+                worth[draft["source"]].append(draft["worth"])
     kept = {s: sum(w >= threshold for w in v) / len(v) if v else None for s, v in worth.items()}
     found: dict[str, float | None] = {"kept": kept[OWN]}
     for source in WRONG:

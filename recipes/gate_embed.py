@@ -49,7 +49,6 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
-from twn_rl.training.gate_label_pass import LabelSettings, label_records
 from twn_rl.training.gate_labels import (
     IGNORED,
     GateLabels,
@@ -58,6 +57,7 @@ from twn_rl.training.gate_labels import (
     report_table,
     soft_labels,
 )
+from twn_rl.training.measure_gains import LabelSettings, measure_gains
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_gate.yaml"
@@ -156,7 +156,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
 
     # Labels
     labels = {
-        (side, name): label_records(
+        (side, name): measure_gains(
             model,
             records[name],
             side,

@@ -1,25 +1,24 @@
-r"""Which thoughts are worth teaching? Candidates for every record, judged, the best one kept.
+r"""Which thoughts are worth teaching? Drafts for every record, judged, the best one kept.
 
 Pair-aware selection by counterfactual intervention (MMEmb-R1, 2604.06156): how well query and
-target match with a candidate CoT, minus how well they match without it, hard negatives as control.
+target match with a drafted CoT, minus how well they match without it, hard negatives as control.
 
     accelerate launch recipes/select_thoughts.py --model outputs/demo/sft --demo_teachers 4
     accelerate launch recipes/select_thoughts.py --model DIR --train_file train.jsonl \
-        --own_temperatures 0 0.7 1 --candidate_files cots.jsonl \
+        --own_temperatures 0 0.7 1 --draft_files cots.jsonl \
         --endpoint_url http://localhost:8000/v1 --endpoint_model Qwen3-VL-32B
     accelerate launch recipes/sft_embed.py --train_file outputs/selection/selected.jsonl \
         --data_root DATA_ROOT
 
 Writes selected.jsonl (records whose `query_cot` is the selected one, or null: they train the direct
-path only), candidates.jsonl (every candidate with its scores and fate), report.json and report.md.
-Candidates and scores are kept shard by shard: the same command goes on where it was stopped, and
+path only), drafts.jsonl (every draft with its scores and fate), report.json and report.md.
+Drafts and scores are kept shard by shard: the same command goes on where it was stopped, and
 another rule or threshold takes seconds. On records whose metadata has a `gold_cot` the report says
 how many wrong CoTs were rejected. About four minutes on one CPU core for the embedded default.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections import Counter
@@ -37,14 +36,9 @@ from twn_rl.demo.dataset import noisy_teachers
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
-from twn_rl.runtime.whole_files import write_text
-from twn_rl.training.thought_selection.candidates import (
-    ListedCots,
-    Writer,
-    read_candidate_file,
-    unique_ids,
-)
+from twn_rl.runtime.whole_files import write_json, write_json_lines, write_text
 from twn_rl.training.thought_selection.choosing import (
     Choice,
     SelectionRule,
@@ -53,18 +47,27 @@ from twn_rl.training.thought_selection.choosing import (
     selection_report,
     taught_records,
 )
+from twn_rl.training.thought_selection.drafts import (
+    SelectionError,
+    Writer,
+    collect_drafts,
+    merge_drafts,
+    unique_ids,
+)
 from twn_rl.training.thought_selection.endpoint import FAILURES, EndpointSettings, EndpointWriter
-from twn_rl.training.thought_selection.evaluators import EVALUATORS, build_evaluator
-from twn_rl.training.thought_selection.judging import judge, unjudged
-from twn_rl.training.thought_selection.shards import RecordShards, SelectionError
-from twn_rl.training.thought_selection.writing import AdapterWriter
+from twn_rl.training.thought_selection.worth import EVALUATORS, build_evaluator, judge
+from twn_rl.training.thought_selection.writers import (
+    AdapterWriter,
+    ListedDrafts,
+    read_draft_file,
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class SelectScriptArguments:
-    """Candidates, evaluator and rule."""
+    """Drafts, evaluator and rule."""
 
     output_dir: str = field(default="outputs/selection", metadata={"help": "Where all goes."})
     model: str | None = field(
@@ -73,19 +76,17 @@ class SelectScriptArguments:
     )
     split: str = field(default="train", metadata={"help": "Records: train, rl or validation."})
     use_record_cots: bool = field(
-        default=False, metadata={"help": "The records' own query_cot is a candidate, too."}
+        default=False, metadata={"help": "The records' own query_cot is a draft, too."}
     )
     own_temperatures: list[float] = field(
         default_factory=list,
-        metadata={"help": "Temperatures at which the model writes candidates; 0 is greedy."},
+        metadata={"help": "Temperatures at which the model writes drafts; 0 is greedy."},
     )
-    num_thoughts: int = field(
-        default=1, metadata={"help": "Candidates for each temperature above 0."}
-    )
+    num_thoughts: int = field(default=1, metadata={"help": "Drafts for each temperature above 0."})
     checkpoints: list[str] = field(
         default_factory=list, metadata={"help": "Further models that write at own_temperatures."}
     )
-    candidate_files: list[str] = field(
+    draft_files: list[str] = field(
         default_factory=list, metadata={"help": "JSON lines {id, cot[, source]} from elsewhere."}
     )
     demo_teachers: int = field(
@@ -113,27 +114,30 @@ class SelectScriptArguments:
     copies: int = field(
         default=1, metadata={"help": "Times each record is written, with a choice of its own."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Candidates a forward."})
-    rebuild: bool = field(default=False, metadata={"help": "Drop candidates and scores first."})
+    batch_size: int = field(default=64, metadata={"help": "Drafts a forward."})
+    rebuild: bool = field(default=False, metadata={"help": "Drop drafts and scores first."})
     seed: int = field(default=0, metadata={"help": "Of every draw."})
 
     def __post_init__(self) -> None:
-        """Collect what would only show after the candidates are there."""
-        rule, problems = self.selection_rule(), []
-        if self.evaluator not in EVALUATORS:
-            problems.append(f"evaluator = {self.evaluator!r}, expected one of {EVALUATORS}")
-        if self.model is None and (rule.is_judged or self.own_temperatures):
-            problems.append("model = None, expected a model that judges or writes")
-        if self.checkpoints and not self.own_temperatures:
-            problems.append("checkpoints without own_temperatures, expected both")
-        counts = ("num_thoughts", "batch_size", "num_negatives")
-        problems += [
-            f"{n} = {getattr(self, n)}, expected >= 1" for n in counts if getattr(self, n) < 1
-        ]
-        if self.demo_teachers < 0 or min(self.own_temperatures, default=0.0) < 0:
-            problems.append("demo_teachers or own_temperatures below 0, expected >= 0")
-        if problems:
-            raise ValueError("SelectScriptArguments: " + "; ".join(problems) + "; change these")
+        """Collect what would only show after the drafts are there."""
+        problems = Problems()
+        problems.unless(
+            self.evaluator in EVALUATORS,
+            f"evaluator = {self.evaluator!r}, expected one of {EVALUATORS}",
+        )
+        needs_model = self.selection_rule().is_judged or self.own_temperatures
+        problems.unless(
+            self.model or not needs_model, "model = None, expected a model that judges or writes"
+        )
+        problems.unless(
+            self.own_temperatures or not self.checkpoints,
+            "checkpoints without own_temperatures, expected both",
+        )
+        problems.expect(self, ">= 1", "num_thoughts", "batch_size", "num_negatives")
+        problems.expect(self, ">= 0", "demo_teachers")
+        coldest = min(self.own_temperatures, default=0.0)
+        problems.unless(coldest >= 0, f"own_temperatures has {coldest}, expected >= 0")
+        problems.refuse("SelectScriptArguments", "change these")
 
     def selection_rule(self) -> SelectionRule:
         """Return the rule."""
@@ -148,10 +152,11 @@ class SelectScriptArguments:
 
 
 def main(script: SelectScriptArguments, endpoint: EndpointSettings, data: DataArguments) -> Path:
-    """Write candidates, judge them, choose; return the file of selected records."""
+    """Collect drafts, judge them, choose; return the file of selected records."""
     set_up_logging()
     set_seed(script.seed)
     output, processes = Path(script.output_dir), join_processes()
+    refuse_candidates(output)
 
     # Data first: bad records must show before a model is loaded.
     records = data.load(script.split)  # pyright: ignore[reportArgumentType]
@@ -165,61 +170,39 @@ def main(script: SelectScriptArguments, endpoint: EndpointSettings, data: DataAr
     if script.model is not None:
         model = DualLoraModel.from_pretrained(script.model).to(processes.device)
 
-    # Candidates
+    # Drafts
     counts: Counter[str] = Counter()
-    sources = [
-        RecordShards(
-            output / "candidates" / writer.name, ids, writer.plan, shard_size=writer.shard_size
-        ).fill(
-            lambda positions, writer=writer: [
-                {"candidates": [candidate.to_dict() for candidate in candidates]}
-                for candidates in writer.write([records[n] for n in positions])
-            ],
+    shared: dict[str, Any] = {"rebuild": script.rebuild, "processes": processes}
+    collected = [
+        collect_drafts(
+            *(writer, records, ids, output / "drafts"),
             is_redone=has_failed if script.retry_failed else None,
-            rebuild=script.rebuild,
-            processes=processes,
+            **shared,
         )
         for writer in writers(script, endpoint, data, model, ids, records, counts)
     ]
+    rows = merge_drafts(collected)
 
     # Worth
-    rows = unjudged(sources)
     if script.selection_rule().is_judged:
         assert model is not None
         if script.rebuild and processes.is_main_process:
             shutil.rmtree(output / "bank", ignore_errors=True)
         processes.wait_for_everyone()
         evaluator = build_evaluator(
-            script.evaluator,
-            model,
-            records,
-            output / "bank",
+            *(script.evaluator, model, records, output / "bank"),
             num_negatives=script.num_negatives,
             batch_size=script.batch_size,
             seed=script.seed,
             processes=processes,
         )
-        scores = judge(
-            rows,
-            evaluator,
-            model,
-            output / "scores" / script.evaluator,
-            batch_size=script.batch_size,
-            rebuild=script.rebuild,
-            processes=processes,
-        )
-        rows = list(scores.rows())
+        folder = output / "scores" / script.evaluator
+        rows = list(judge(rows, evaluator, model, folder, batch_size=script.batch_size, **shared))
 
     # Choice
-    rule = script.selection_rule()
-    choices = [choose(row["id"], row["candidates"], rule) for row in rows]
+    choices = [choose(row["id"], row["drafts"], script.selection_rule()) for row in rows]
     if processes.is_main_process:
         save(output, records, rows, choices, dict(counts))
-        logger.info(
-            "Train on it with: recipes/sft_embed.py --train_file %s --data_root %s",
-            output / "selected.jsonl",
-            records.data_root,
-        )
     processes.wait_for_everyone()
     return output / "selected.jsonl"
 
@@ -233,17 +216,17 @@ def writers(
     records: RecordSet,
     counts: Counter[str],
 ) -> Iterator[Writer]:
-    """Yield the sources asked for, one at a time: only one further checkpoint is in memory."""
+    """Yield the writers asked for, one at a time: only one further checkpoint is in memory."""
     renderer = model.renderer if model is not None else Renderer()
     if script.use_record_cots:
         own = {r.id: [("record", r.query_cot)] for r in records if r.query_cot is not None}
-        yield ListedCots("record", own, renderer)
+        yield ListedDrafts("record", own, renderer)
     if script.demo_teachers:
-        yield ListedCots("demo_teachers", demo_cots(script, data), renderer)
-    for number, path in enumerate(script.candidate_files):
-        cots, skipped = read_candidate_file(path, ids, on_bad_row=data.on_bad_record)
+        yield ListedDrafts("demo_teachers", demo_cots(script, data), renderer)
+    for number, path in enumerate(script.draft_files):
+        cots, skipped = read_draft_file(path, ids, on_bad_row=data.on_bad_record)
         counts.update(skipped)
-        yield ListedCots(f"file{number}_{Path(path).stem}", cots, renderer)
+        yield ListedDrafts(f"file{number}_{Path(path).stem}", cots, renderer)
     settings: dict[str, Any] = {
         "temperatures": script.own_temperatures,
         "num_thoughts": script.num_thoughts,
@@ -261,6 +244,17 @@ def writers(
         counts["endpoint_retries"] += writer.num_retries
 
 
+def refuse_candidates(output: Path) -> None:
+    """Refuse a folder from when drafts were called candidates, and say how it is converted."""
+    old, new = output / "candidates", output / "drafts"
+    if old.is_dir():
+        raise SelectionError(
+            f"{old} is of an earlier version; expected {new}; remove it, or keep what it holds: "
+            f'mv {old} {new} && sed -i \'s/"candidates": /"drafts": /\' '
+            f"{new}/*/*.jsonl && rm -r {output / 'scores'}"
+        )
+
+
 def demo_cots(
     script: SelectScriptArguments, data: DataArguments
 ) -> dict[str, list[tuple[str, str]]]:
@@ -268,7 +262,7 @@ def demo_cots(
     if not data.is_demo():
         raise SelectionError(
             f"demo_teachers = {script.demo_teachers} with record files of your own; expected the "
-            "embedded emoji scenes; use --candidate_files"
+            "embedded emoji scenes; use --draft_files"
         )
     cots = noisy_teachers(script.split, data.demo_settings(), script.demo_teachers)
     return {
@@ -278,7 +272,7 @@ def demo_cots(
 
 def has_failed(row: dict[str, Any]) -> bool:
     """Tell whether an endpoint gave no answer for a record."""
-    return any(candidate["problem"] in FAILURES for candidate in row["candidates"])
+    return any(draft["problem"] in FAILURES for draft in row["drafts"])
 
 
 def save(
@@ -288,28 +282,28 @@ def save(
     choices: list[Choice],
     counts: dict[str, int],
 ) -> None:
-    """Write selected.jsonl, candidates.jsonl, report.json and report.md."""
-    write_records(
-        output / "selected.jsonl",
-        (
-            taught
-            for record, row, choice in zip(records, rows, choices, strict=True)
-            for taught in taught_records(record, row["candidates"], choice)
-        ),
-        data_root=records.data_root,
+    """Write selected.jsonl, drafts.jsonl, report.json and report.md."""
+    taught = (
+        copy
+        for record, row, choice in zip(records, rows, choices, strict=True)
+        for copy in taught_records(record, row["drafts"], choice)
     )
-    lines = []
-    for row, choice in zip(rows, choices, strict=True):
-        fated = [
-            {**candidate, "fate": fate}
-            for candidate, fate in zip(row["candidates"], choice.fates, strict=True)
-        ]
-        lines.append(json.dumps({"id": row["id"], "candidates": fated}, ensure_ascii=False) + "\n")
-    write_text(output / "candidates.jsonl", "".join(lines))
+    write_records(output / "selected.jsonl", taught, data_root=records.data_root)
+    fated = (
+        [{**draft, "fate": fate} for draft, fate in zip(row["drafts"], choice.fates, strict=True)]
+        for row, choice in zip(rows, choices, strict=True)
+    )
+    lines = ({"id": row["id"], "drafts": drafts} for row, drafts in zip(rows, fated, strict=True))
+    write_json_lines(output / "drafts.jsonl", lines)
     report = {**selection_report(records, rows, choices), "left_out": counts}
-    write_text(output / "report.json", json.dumps(report, indent=1) + "\n")
+    write_json(output / "report.json", report, indent=1)
     write_text(output / "report.md", report_text(report))
     logger.info("Selected:\n%s", report_text(report))
+    logger.info(
+        "Train on it with: recipes/sft_embed.py --train_file %s --data_root %s",
+        output / "selected.jsonl",
+        records.data_root,
+    )
 
 
 if __name__ == "__main__":

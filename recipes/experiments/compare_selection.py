@@ -1,9 +1,9 @@
 """Does it pay to select what is taught? SFT on all CoTs, on random ones, on selected ones.
 
-Every seed has the same records with several candidate CoTs each, some of them wrong. Every arm is
-one warm start on them: `all` meets all candidates in turn, `random` one drawn candidate a record,
+Every seed has the same records with several drafted CoTs each, some of them wrong. Every arm is
+one warm start on them: `all` meets all drafts in turn, `random` one drawn draft a record,
 `selected` the one that pair-aware selection kept (MMEmb-R1, 2604.06156), or none. Steps, seed and
-order of the records are equal: every arm's file holds each record `num_candidates` times. The model
+order of the records are equal: every arm's file holds each record `num_drafts` times. The model
 that selects is arm `all` of the same seed.
 
     twn-rl compare-selection
@@ -57,10 +57,10 @@ class SelectionArguments(ExperimentArguments):
         default_factory=lambda: list(RULES),
         metadata={"help": f"Some of {', '.join(RULES)}; selected needs all, which judges."},
     )
-    num_candidates: int = field(
-        default=4, metadata={"help": "Candidates a record, and copies of it in every arm."}
+    num_drafts: int = field(
+        default=4, metadata={"help": "Drafts a record, and copies of it in every arm."}
     )
-    candidate_files: list[str] = field(
+    draft_files: list[str] = field(
         default_factory=list,
         metadata={"help": "JSON lines {id, cot}; default: the emoji scenes' noisy teachers."},
     )
@@ -86,7 +86,7 @@ class SelectionArguments(ExperimentArguments):
             "selected" not in arms or JUDGE in arms,
             f"arms = {self.arms}, expected {JUDGE!r} too: its model selects",
         )
-        problems.expect(self, ">= 1", "num_candidates")
+        problems.expect(self, ">= 1", "num_drafts")
         problems.refuse("SelectionArguments")
 
 
@@ -126,14 +126,14 @@ def plan(script: SelectionArguments, seed: Seed) -> Iterator[Stage]:
 
 
 def selection_settings(script: SelectionArguments, seed: Seed, arm: str) -> dict[str, Any]:
-    """Return what `select_thoughts` is to do for one arm; candidates are the same for all."""
+    """Return what `select_thoughts` is to do for one arm; drafts are the same for all."""
     settings = {
         "output_dir": thoughts_folder(seed.root, arm),
         "rule": RULES[arm],
-        "copies": script.num_candidates,
+        "copies": script.num_drafts,
         "seed": seed.number,
-        "candidate_files": script.candidate_files,
-        "demo_teachers": None if script.candidate_files else script.num_candidates,
+        "draft_files": script.draft_files,
+        "demo_teachers": None if script.draft_files else script.num_drafts,
     }
     if arm == "selected":
         settings |= {

@@ -282,7 +282,7 @@ def test_passes_under_a_launch_file_give_what_one_process_gives(
     labels = [read_labels(run / "model/gate/labels/query/train") for run in (alone, together)]
     assert labels[0].rows == labels[1].rows
     assert len(labels[0].rows) == 24
-    file = "selection/candidates.jsonl"
+    file = "selection/drafts.jsonl"
     selected = [(run / file).read_text(encoding="utf-8") for run in (alone, together)]
     assert selected[0] == selected[1]
     assert len(selected[0].splitlines()) == 8

@@ -16,7 +16,6 @@ from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.gate import DOCUMENT_SIDE, QUERY_SIDE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.gate_examples import choose_examples, gate_examples
-from twn_rl.training.gate_label_pass import LabelSettings, label_records
 from twn_rl.training.gate_labels import (
     IGNORED,
     SCHEMA,
@@ -28,6 +27,7 @@ from twn_rl.training.gate_labels import (
     report_table,
     soft_labels,
 )
+from twn_rl.training.measure_gains import LabelSettings, measure_gains
 
 TEMPERATURE = 0.1
 SETTINGS = LabelSettings(temperature=TEMPERATURE, batch_size=3, shard_size=4)
@@ -77,7 +77,7 @@ def model(word_records: list[Record]) -> DualLoraModel:
         + ([] if text is None else [model.backbone.eos_token_id])
         for text in texts
     ]
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if ".default" in n], 2e-2)
+    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if ".default" in n], 5e-3)
     for _ in range(120):
         nll, count = model.token_nll(model.collate(items, rows))
         (nll.sum() / count.sum()).backward()
@@ -124,7 +124,7 @@ def naive_row(model: DualLoraModel, records: list[Record], side: str, item: Item
 
 
 def test_the_taught_reasoner_closes_most_thoughts_and_not_all(model, word_records, tmp_path):
-    labels = label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
+    labels = measure_gains(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     problems = {row["id"]: row["problem"] for row in labels.rows}
     assert problems["r0"] is None
     assert problems["r2"] is not None
@@ -133,7 +133,7 @@ def test_the_taught_reasoner_closes_most_thoughts_and_not_all(model, word_record
 
 @pytest.mark.parametrize("side", [QUERY_SIDE, DOCUMENT_SIDE])
 def test_losses_and_ranks_are_those_of_a_naive_loop(model, word_records, tmp_path, side):
-    labels = label_records(model, word_records, side, tmp_path, SETTINGS)
+    labels = measure_gains(model, word_records, side, tmp_path, SETTINGS)
     examples = gate_examples(word_records, side)
     assert [row["id"] for row in labels.rows] == [example.id for example in examples]
     for row, example in zip(labels.rows, examples, strict=True):
@@ -149,7 +149,7 @@ def test_losses_and_ranks_are_those_of_a_naive_loop(model, word_records, tmp_pat
 
 
 def test_states_are_the_read_out_before_normalisation(model, word_records, tmp_path):
-    labels = label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
+    labels = measure_gains(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     examples = gate_examples(word_records, QUERY_SIDE)
     batch = model.collate([example.item for example in examples])
     expected = model.read_out(model.read(model.prepare(batch)))
@@ -178,7 +178,7 @@ def test_a_draw_of_examples_keeps_their_order_and_follows_the_seed(word_records)
 
 def test_an_embedding_that_cannot_use_its_thoughts_gains_nothing(make_model, records, tmp_path):
     # Random reasoners never close a thought; every input then counts as not having thought.
-    labels = label_records(make_model(), records, QUERY_SIDE, tmp_path, SETTINGS)
+    labels = measure_gains(make_model(), records, QUERY_SIDE, tmp_path, SETTINGS)
     assert {row["problem"] is None for row in labels.rows} == {False}
     assert labels.gains.tolist() == [0.0] * len(labels.rows)
     assert label_report(labels.rows, 0.1)["all"]["does_nothing"] == 1.0
@@ -189,14 +189,14 @@ def without_mtime(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_killed_pass_goes_on_with_the_shards_it_lacks(model, word_records, tmp_path):
-    whole = label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
+    whole = measure_gains(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     before = without_mtime(tmp_path)
     kept = tmp_path / "000000.parquet"
     modified = kept.stat().st_mtime_ns
     (tmp_path / "000001.parquet").write_bytes(b"PAR1 cut short")
     with pytest.raises(LabelsError, match=r"lacks shards \[1\]"):
         read_labels(tmp_path)
-    again = label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
+    again = measure_gains(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     assert kept.stat().st_mtime_ns == modified
     assert again.rows == whole.rows
     assert without_mtime(tmp_path) == before
@@ -206,27 +206,27 @@ def test_a_killed_pass_goes_on_with_the_shards_it_lacks(model, word_records, tmp
 def test_labels_of_something_else_are_refused_and_kept_unless_told_otherwise(
     model, word_records, tmp_path
 ):
-    label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
+    measure_gains(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     (tmp_path / "notes.txt").write_text("mine")
     before = without_mtime(tmp_path)
     hotter = LabelSettings(temperature=0.5, batch_size=3, shard_size=4)
     with pytest.raises(LabelsError, match=r"temperature = 0\.1, now 0\.5; .*--rebuild_labels"):
-        label_records(model, word_records, QUERY_SIDE, tmp_path, hotter)
+        measure_gains(model, word_records, QUERY_SIDE, tmp_path, hotter)
     with pytest.raises(LabelsError, match="records = "):
-        label_records(model, word_records[:-1], QUERY_SIDE, tmp_path, SETTINGS)
+        measure_gains(model, word_records[:-1], QUERY_SIDE, tmp_path, SETTINGS)
     with pytest.raises(LabelsError, match="side = query, now document"):
-        label_records(model, word_records, DOCUMENT_SIDE, tmp_path, SETTINGS)
+        measure_gains(model, word_records, DOCUMENT_SIDE, tmp_path, SETTINGS)
     weight = next(p for n, p in model.named_parameters() if "lora_B.default" in n)
     with torch.no_grad():
         weight += 1
     try:
         with pytest.raises(LabelsError, match="thoughts = "):
-            label_records(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
+            measure_gains(model, word_records, QUERY_SIDE, tmp_path, SETTINGS)
     finally:
         with torch.no_grad():
             weight -= 1
     assert without_mtime(tmp_path) == before
-    rebuilt = label_records(model, word_records, QUERY_SIDE, tmp_path, hotter, rebuild=True)
+    rebuilt = measure_gains(model, word_records, QUERY_SIDE, tmp_path, hotter, rebuild=True)
     assert json.loads((tmp_path / "plan.json").read_text())["temperature"] == 0.5
     assert len(rebuilt.rows) == 8
     assert (tmp_path / "notes.txt").read_text() == "mine"
@@ -243,7 +243,7 @@ class Crew:
 
 
 def test_two_processes_share_the_shards_and_find_what_one_finds(model, word_records, tmp_path):
-    alone = label_records(model, word_records, QUERY_SIDE, tmp_path / "one", SETTINGS)
+    alone = measure_gains(model, word_records, QUERY_SIDE, tmp_path / "one", SETTINGS)
     barrier, results, lock = threading.Barrier(2), {}, threading.Lock()
 
     class Locked(Crew):
@@ -256,7 +256,7 @@ def test_two_processes_share_the_shards_and_find_what_one_finds(model, word_reco
 
     def work(index: int) -> None:
         with lock:
-            results[index] = label_records(
+            results[index] = measure_gains(
                 model,
                 word_records,
                 QUERY_SIDE,

@@ -30,7 +30,6 @@ from twn_rl.modeling.kv_prefix import continue_prefix
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.readout import Tail, bottleneck_mask
 from twn_rl.training.gate_examples import gate_examples
-from twn_rl.training.gate_label_pass import label_records
 from twn_rl.training.latent import DECODER_FILE, LatentConfig, LatentTrainer
 from twn_rl.training.latent_decoder import (
     LatentDecoder,
@@ -39,6 +38,7 @@ from twn_rl.training.latent_decoder import (
     word_losses,
 )
 from twn_rl.training.losses import false_negative_mask, info_nce
+from twn_rl.training.measure_gains import measure_gains
 from twn_rl.training.pair_batches import LatentCollator, target_text
 
 LATENT = {"num_reason_tokens": 2, "latent_bottleneck": True}
@@ -382,7 +382,7 @@ def test_a_gate_learns_from_documents_as_they_are_served(
     latent_documents: bool, records: RecordSet, tmp_path: Path
 ) -> None:
     model = latent_model(latent_documents=latent_documents).eval()
-    labels = label_records(model, records, DOCUMENT_SIDE, tmp_path)
+    labels = measure_gains(model, records, DOCUMENT_SIDE, tmp_path)
     documents = [example.item for example in gate_examples(records, DOCUMENT_SIDE)]
     served = ThinkingEmbedder(model).encode_document(documents, normalize_embeddings=False)
     np.testing.assert_allclose(labels.states, served, atol=1e-4)

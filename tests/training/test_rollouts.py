@@ -16,12 +16,12 @@ from twn_rl.modeling.config import LoraSettings
 from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.kv_prefix import Prefix
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.training.bank_building import ScorerMismatchError
-from twn_rl.training.gate_label_pass import LabelSettings, label_records
 from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.losses import false_negative_mask, key_ids
+from twn_rl.training.measure_gains import LabelSettings, measure_gains
 from twn_rl.training.rollout_scorer import RolloutScorer, embed_items, evaluating, pool_of
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
+from twn_rl.training.target_bank import ScorerMismatchError
 
 NUM_NEGATIVES = 3
 GROUPS = [0, 0, 0, 1, 1, 3, 5, 5]  # records of the rollouts
@@ -296,7 +296,7 @@ def test_training_labels_mining_and_evaluation_leave_out_what_rewards_do(
 
     # Rewards and gate labels: the hardest negative is that of the texts.
     scorer = RolloutScorer(model, repeated, tmp_path / "bank", num_negatives=100)
-    labels = label_records(
+    labels = measure_gains(
         model,
         repeated,
         QUERY_SIDE,

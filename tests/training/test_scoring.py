@@ -15,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twn_rl.data.record import Item
-from twn_rl.training.bank_building import BankError, ScorerMismatchError
 from twn_rl.training.similarity_columns import similarity_columns
-from twn_rl.training.target_bank import TargetBank
+from twn_rl.training.target_bank import BankError, ScorerMismatchError, TargetBank
 
 WIDTH = 6
 TEMPERATURE = 0.1

@@ -1,8 +1,8 @@
-"""Candidates, shards, evaluators, rule and report; every expected number is by hand."""
+"""Drafts, rows, evaluators, rule and report; every expected number is by hand."""
 
 import json
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +14,32 @@ from twn_rl.data.record_files import RecordSet, load_records
 from twn_rl.demo.dataset import DemoSettings, noisy_teachers, write_demo
 from twn_rl.demo.questions import TeacherNoise
 from twn_rl.modeling.adapters import active_adapter
-from twn_rl.training.thought_selection.candidates import Candidate, ListedCots, read_candidate_file
 from twn_rl.training.thought_selection.choosing import (
     SelectionRule,
     choose,
     report_text,
     selection_report,
 )
-from twn_rl.training.thought_selection.evaluators import (
+from twn_rl.training.thought_selection.drafts import (
+    Draft,
+    RecordRows,
+    SelectionError,
+    collect_drafts,
+    merge_drafts,
+)
+from twn_rl.training.thought_selection.worth import (
     MarginEvaluator,
     Match,
     YesNoEvaluator,
     answer_ids,
+    judge,
     question_item,
 )
-from twn_rl.training.thought_selection.judging import judge, unjudged
-from twn_rl.training.thought_selection.shards import RecordShards, SelectionError
-from twn_rl.training.thought_selection.writing import AdapterWriter
+from twn_rl.training.thought_selection.writers import AdapterWriter, ListedDrafts, read_draft_file
 
 
 def scored(*worths: float | str) -> list[dict[str, Any]]:
-    """Return candidates a, b, c ... with these worths, or these problems."""
+    """Return drafts a, b, c ... with these worths, or these problems."""
     return [
         {"cot": chr(97 + n), "source": "s", "problem": w if isinstance(w, str) else None}
         | ({} if isinstance(w, str) else {"worth": w, "with_cot": w - 0.5, "without": -0.5})
@@ -84,7 +89,7 @@ def test_sampling_follows_the_softmax_of_worth_among_those_that_pass() -> None:
     assert choose("r7", rows, rule) == choose("r7", rows, rule)
 
 
-def test_all_takes_candidates_in_turn_and_random_one_a_record() -> None:
+def test_all_takes_drafts_in_turn_and_random_one_a_record() -> None:
     rows = [
         {"cot": cot, "problem": problem}  # without a worth
         for cot, problem in ((" ", "empty"), ("b", None), ("c", None), ("d", None))
@@ -107,10 +112,10 @@ def test_the_report_counts_fates_and_measures_the_rejection_of_wrong_thoughts(
 ) -> None:
     two = [replace(r, metadata={**r.metadata, "gold_cot": "a"}) for r in list(records)[:2]]
     rows = [
-        {"id": "r0", "candidates": scored(0.3, 0.1, -0.1)},  # a right and kept, b, c wrong
-        {"id": "r1", "candidates": scored(-0.1, 0.2, "junk")},  # a right and lost, b wrong and kept
+        {"id": "r0", "drafts": scored(0.3, 0.1, -0.1)},  # a right and kept, b, c wrong
+        {"id": "r1", "drafts": scored(-0.1, 0.2, "junk")},  # a right and lost, b wrong and kept
     ]
-    choices = [choose(row["id"], row["candidates"], SelectionRule()) for row in rows]
+    choices = [choose(row["id"], row["drafts"], SelectionRule()) for row in rows]
     report = selection_report(two, rows, choices)
     assert report["fates"] == {
         "selected": 2,
@@ -118,7 +123,7 @@ def test_the_report_counts_fates_and_measures_the_rejection_of_wrong_thoughts(
         "below_threshold": 2,
         "unanswered": 1,
     }
-    assert (report["records"], report["direct_only"], report["candidates"]) == (2, 0, 6)
+    assert (report["records"], report["direct_only"], report["drafts"]) == (2, 0, 6)
     assert report["problems"] == {"junk": 1}
     noise = report["noise"]["all"]
     assert (noise["right"], noise["wrong"]) == (2, 4)
@@ -132,12 +137,12 @@ def test_the_report_counts_fates_and_measures_the_rejection_of_wrong_thoughts(
 
 
 def test_without_gold_thoughts_nothing_is_said_about_wrong_ones(records: RecordSet) -> None:
-    rows = [{"id": records[0].id, "candidates": scored(0.3)}]
-    choices = [choose("r0", rows[0]["candidates"], SelectionRule())]
+    rows = [{"id": records[0].id, "drafts": scored(0.3)}]
+    choices = [choose("r0", rows[0]["drafts"], SelectionRule())]
     assert "noise" not in selection_report([records[0]], rows, choices)
 
 
-# Files of candidates
+# Files of drafts
 
 
 def write_lines(path: Path, *rows: Any) -> Path:
@@ -146,16 +151,16 @@ def write_lines(path: Path, *rows: Any) -> Path:
     return path
 
 
-def test_a_file_gives_candidates_by_record_and_drops_duplicates(tmp_path: Path) -> None:
+def test_a_file_gives_drafts_by_record_and_drops_duplicates(tmp_path: Path) -> None:
     one, two = {"id": "r1", "cot": "one"}, {"id": "r1", "cot": "two", "source": "gpt"}
     path = write_lines(tmp_path / "mine.jsonl", one, two, one, {"id": "r0", "cot": " "})
-    cots, skipped = read_candidate_file(path, ["r0", "r1", "r2"])
+    cots, skipped = read_draft_file(path, ["r0", "r1", "r2"])
     assert cots == {"r1": [("mine", "one"), ("gpt", "two")], "r0": [("mine", " ")]}
     assert skipped == {"duplicate": 1}
 
 
-def test_an_empty_thought_is_a_candidate_with_a_problem(records: RecordSet) -> None:
-    listed = ListedCots("f", {"r0": [("f", " "), ("f", "ok"), ("f", "</think>")]}, Renderer())
+def test_an_empty_thought_is_a_draft_with_a_problem(records: RecordSet) -> None:
+    listed = ListedDrafts("f", {"r0": [("f", " "), ("f", "ok"), ("f", "</think>")]}, Renderer())
     first, second = listed.write(records[:2])
     assert [c.problem for c in first] == ["empty", None, "marker"]
     assert second == []
@@ -165,19 +170,19 @@ def test_ids_that_are_no_records_are_refused_or_counted(tmp_path: Path) -> None:
     stranger, known = {"id": "x9", "cot": "a"}, {"id": "r0", "cot": "b"}
     path = write_lines(tmp_path / "cots.jsonl", stranger, known)
     with pytest.raises(SelectionError, match=r"cots.jsonl.*no record: ids \['x9'\].*skip"):
-        read_candidate_file(path, ["r0"])
-    cots, skipped = read_candidate_file(path, ["r0"], on_bad_row="skip")
+        read_draft_file(path, ["r0"])
+    cots, skipped = read_draft_file(path, ["r0"], on_bad_row="skip")
     assert (cots, skipped) == ({"r0": [("cots", "b")]}, {"unknown_id": 1})
     with pytest.raises(SelectionError, match="about no record"):
-        read_candidate_file(write_lines(tmp_path / "o.jsonl", stranger), ["r0"], on_bad_row="skip")
+        read_draft_file(write_lines(tmp_path / "o.jsonl", stranger), ["r0"], on_bad_row="skip")
 
 
 @pytest.mark.parametrize("bad", ["{", "[1]", {"id": "r0"}, {"id": 3, "cot": "a"}])
 def test_a_damaged_row_is_named_or_counted(tmp_path: Path, bad: Any) -> None:
     path = write_lines(tmp_path / "cots.jsonl", {"id": "r0", "cot": "b"}, bad)
     with pytest.raises(SelectionError, match="line 2"):
-        read_candidate_file(path, ["r0"])
-    assert read_candidate_file(path, ["r0"], on_bad_row="skip")[1] == {"bad_row": 1}
+        read_draft_file(path, ["r0"])
+    assert read_draft_file(path, ["r0"], on_bad_row="skip")[1] == {"bad_row": 1}
 
 
 # Shards
@@ -192,14 +197,14 @@ def test_a_killed_pass_makes_only_what_is_missing(tmp_path: Path) -> None:
             raise KeyboardInterrupt
         return [{"value": n} for n in positions]
 
-    shards = RecordShards(tmp_path / "s", ids, {"a": 1}, shard_size=2)
+    shards = RecordRows(tmp_path / "s", ids, {"a": 1}, shard_size=2)
     with pytest.raises(KeyboardInterrupt):
         shards.fill(make, show_progress_bar=False)
     with pytest.raises(SelectionError, match="missing or damaged"):
-        list(shards.rows())
+        list(shards)
     shards.fill(make, show_progress_bar=False)
     assert made == [0, 1, 2, 3, 2, 3, 4]
-    assert list(shards.rows()) == [{"id": f"r{n}", "value": n} for n in range(5)]
+    assert list(shards) == [{"id": f"r{n}", "value": n} for n in range(5)]
     # A shard that was cut short is made again, and rows that failed are, if asked for.
     path = tmp_path / "s" / "000001.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-4], encoding="utf-8")
@@ -210,10 +215,10 @@ def test_a_killed_pass_makes_only_what_is_missing(tmp_path: Path) -> None:
 
 def test_rows_of_other_records_or_settings_are_never_mixed_in(tmp_path: Path) -> None:
     def fill(ids: list[str], plan: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
-        shards = RecordShards(tmp_path / "s", ids, plan, shard_size=2)
+        shards = RecordRows(tmp_path / "s", ids, plan, shard_size=2)
         options |= {"show_progress_bar": False}
         shards.fill(lambda positions: [{"plan": plan} for _ in positions], **options)
-        return list(shards.rows())
+        return list(shards)
 
     fill(["a", "b", "c"], {"seed": 1})
     with pytest.raises(SelectionError, match=r"seed = 1, now 2.*--rebuild"):
@@ -227,12 +232,12 @@ def test_rows_of_other_records_or_settings_are_never_mixed_in(tmp_path: Path) ->
 # Sources
 
 
-def test_the_adapter_writes_the_same_candidates_whatever_the_batch(
+def test_the_adapter_writes_the_same_drafts_whatever_the_batch(
     make_model, records: RecordSet
 ) -> None:
     model = make_model()
 
-    def written(batch_size: int, seed: int = 0) -> list[list[Candidate]]:
+    def written(batch_size: int, seed: int = 0) -> list[list[Draft]]:
         writer = AdapterWriter(
             model,
             "own",
@@ -305,7 +310,7 @@ def answering(make_model, monkeypatch: pytest.MonkeyPatch):
     model = make_model()
     words = {"yes": "one", "no": "two"}
     monkeypatch.setattr(
-        "twn_rl.training.thought_selection.evaluators.answer_ids",
+        "twn_rl.training.thought_selection.worth.answer_ids",
         lambda tokenizer, word: answer_ids(tokenizer, words[word]),
     )
     return model
@@ -384,11 +389,11 @@ def test_without_negatives_a_thought_is_not_judged(
     [uncontrolled] = YesNoEvaluator(answering, pool, num_negatives=0).matches(pairs[:1])
     assert uncontrolled is not None
 
-    rows = [{"id": r.id, "candidates": []} for r in pool]
+    rows = [{"id": r.id, "drafts": []} for r in pool]
     for position, cot in pairs:
-        rows[position]["candidates"] = [Candidate(cot, "s").to_dict()]
+        rows[position]["drafts"] = [asdict(Draft(cot, "s"))]
     shards = judge(rows, margin, answering, tmp_path / "scores", show_progress_bar=False)
-    found = [row["candidates"] for row in shards.rows()]
+    found = [row["drafts"] for row in shards]
     assert [c["problem"] for row in found for c in row] == ["no_negatives", None]
     assert "worth" not in found[0][0]
     assert choose(pool[0].id, found[0], SelectionRule()).fates == ["unjudged"]
@@ -434,28 +439,22 @@ def test_equal_thoughts_are_scored_once_and_what_is_too_long_is_not(
         "r0": [("a", "camel left"), ("b", "camel left"), ("b", " ")],
         "r1": [("a", "camel " * 9)],
     }
-    listed = ListedCots("f", cots, model.renderer)
-    shards = RecordShards(tmp_path / "f", ids, listed.plan).fill(
-        lambda positions: [
-            {"candidates": [c.to_dict() for c in row]}
-            for row in listed.write([records[n] for n in positions])
-        ],
-        show_progress_bar=False,
-    )
-    rows, evaluator = unjudged([shards]), Lengths()
+    listed = ListedDrafts("f", cots, model.renderer)
+    collected = collect_drafts(listed, records, ids, tmp_path, show_progress_bar=False)
+    rows, evaluator = merge_drafts([collected]), Lengths()
     options = {"batch_size": 1, "show_progress_bar": False}
-    found = list(judge(rows, evaluator, model, tmp_path / "scores", **options).rows())
+    found = list(judge(rows, evaluator, model, tmp_path / "scores", **options))
     assert evaluator.seen == [(0, "camel left")]
-    assert [c.get("worth") for c in found[0]["candidates"]] == [1.0, 1.0, None]
-    assert [c["problem"] for c in found[1]["candidates"]] == ["too_long"]
-    assert found[2] == {"id": "r2", "candidates": []}
-    list(judge(rows, evaluator, model, tmp_path / "scores", **options).rows())
+    assert [c.get("worth") for c in found[0]["drafts"]] == [1.0, 1.0, None]
+    assert [c["problem"] for c in found[1]["drafts"]] == ["too_long"]
+    assert found[2] == {"id": "r2", "drafts": []}
+    list(judge(rows, evaluator, model, tmp_path / "scores", **options))
     assert len(evaluator.seen) == 1, "finished scores are kept"
-    rows[3]["candidates"] = [Candidate("tree", "late").to_dict()]
-    with pytest.raises(SelectionError, match="candidates = "):
+    rows[3]["drafts"] = [asdict(Draft("tree", "late"))]
+    with pytest.raises(SelectionError, match="drafts = "):
         judge(rows, evaluator, model, tmp_path / "scores", **options)
 
 
-def test_no_source_of_candidates_is_an_error() -> None:
+def test_no_source_of_drafts_is_an_error() -> None:
     with pytest.raises(SelectionError, match="--own_temperatures"):
-        unjudged([])
+        merge_drafts([])

@@ -7,7 +7,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +19,8 @@ from PIL import Image
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item, Record
+from twn_rl.training.thought_selection.drafts import RecordRows, SelectionError, collect_drafts
 from twn_rl.training.thought_selection.endpoint import EndpointSettings, EndpointWriter
-from twn_rl.training.thought_selection.shards import RecordShards, SelectionError
 
 Answer = Callable[[dict[str, Any], int], tuple[int, str]]
 RECORDS = [
@@ -30,6 +33,7 @@ class Server(ThreadingHTTPServer):
     """Answers by a function of (request, how often this question was asked before)."""
 
     answer: Answer
+    headers: Callable[[], dict[str, str]]
     requests: list[tuple[str, dict[str, str], dict[str, Any]]]
     daemon_threads = True
 
@@ -46,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
+            for name, value in (self.server.headers() if status != 200 else {}).items():
+                self.send_header(name, value)
             self.end_headers()
             self.wfile.write(text.encode())
         except OSError:
@@ -56,9 +62,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(answer: Answer) -> Iterator[Server]:
+def serving(answer: Answer, headers: Callable[[], dict[str, str]] = dict) -> Iterator[Server]:
     server = Server(("127.0.0.1", 0), Handler)
-    server.answer, server.requests = answer, []
+    server.answer, server.headers, server.requests = answer, headers, []
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -142,8 +148,8 @@ def test_pictures_travel_as_data_urls_and_the_key_as_a_header(
 def test_junk_and_a_busy_server_are_asked_again(bad: tuple[int, str]) -> None:
     with serving(lambda body, asked: bad if asked < 2 else chat("at last")) as server:
         asked = writer(server)
-        [[candidate]] = asked.write(RECORDS[:1])
-    assert (candidate.cot, candidate.problem) == ("at last", None)
+        [[draft]] = asked.write(RECORDS[:1])
+    assert (draft.cot, draft.problem) == ("at last", None)
     assert asked.num_retries == 2
     assert len(server.requests) == 3
 
@@ -177,8 +183,8 @@ def test_unusable_thoughts_are_kept_with_their_problem(
     text: str, finish_reason: str, problem: str
 ) -> None:
     with serving(lambda body, asked: chat(text, finish_reason)) as server:
-        [[candidate]] = writer(server).write(RECORDS[:1])
-    assert candidate.problem == problem
+        [[draft]] = writer(server).write(RECORDS[:1])
+    assert draft.problem == problem
     assert len(server.requests) == 1, "an answer is an answer"
 
 
@@ -201,35 +207,47 @@ def test_a_wrong_key_stops_the_pass_at_once() -> None:
     assert len(server.requests) < len(RECORDS)
 
 
-def test_a_dead_endpoint_stops_the_pass_and_finished_shards_are_kept(tmp_path) -> None:
-    alive = {"is_up": True}
+def test_a_dead_endpoint_stops_the_pass_and_finished_shards_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    is_up = threading.Event()
 
     def answer(body: dict[str, Any], asked: int) -> tuple[int, str]:
-        return chat(f"thought {number(body)}") if alive["is_up"] else (503, "down")
+        known = is_up.is_set() or number(body) < 2
+        return chat(f"thought {number(body)}") if known else (503, "down")
 
+    monkeypatch.setattr(EndpointWriter, "shard_size", 2)
+    ids = [record.id for record in RECORDS]
     with serving(answer) as server:
-        settings = {"retries": 0, "max_failures": 2, "parallel": 1}
-        asked = writer(server, **settings)
 
-        def make(positions: list[int]) -> list[dict[str, Any]]:
-            alive["is_up"] = alive["is_up"] and 2 not in positions
-            found = asked.write([RECORDS[n] for n in positions])
-            return [{"candidates": [c.to_dict() for c in row]} for row in found]
+        def collect() -> RecordRows:
+            asked = writer(server, retries=0, max_failures=2, parallel=1)
+            return collect_drafts(asked, RECORDS, ids, tmp_path, show_progress_bar=False)
 
-        def make_again(positions: list[int]) -> list[dict[str, Any]]:
-            alive["is_up"] = True
-            found = writer(server, **settings).write([RECORDS[n] for n in positions])
-            return [{"candidates": [c.to_dict() for c in row]} for row in found]
-
-        ids = [record.id for record in RECORDS]
-        shards = RecordShards(tmp_path / "endpoint", ids, asked.plan, shard_size=2)
         with pytest.raises(SelectionError, match=r"2 records in a row.*finished shards are kept"):
-            shards.fill(make, show_progress_bar=False)
+            collect()
         seen = len(server.requests)
-        shards.fill(make_again, show_progress_bar=False)
+        is_up.set()
+        rows = collect()
         assert len(server.requests) - seen == 3, "the first two records were not asked again"
-    cots = [row["candidates"][0]["cot"] for row in shards.rows()]
+    cots = [row["drafts"][0]["cot"] for row in rows]
     assert cots == [f"thought {n}" for n in range(5)]
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_busy_server_says_how_long_to_wait(form: str) -> None:
+    def headers() -> dict[str, str]:
+        when = datetime.now(UTC) + timedelta(seconds=3)
+        return {"Retry-After": "1" if form == "seconds" else format_datetime(when, usegmt=True)}
+
+    def answer(body: dict[str, Any], asked: int) -> tuple[int, str]:
+        return (429, "slow down") if asked == 0 else chat("at last")
+
+    with serving(answer, headers) as server:
+        began = time.monotonic()
+        [[draft]] = writer(server).write(RECORDS[:1])
+    assert draft.cot == "at last"
+    assert 1 <= time.monotonic() - began < 4
 
 
 def test_settings_that_cannot_work_are_named_together() -> None:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800  # as transformers' ddp_timeout
 # A process may wait while another one verifies a million pictures or embeds a catalogue.
@@ -107,6 +108,15 @@ def wait(processes: Processes | None) -> None:
 def is_main(processes: Processes | None) -> bool:
     """Return whether this process shows progress and changes what is shared."""
     return processes is None or processes.process_index == 0
+
+
+def gather_objects(mine: T) -> list[T]:
+    """Return what every process brings, by process; like waiting, it has no time-out."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine, group=RunProcesses._waiting)
+    return everyone
 
 
 def join_processes(

@@ -1,5 +1,10 @@
-"""Files that are whole or absent: written under another name first, read as absent if damaged."""
+"""Files that are whole or absent, and written by one run at a time.
 
+They are written under another name first, and read as absent if damaged.
+"""
+
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -30,6 +35,34 @@ def written_aside(path: str | Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
         with suppress(OSError):  # on a read-only disk
             aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def owned(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
+    """Let no other run write to `path`, a file or a folder, while the body runs.
+
+    The lock is a file beside `path`, which goes with the body. That of a killed run is free, and
+    what it had only begun to write is removed.
+
+    Raises:
+        ValueError: As `error`, if another run has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    descriptor = _lock(lock)
+    if descriptor is None:
+        raise error(
+            f"{path} is being written by another run; expected one at a time; wait for it or "
+            "choose another output"
+        )
+    try:
+        begun = f".{glob.escape(path.name)}.*.tmp"
+        for left in (*path.parent.glob(begun), *path.glob(".*.tmp")):
+            left.unlink()
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -90,6 +123,22 @@ def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | N
 def digest(content: Any) -> str:
     """Return the sha256 of anything JSON can hold, in the order it is given."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _lock(path: Path) -> int | None:
+    """Return the lock file, opened and locked, or None if another run has it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # its last owner has just removed the file that was locked
 
 
 def _sync(file: Any) -> None:

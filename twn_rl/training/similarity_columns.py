@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twn_rl.metrics.ranking import TIE_TOLERANCE
-from twn_rl.training.bank_building import BankError
 from twn_rl.training.settings import limit_problems
-from twn_rl.training.target_bank import TargetBank
+from twn_rl.training.target_bank import BankError, TargetBank
 
 SCORING_COLUMNS = (
     "positive_similarity",

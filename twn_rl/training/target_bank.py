@@ -5,7 +5,8 @@ last, `meta.json`: without it the bank does not exist. While it is being built, 
 file per finished shard, so that a killed build goes on where it stopped.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +14,23 @@ import torch
 from torch import Tensor
 
 from twn_rl.data.record import Item
-from twn_rl.runtime.processes import Processes, wait
-from twn_rl.runtime.whole_files import digest, map_file, read_json
-from twn_rl.training.bank_building import (
-    BankBuilder,
-    BankError,
-    Encode,
-    ScorerMismatchError,
-    check_finite,
-)
+from twn_rl.runtime.processes import Processes, is_main, wait
+from twn_rl.runtime.sharded_pass import Progress, ShardedPass, make_shards
+from twn_rl.runtime.whole_files import digest, map_file, read_json, write_array, write_json
 
 BANK_FORMAT = 1
 ROWS_PER_CHECK = 65_536
+NORM_TOLERANCE = 1e-2  # bfloat16 rounds the length of a unit vector by less than this
+
+Encode = Callable[[list[Item]], Tensor]
+
+
+class BankError(ValueError):
+    """A bank that is missing, incomplete or damaged, or targets that cannot be stored."""
+
+
+class ScorerMismatchError(BankError):
+    """A bank whose vectors come from another scorer than the one asked for."""
 
 
 class TargetBank:
@@ -103,18 +109,46 @@ class TargetBank:
             )
         if stored is not None and all(stored.get(key) == value for key, value in plan.items()):
             return self.open()
-        wait(processes)  # every process has looked before any of them changes the folder
-        builder = BankBuilder(
-            self.directory,
-            [items[row] for row in first_of.values()],
-            encode,
-            {**plan, "shard_size": shard_size},
-            batch_size,
-            processes,
-            show_progress_bar,
+        work = ShardedPass(
+            self.directory / "shards", plan, len(first_of), shard_size, error=BankError
         )
-        builder.run(list(first_of), pool_rows)
+        with work.opened(rebuild=not work.is_planned(), processes=processes):
+            missing = {n: rows for n, rows in enumerate(work.ranges) if _read(work, n) is None}
+            if is_main(processes):  # a bank that was there stops existing
+                (self.directory / "meta.json").unlink(missing_ok=True)
+            is_shared = processes is not None and processes.num_processes > 1
+            shard = _ShardEncoder(
+                work, [items[row] for row in first_of.values()], encode, batch_size, is_shared
+            )
+            make_shards(
+                missing,
+                shard.make,
+                description="target bank",
+                unit="target",
+                num_shards=len(work.ranges),
+                idle=shard.idle,
+                processes=processes,
+                show_progress_bar=show_progress_bar,
+            )
+            if is_main(processes):
+                self._assemble(work, list(first_of), pool_rows)
+        wait(processes)
         return self.open()
+
+    def _assemble(self, work: ShardedPass, ids: list[str], pool_rows: dict[str, list[int]]) -> None:
+        shards = [_read(work, number) for number in range(len(work.ranges))]
+        parts = [shard for shard in shards if shard is not None]
+        if len(parts) < len(shards):
+            lost = [number for number, shard in enumerate(shards) if shard is None]
+            raise BankError(
+                f"bank {self.directory} lacks shards {lost}, expected all after "
+                "embedding; give every process the same directory"
+            )
+        write_array(self.directory / "embeddings.npy", parts)
+        write_json(self.directory / "targets.json", {"ids": ids, "pools": pool_rows})
+        meta = {**work.plan, "rows": len(ids), "width": parts[0].shape[1]}
+        write_json(self.directory / "meta.json", meta)
+        shutil.rmtree(work.folder)
 
     def open(self, *, fingerprint: str | None = None) -> "TargetBank":
         """Memory-map a finished bank after checking it whole; return self.
@@ -146,7 +180,7 @@ class TargetBank:
                 "as many ids in targets.json; build it with rebuild=True"
             )
         for start in range(0, len(embeddings), ROWS_PER_CHECK):
-            check_finite(embeddings[start : start + ROWS_PER_CHECK], start, str(self.directory))
+            _check_finite(embeddings[start : start + ROWS_PER_CHECK], start, str(self.directory))
         self.ids = targets["ids"]
         self.row_of = {target_id: row for row, target_id in enumerate(self.ids)}
         self.pools = {name: np.array(rows) for name, rows in targets["pools"].items()}
@@ -184,3 +218,70 @@ def _distinct(
         row = row_of.setdefault(key, len(row_of))
         members.setdefault("" if pools is None else pools[position], set()).add(row)
     return first_of, {name: sorted(rows) for name, rows in members.items()}
+
+
+class _ShardEncoder:
+    """Embeds shards with the same number of calls for each: ZeRO-3 needs all processes in step."""
+
+    def __init__(
+        self,
+        work: ShardedPass,
+        items: list[Item],
+        encode: Encode,
+        batch_size: int,
+        is_shared: bool,
+    ) -> None:
+        self.work, self.items, self.encode, self.batch_size = work, items, encode, batch_size
+        self.calls = -(-len(work.ranges[0]) // batch_size) if is_shared else 0
+
+    def make(self, number: int, rows: Sequence[int], progress: Progress) -> None:
+        """Embed and write one shard."""
+        parts = []
+        for start in range(0, len(rows), self.batch_size):
+            batch = rows[start : start + self.batch_size]
+            with torch.no_grad():
+                vectors = self.encode([self.items[row] for row in batch])
+            parts.append(vectors.detach().to("cpu", torch.float32).numpy())
+            _check_vectors(parts[-1], batch)
+            progress(len(batch))
+        self.idle(self.calls - len(parts))
+        write_array(self.work.path(number, ".npy"), np.concatenate(parts))
+
+    def idle(self, calls: int | None = None) -> None:
+        """Embed the first item over and over, for nothing."""
+        for _ in range(self.calls if calls is None else calls):
+            self.encode(self.items[:1])
+
+
+def _read(work: ShardedPass, number: int) -> np.ndarray | None:
+    """Return the vectors of a shard, or None if it is absent or damaged."""
+    vectors = map_file(work.path(number, ".npy"), (len(work.ranges[number]), None))
+    return vectors if vectors is not None and np.isfinite(vectors).all() else None
+
+
+def _check_vectors(vectors: np.ndarray, batch: Sequence[int]) -> None:
+    """Refuse what `encode` returned for the rows of a batch unless it can be compared by cosine."""
+    if vectors.ndim != 2 or len(vectors) != len(batch):
+        raise BankError(
+            f"encode returned shape {vectors.shape} for {len(batch)} items, expected "
+            f"({len(batch)}, D); return one vector per item"
+        )
+    _check_finite(vectors, batch[0], "encode")
+    norms = np.linalg.norm(vectors, axis=1)
+    worst = int(np.abs(norms - 1).argmax())
+    if abs(norms[worst] - 1) > NORM_TOLERANCE:
+        raise BankError(
+            f"encode returned length {norms[worst]:.4g} for the vector of target "
+            f"{batch[worst]}, expected 1: similarities are cosines; L2-normalise the vectors"
+        )
+
+
+def _check_finite(vectors: np.ndarray, start: int, source: str) -> None:
+    """Raise `BankError` if a row holds NaN or infinity; `start` is the first row's number."""
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise BankError(
+            f"{source}: vectors of targets {(bad[:5] + start).tolist()} ({len(bad)} in this batch) "
+            "hold NaN or infinity, expected finite numbers; check the scorer's precision, then "
+            "build with rebuild=True"
+        )

@@ -1,4 +1,4 @@
-"""Scored candidates -> which one a record is taught, and why the others are not; knows no model.
+"""Scored drafts -> which one a record is taught, and why the others are not; knows no model.
 
 MMEmb-R1 (2604.06156) keeps paths of positive marginal value; whether by arg-max or by sampling is
 not known, so both are here, and so are the two baselines that ask no evaluator.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from twn_rl.data.record import Record, hop_of, task_of
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.text_tables import markdown_table
 
 RULES = ("best", "sample", "random", "all")
@@ -35,11 +36,11 @@ _FATE_OF_PROBLEM = {
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """How one of a record's candidates is chosen.
+    """How one of a record's drafts is chosen.
 
     Attributes:
         rule: "best" takes the highest worth, "sample" draws by softmax(worth / temperature), both
-            among those above the threshold; "random" and "all" (copy c takes candidate c) ask for
+            among those above the threshold; "random" and "all" (copy c takes draft c) ask for
             no worth.
         threshold: Smallest worth, exclusive. A little below 0 keeps thoughts that change nothing.
         min_match: Smallest match with the thought, exclusive; None, as in the paper, is off. A hard
@@ -60,32 +61,29 @@ class SelectionRule:
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
-        problems = []
-        if self.rule not in RULES:
-            problems.append(f"rule = {self.rule!r}, expected one of {RULES}")
-        if not math.isfinite(self.threshold):
-            problems.append(f"threshold = {self.threshold}, expected a finite number")
-        if not self.temperature > 0:
-            problems.append(f"temperature = {self.temperature}, expected > 0")
-        if self.copies < 1:
-            problems.append(f"copies = {self.copies}, expected >= 1")
-        if problems:
-            raise ValueError("SelectionRule: " + "; ".join(problems) + "; change these fields")
+        problems = Problems()
+        problems.unless(self.rule in RULES, f"rule = {self.rule!r}, expected one of {RULES}")
+        problems.unless(
+            math.isfinite(self.threshold), f"threshold = {self.threshold}, expected a finite number"
+        )
+        problems.expect(self, "> 0", "temperature")
+        problems.expect(self, ">= 1", "copies")
+        problems.refuse("SelectionRule")
 
     @property
     def is_judged(self) -> bool:
-        """Whether candidates need a worth."""
+        """Whether drafts need a worth."""
         return self.rule in JUDGED_RULES
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What became of one record's candidates.
+    """What became of one record's drafts.
 
     Attributes:
-        chosen: For each copy the position of its candidate, or None: the direct path only.
-        fates: For each candidate one of `FATES`.
-        passes: For each candidate whether the rule could have chosen it.
+        chosen: For each copy the position of its draft, or None: the direct path only.
+        fates: For each draft one of `FATES`.
+        passes: For each draft whether the rule could have chosen it.
     """
 
     chosen: list[int | None]
@@ -93,10 +91,10 @@ class Choice:
     passes: list[bool]
 
 
-def choose(record_id: str, candidates: Sequence[Mapping[str, Any]], rule: SelectionRule) -> Choice:
-    """Return the choice among one record's candidates (`cot`, `problem`, `worth`, `with_cot`).
+def choose(record_id: str, drafts: Sequence[Mapping[str, Any]], rule: SelectionRule) -> Choice:
+    """Return the choice among one record's drafts (`cot`, `problem`, `worth`, `with_cot`).
 
-    Candidates with the text of a chosen one share its fate. Of equal worths the first is best.
+    Drafts with the text of a chosen one share its fate. Of equal worths the first is best.
 
     >>> rows = [{"cot": c, "problem": None, "worth": w} for c, w in (("a", 0.1), ("b", 0.3))]
     >>> choose("r", rows, SelectionRule())
@@ -104,37 +102,37 @@ def choose(record_id: str, candidates: Sequence[Mapping[str, Any]], rule: Select
     >>> choose("r", rows, SelectionRule(threshold=0.5)).chosen
     [None]
     """
-    passes = [_passes(candidate, rule) for candidate in candidates]
+    passes = [_passes(draft, rule) for draft in drafts]
     usable = [n for n, ok in enumerate(passes) if ok]
     chosen: list[int | None] = [None] * rule.copies
     if usable and rule.rule == "best":
-        chosen = [max(usable, key=lambda n: candidates[n]["worth"])] * rule.copies
+        chosen = [max(usable, key=lambda n: drafts[n]["worth"])] * rule.copies
     elif usable:
-        chosen = [_draw(record_id, copy, candidates, usable, rule) for copy in range(rule.copies)]
-    texts = {candidates[n]["cot"] for n in chosen if n is not None}
+        chosen = [_draw(record_id, copy, drafts, usable, rule) for copy in range(rule.copies)]
+    texts = {drafts[n]["cot"] for n in chosen if n is not None}
     lost = NOT_DRAWN if rule.rule in ("random", "all") else BEATEN
     fates = []
-    for candidate, ok in zip(candidates, passes, strict=True):
-        if candidate["problem"] is not None:
-            fates.append(_FATE_OF_PROBLEM.get(candidate["problem"], MALFORMED))
+    for draft, ok in zip(drafts, passes, strict=True):
+        if draft["problem"] is not None:
+            fates.append(_FATE_OF_PROBLEM.get(draft["problem"], MALFORMED))
         elif not ok:
             fates.append(BELOW)
         else:
-            fates.append(SELECTED if candidate["cot"] in texts else lost)
+            fates.append(SELECTED if draft["cot"] in texts else lost)
     return Choice(chosen, fates, passes)
 
 
-def _passes(candidate: Mapping[str, Any], rule: SelectionRule) -> bool:
-    if candidate["problem"] is not None or not rule.is_judged:
-        return candidate["problem"] is None
-    is_worth_it = candidate["worth"] > rule.threshold
-    return is_worth_it and (rule.min_match is None or candidate["with_cot"] > rule.min_match)
+def _passes(draft: Mapping[str, Any], rule: SelectionRule) -> bool:
+    if draft["problem"] is not None or not rule.is_judged:
+        return draft["problem"] is None
+    is_worth_it = draft["worth"] > rule.threshold
+    return is_worth_it and (rule.min_match is None or draft["with_cot"] > rule.min_match)
 
 
 def _draw(
     record_id: str,
     copy: int,
-    candidates: Sequence[Mapping[str, Any]],
+    drafts: Sequence[Mapping[str, Any]],
     usable: list[int],
     rule: SelectionRule,
 ) -> int:
@@ -142,13 +140,13 @@ def _draw(
         return usable[copy % len(usable)]
     if rule.rule == "random":  # one draw a record, whatever the copies
         return random.Random(f"{rule.seed}/{record_id}").choice(usable)
-    best = max(candidates[n]["worth"] for n in usable)
-    weights = [math.exp((candidates[n]["worth"] - best) / rule.temperature) for n in usable]
+    best = max(drafts[n]["worth"] for n in usable)
+    weights = [math.exp((drafts[n]["worth"] - best) / rule.temperature) for n in usable]
     return random.Random(f"{rule.seed}/{record_id}/{copy}").choices(usable, weights)[0]
 
 
 def taught_records(
-    record: Record, candidates: Sequence[Mapping[str, Any]], choice: Choice
+    record: Record, drafts: Sequence[Mapping[str, Any]], choice: Choice
 ) -> Iterator[Record]:
     """Yield each copy of a record with its chosen CoT, or with none.
 
@@ -156,7 +154,7 @@ def taught_records(
     Copies are told apart by "#" and their number.
     """
     for copy, number in enumerate(choice.chosen):
-        taken = None if number is None else candidates[number]
+        taken = None if number is None else drafts[number]
         mark: dict[str, Any] = {"is_direct_only": taken is None}
         if taken is not None:
             mark |= {name: taken[name] for name in ("source", "worth") if name in taken}
@@ -173,44 +171,37 @@ def selection_report(
     rows: Iterable[Mapping[str, Any]],
     choices: Sequence[Choice],
 ) -> dict[str, Any]:
-    """Return how many candidates met which fate and, where gold CoTs are known, were right.
+    """Return how many drafts met which fate and, where gold CoTs are known, were right.
 
     Args:
         records: The records; `metadata["gold_cot"]`, if there, is the right CoT.
-        rows: One a record with its `candidates`.
+        rows: One a record with its `drafts`.
         choices: One a record.
 
     Returns:
-        `records`, `direct_only`, `candidates` (counts), `fates`, `problems`, `sources` (source ->
+        `records`, `direct_only`, `drafts` (counts), `fates`, `problems`, `sources` (source ->
         fate -> count) and, with gold CoTs, `noise` (group -> see `_noise`).
     """
     fates: Counter[str] = Counter()
     problems: Counter[str] = Counter()
     sources: dict[str, Counter[str]] = {}
-    noise: dict[str, Counter[str]] = {}
-    count = 0
+    noise: dict[str, list[tuple[bool, bool, bool]]] = {}
     for record, row, choice in zip(records, rows, choices, strict=True):
-        count += 1
         gold = record.metadata.get("gold_cot")
-        names = ["all", task_of(record), *([hop_of(record)] if hop_of(record) else [])]
-        for candidate, fate, passes in zip(
-            row["candidates"], choice.fates, choice.passes, strict=True
-        ):
+        groups = ["all", task_of(record), *filter(None, [hop_of(record)])]
+        for draft, fate, passes in zip(row["drafts"], choice.fates, choice.passes, strict=True):
             fates[fate] += 1
-            sources.setdefault(candidate["source"], Counter())[fate] += 1
-            if candidate["problem"] is not None:
-                problems[candidate["problem"]] += 1
+            sources.setdefault(draft["source"], Counter())[fate] += 1
+            if draft["problem"] is not None:
+                problems[draft["problem"]] += 1
             if isinstance(gold, str):
-                is_right = candidate["cot"].split() == gold.split()
-                for name in names:
-                    noise.setdefault(str(name), Counter())[
-                        f"{is_right}/{fate == SELECTED}/{passes}"
-                    ] += 1
-    direct_only = sum(all(n is None for n in choice.chosen) for choice in choices)
+                is_right = draft["cot"].split() == gold.split()
+                for group in groups:
+                    noise.setdefault(group, []).append((is_right, fate == SELECTED, passes))
     report: dict[str, Any] = {
-        "records": count,
-        "direct_only": direct_only,
-        "candidates": sum(fates.values()),
+        "records": len(choices),
+        "direct_only": sum(all(n is None for n in choice.chosen) for choice in choices),
+        "drafts": sum(fates.values()),
         "fates": {fate: fates[fate] for fate in FATES if fates[fate]},
         "problems": dict(problems),
         "sources": {name: dict(found) for name, found in sorted(sources.items())},
@@ -220,29 +211,25 @@ def selection_report(
     return report
 
 
-def _noise(found: Counter[str]) -> dict[str, float | int | None]:
+def _noise(found: Sequence[tuple[bool, bool, bool]]) -> dict[str, float | int | None]:
     """Return how well wrong CoTs were told from right ones; None where there was nothing to tell.
 
     `recall` is the share of wrong CoTs that are not taught, `precision` the share of wrong ones
     among those not taught, `right_kept` the share of right ones that are. The same `_at_threshold`
     looks at threshold and match alone, before the best of the rest is taken.
+
+    Args:
+        found: Of each draft whether it is right, is taught, and passed threshold and match.
     """
-    cells = {tuple(word == "True" for word in key.split("/")): n for key, n in found.items()}
-
-    def total(is_right: bool, is_kept: bool | None = None, *, place: int = 1) -> int:
-        return sum(
-            n
-            for key, n in cells.items()
-            if key[0] == is_right and (is_kept is None or key[place] == is_kept)
-        )
-
-    report: dict[str, float | int | None] = {"right": total(True), "wrong": total(False)}
+    right = sum(is_right for is_right, _, _ in found)
+    wrong = len(found) - right
+    report: dict[str, float | int | None] = {"right": right, "wrong": wrong}
     for place, suffix in ((1, ""), (2, "_at_threshold")):
-        rejected = total(False, False, place=place) + total(True, False, place=place)
+        rejected = [draft[0] for draft in found if not draft[place]]
         for name, part, whole in (
-            ("recall", total(False, False, place=place), total(False)),
-            ("precision", total(False, False, place=place), rejected),
-            ("right_kept", total(True, True, place=place), total(True)),
+            ("recall", rejected.count(False), wrong),
+            ("precision", rejected.count(False), len(rejected)),
+            ("right_kept", right - rejected.count(True), right),
         ):
             report[name + suffix] = part / whole if whole else None
     return report
@@ -250,17 +237,17 @@ def _noise(found: Counter[str]) -> dict[str, float | int | None]:
 
 def report_text(report: Mapping[str, Any]) -> str:
     """Return a report as Markdown tables."""
-    total = max(1, report["candidates"])
+    total = max(1, report["drafts"])
     fates, problems = report["fates"].items(), report["problems"].items()
     shares = [(name, f"{count}", f"{100 * count / total:.1f}") for name, count in fates]
     texts = [
         f"{report['records']} records, {report['direct_only']} of them without a CoT (direct path "
-        f"only); {report['candidates']} candidates.\n",
-        markdown_table(("fate", "candidates", "share in %"), shares),
+        f"only); {report['drafts']} drafts.\n",
+        markdown_table(("fate", "drafts", "share in %"), shares),
     ]
     if problems:
         counts = [(name, f"{count}") for name, count in problems]
-        texts.append(markdown_table(("problem", "candidates"), counts))
+        texts.append(markdown_table(("problem", "drafts"), counts))
     if "noise" in report:
         names = ("right", "wrong", "recall", "precision", "right_kept")
         names += ("recall_at_threshold", "right_kept_at_threshold")

@@ -1,4 +1,4 @@
-"""Candidates from an OpenAI-compatible chat endpoint; knows no adapters and no evaluator.
+"""Drafts from an OpenAI-compatible chat endpoint; knows no adapters and no evaluator.
 
 The only room that talks to a network, to the one address it is given; redirects are not followed.
 """
@@ -14,14 +14,16 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 from twn_rl.data.chat import Renderer, parse_think
 from twn_rl.data.images import ImageSource, open_image
 from twn_rl.data.record import Record
 from twn_rl.runtime.extras import extra
-from twn_rl.training.thought_selection.candidates import Candidate, problem_of
-from twn_rl.training.thought_selection.shards import SelectionError
+from twn_rl.runtime.problems import Problems
+from twn_rl.training.thought_selection.drafts import Draft, SelectionError, problem_of
 
 with extra("train"):
     import httpx2
@@ -37,6 +39,7 @@ FAILURES = ("timeout", "junk", "refused")
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 _ABOUT_THE_REQUEST = (400, 413, 415, 422)
 _BACKOFF_CAP_SECONDS = 60.0
+_ASKED_PAUSE_CAP_SECONDS = 600.0
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,13 @@ class EndpointSettings:
     endpoint_url: str | None = field(
         default=None,
         metadata={
-            "help": "OpenAI-compatible endpoint that writes candidates, such as "
+            "help": "OpenAI-compatible endpoint that writes drafts, such as "
             "http://localhost:8000/v1; /chat/completions is added."
         },
     )
     endpoint_model: str = field(default="", metadata={"help": "Name of the model there."})
     endpoint_thoughts: int = field(
-        default=1, metadata={"help": "Candidates a record from there, one request each."}
+        default=1, metadata={"help": "Drafts a record from there, one request each."}
     )
     endpoint_temperature: float = field(default=1.0, metadata={"help": "Of its sampling."})
     endpoint_max_tokens: int = field(default=512, metadata={"help": "Its longest answer."})
@@ -66,7 +69,10 @@ class EndpointSettings:
         },
     )
     endpoint_backoff_seconds: float = field(
-        default=1.0, metadata={"help": "Wait before the first further try; doubles each time."}
+        default=1.0,
+        metadata={
+            "help": "Wait before the first further try; doubles, and is what the server asks."
+        },
     )
     endpoint_max_failures: int = field(
         default=16, metadata={"help": "So many records without an answer in a row end the pass."}
@@ -84,26 +90,33 @@ class EndpointSettings:
         """Collect every problem into one error."""
         if self.endpoint_url is None:
             return
-        problems = []
-        if not self.endpoint_url.startswith(("http://", "https://")):
-            problems.append(f"endpoint_url = {self.endpoint_url!r}, expected http:// or https://")
-        if not self.endpoint_model:
-            problems.append("endpoint_model is empty, expected the endpoint's name of a model")
-        counts = {"thoughts": 1, "max_tokens": 1, "max_failures": 1, "parallel": 1, "retries": 0}
-        for short, least in {**counts, "backoff_seconds": 0}.items():
-            name = f"endpoint_{short}"
-            if getattr(self, name) < least:
-                problems.append(f"{name} = {getattr(self, name)}, expected >= {least}")
-        if not self.endpoint_timeout_seconds > 0:
-            problems.append(
-                f"endpoint_timeout_seconds = {self.endpoint_timeout_seconds}, expected > 0"
-            )
-        if problems:
-            raise ValueError("EndpointSettings: " + "; ".join(problems) + "; change these fields")
+        problems = Problems()
+        problems.unless(
+            self.endpoint_url.startswith(("http://", "https://")),
+            f"endpoint_url = {self.endpoint_url!r}, expected http:// or https://",
+        )
+        problems.unless(
+            self.endpoint_model, "endpoint_model is empty, expected the endpoint's name of a model"
+        )
+        positive = ("thoughts", "max_tokens", "max_failures", "parallel")
+        problems.expect(self, ">= 1", *(f"endpoint_{name}" for name in positive))
+        problems.expect(self, ">= 0", "endpoint_retries", "endpoint_backoff_seconds")
+        problems.expect(self, "> 0", "endpoint_timeout_seconds")
+        problems.refuse("EndpointSettings")
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why a request brought no draft: one of `FAILURES`, in words, and whether to ask again."""
+
+    problem: str
+    detail: str
+    is_final: bool = False
+    asked_pause_seconds: float = 0.0
 
 
 class EndpointWriter:
-    """CoTs of a model behind an endpoint; what fails for good is a candidate with a problem.
+    """CoTs of a model behind an endpoint; what fails for good is a draft with a problem.
 
     Attributes:
         num_retries: Tries after the first one, so far.
@@ -117,12 +130,13 @@ class EndpointWriter:
         shapes_answers = ("url", "model", "thoughts", "temperature", "max_tokens", "prompt")
         described = asdict(settings)
         self.plan: dict[str, Any] = {n: described[f"endpoint_{n}"] for n in shapes_answers}
+        self._source = f"{self.name}:{settings.endpoint_model}"
         self.num_retries = 0
         self._failures_in_a_row = 0
         self._lock = threading.Lock()
 
-    def write(self, records: Sequence[Record]) -> list[list[Candidate]]:
-        """Return the candidates of each record.
+    def write(self, records: Sequence[Record]) -> list[list[Draft]]:
+        """Return the drafts about each record.
 
         Raises:
             SelectionError: If the endpoint refuses for reasons that concern every request, or does
@@ -137,62 +151,63 @@ class EndpointWriter:
             ThreadPoolExecutor(asked.endpoint_parallel) as pool,
         ):
             try:
-                answers = list(pool.map(lambda record: self._candidate(client, record), jobs))
+                answers = list(pool.map(lambda record: self._draft(client, record), jobs))
             except SelectionError:
                 pool.shutdown(cancel_futures=True)
                 raise
         count = asked.endpoint_thoughts
         return [answers[start : start + count] for start in range(0, len(answers), count)]
 
-    def _candidate(self, client: httpx2.Client, record: Record) -> Candidate:
-        source = f"{self.name}:{self.settings.endpoint_model}"
-        problem, detail = "junk", ""
-        for attempt in range(1 + self.settings.endpoint_retries):
-            if attempt:
-                with self._lock:
-                    self.num_retries += 1
-                pause = self.settings.endpoint_backoff_seconds * 2 ** (attempt - 1)
-                time.sleep(min(pause, _BACKOFF_CAP_SECONDS))
-            try:
-                response = client.post(self._address(), json=self._request(record))
-            except httpx2.TimeoutException as error:
-                problem, detail = "timeout", repr(error)
-                continue
-            except httpx2.TransportError as error:
-                problem, detail = "refused", repr(error)
-                continue
-            detail = f"status {response.status_code}: {response.text[:200]!r}"
-            if response.status_code in _ABOUT_THE_REQUEST:
-                problem = "refused"
+    def _draft(self, client: httpx2.Client, record: Record) -> Draft:
+        """Ask until there is a draft, an answer that will not change, or no try left."""
+        answer = self._ask(client, record)
+        for attempt in range(self.settings.endpoint_retries):
+            if isinstance(answer, Draft) or answer.is_final:
                 break
-            if response.status_code in _RETRIED:
-                problem = "refused"
-                continue
-            if response.status_code != 200:
-                raise SelectionError(
-                    f"endpoint {self._address()} answered {detail}; expected status 200; check "
-                    "endpoint_url, endpoint_model and the key in "
-                    f"{self.settings.endpoint_key_variable}"
-                )
-            candidate = self._parse(response, source)
-            if candidate is not None:
-                with self._lock:
-                    self._failures_in_a_row = 0
-                return candidate
-            problem = "junk"
-        self._count_failure(record, problem, detail)
-        return Candidate("", source, problem)
+            with self._lock:
+                self.num_retries += 1
+            pause = min(self.settings.endpoint_backoff_seconds * 2**attempt, _BACKOFF_CAP_SECONDS)
+            asked = min(answer.asked_pause_seconds, _ASKED_PAUSE_CAP_SECONDS)
+            time.sleep(max(pause, asked))
+            answer = self._ask(client, record)
+        if isinstance(answer, _Failure):
+            self._count_failure(record, answer)
+            return Draft("", self._source, answer.problem)
+        with self._lock:
+            self._failures_in_a_row = 0
+        return answer
 
-    def _count_failure(self, record: Record, problem: str, detail: str) -> None:
+    def _ask(self, client: httpx2.Client, record: Record) -> Draft | _Failure:
+        try:
+            response = client.post(self._address(), json=self._request(record))
+        except httpx2.TimeoutException as error:
+            return _Failure("timeout", repr(error))
+        except httpx2.TransportError as error:
+            return _Failure("refused", repr(error))
+        detail = f"status {response.status_code}: {response.text[:200]!r}"
+        if response.status_code == 200:
+            return self._parse(response) or _Failure("junk", detail)
+        if response.status_code in _RETRIED:
+            return _Failure("refused", detail, asked_pause_seconds=asked_pause(response))
+        if response.status_code in _ABOUT_THE_REQUEST:
+            return _Failure("refused", detail, is_final=True)
+        raise SelectionError(
+            f"endpoint {self._address()} answered {detail}; expected status 200; check "
+            "endpoint_url, endpoint_model and the key in "
+            f"{self.settings.endpoint_key_variable}"
+        )
+
+    def _count_failure(self, record: Record, failure: _Failure) -> None:
         with self._lock:
             self._failures_in_a_row += 1
             failures = self._failures_in_a_row
-        logger.warning("record %s: no CoT from the endpoint (%s): %s", record.id, problem, detail)
+        found = f"{failure.problem}: {failure.detail}"
+        logger.warning("record %s: no CoT from the endpoint: %s", record.id, found)
         if failures >= self.settings.endpoint_max_failures:
             raise SelectionError(
-                f"endpoint {self._address()} failed {failures} records in a row, last {problem}: "
-                f"{detail}; expected chat completions; check the server, then run the same command "
-                "again: finished shards are kept"
+                f"endpoint {self._address()} failed {failures} records in a row, last {found}; "
+                "expected chat completions; check the server, then run the same command again: "
+                "finished shards are kept"
             )
 
     def _address(self) -> str:
@@ -216,8 +231,8 @@ class EndpointWriter:
             "max_tokens": self.settings.endpoint_max_tokens,
         }
 
-    def _parse(self, response: httpx2.Response, source: str) -> Candidate | None:
-        """Return the candidate of an answer, or None for junk."""
+    def _parse(self, response: httpx2.Response) -> Draft | None:
+        """Return the draft of an answer, or None for junk."""
         try:
             choice = response.json()["choices"][0]
             text = choice["message"]["content"]
@@ -226,11 +241,23 @@ class EndpointWriter:
         if not isinstance(text, str):
             return None
         if choice.get("finish_reason") == "length":
-            return Candidate(text.strip(), source, "truncated")
+            return Draft(text.strip(), self._source, "truncated")
         if self.renderer.think_open in text:
             think = parse_think(text, self.renderer)
-            return Candidate(think.text, source, think.problem)
-        return Candidate(text.strip(), source, problem_of(text, self.renderer))
+            return Draft(think.text, self._source, think.problem)
+        return Draft(text.strip(), self._source, problem_of(text, self.renderer))
+
+
+def asked_pause(response: httpx2.Response) -> float:
+    """Return the seconds a server asks to wait (`Retry-After`, RFC 9110); 0 if it does not."""
+    text = response.headers.get("Retry-After", "").strip()
+    if text.isdigit():
+        return float(text)
+    try:
+        when = parsedate_to_datetime(text)
+    except ValueError:
+        return 0.0
+    return (when - datetime.now(when.tzinfo)).total_seconds()
 
 
 def data_url(image: ImageSource) -> str:

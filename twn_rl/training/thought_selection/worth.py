@@ -1,4 +1,4 @@
-"""How well query and target match with and without a thought; knows no candidates' fate.
+"""What a draft is worth: how well query and target match with it and without it.
 
 MMEmb-R1 (2604.06156) scores a path by the counterfactual: the evaluator's match with it minus the
 match without it, with hard negatives as control. The paper does not name its evaluator; there are
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,10 +22,10 @@ from twn_rl.modeling.adapters import without_adapters
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.readout import position_ids
+from twn_rl.runtime.processes import Processes
 from twn_rl.runtime.whole_files import digest
 from twn_rl.training.rollout_scorer import RolloutScorer
-from twn_rl.training.target_bank import Processes
-from twn_rl.training.thought_selection.shards import SelectionError
+from twn_rl.training.thought_selection.drafts import RecordRows, Row, SelectionError
 
 EVALUATORS = ("margin", "yes_no")
 Pair = tuple[int, str]  # position of a record, CoT about its query
@@ -50,7 +50,7 @@ class Match:
 
 
 class Evaluator(Protocol):
-    """Scores thoughts; `plan` names everything the scores depend on."""
+    """Compares with and without a thought; `plan` names everything the matches depend on."""
 
     plan: dict[str, Any]
 
@@ -294,3 +294,58 @@ def answer_ids(tokenizer: Any, word: str) -> list[int]:
             "backbone that can answer; use --evaluator margin"
         )
     return list(found)
+
+
+def judge(
+    rows: Sequence[Row],
+    evaluator: Evaluator,
+    model: DualLoraModel,
+    folder: Path,
+    *,
+    batch_size: int = 64,
+    rebuild: bool = False,
+    processes: Processes | None = None,
+    show_progress_bar: bool = True,
+) -> RecordRows:
+    """Return the rows with `with_cot`, `without` and `worth` at every draft that can be taught.
+
+    Equal CoTs of a record are scored once. A CoT beyond the model's think budget could never be
+    written again; it gets the problem "too_long". One that cannot be judged gets "no_negatives".
+    """
+
+    def score(positions: Sequence[int]) -> list[Row]:
+        judged = {
+            position: [_within_budget(draft, model) for draft in rows[position]["drafts"]]
+            for position in positions
+        }
+        usable = [
+            ((position, draft["cot"]), draft)
+            for position, drafts in judged.items()
+            for draft in drafts
+            if draft["problem"] is None
+        ]
+        pairs, found = list(dict(usable)), dict[Pair, Match | None]()
+        for start in range(0, len(pairs), batch_size):
+            batch = pairs[start : start + batch_size]
+            found |= zip(batch, evaluator.matches(batch), strict=True)
+        for pair, draft in usable:
+            match = found[pair]
+            if match is None:
+                draft["problem"] = "no_negatives"
+            else:
+                draft |= {**asdict(match), "worth": match.worth}
+        return [{"drafts": drafts} for drafts in judged.values()]
+
+    plan = {**evaluator.plan, "drafts": digest([row["drafts"] for row in rows])}
+    plan["max_think_tokens"] = model.config.max_think_tokens
+    return RecordRows(folder, [row["id"] for row in rows], plan).fill(
+        score, rebuild=rebuild, processes=processes, show_progress_bar=show_progress_bar
+    )
+
+
+def _within_budget(draft: Row, model: DualLoraModel) -> Row:
+    if draft["problem"] is not None:
+        return dict(draft)
+    tokens = len(model.completion_ids(model.renderer.completion(draft["cot"]), add_eos=True))
+    is_too_long = tokens > model.config.max_think_tokens
+    return {**draft, "problem": "too_long" if is_too_long else None}

@@ -1,4 +1,4 @@
-"""The label pass: every input once without and once with its own thought, against fixed vectors.
+"""What its own thought gains every input: embedded without and with it, against fixed vectors.
 
 The gain is attributed to one side: the other side's vectors come from a bank and never change.
 Knows no gate.
@@ -6,8 +6,6 @@ Knows no gate.
 
 from __future__ import annotations
 
-import re
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm.auto import tqdm
 
 from twn_rl.data.record import Item, Record
 from twn_rl.metrics.negatives import FalseNegatives
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import DOCUMENT_SIDE
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.runtime.processes import Processes, is_main, wait
-from twn_rl.runtime.sharded_pass import ShardedPass
+from twn_rl.runtime.problems import Problems
+from twn_rl.runtime.processes import Processes
+from twn_rl.runtime.sharded_pass import Progress, ShardedPass, make_shards
 from twn_rl.runtime.whole_files import digest
-from twn_rl.training.gate_examples import GateExample, bank_items, choose_examples, gate_examples
+from twn_rl.training.gate_examples import (
+    GateExample,
+    bank_items,
+    choose_examples,
+    gate_examples,
+)
 from twn_rl.training.gate_labels import (
     LABEL_FORMAT,
     GateLabels,
@@ -67,19 +70,14 @@ class LabelSettings:
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
-        counts = ("max_think_tokens", "max_examples", "batch_size", "shard_size")
-        problems = [
-            f"{name} = {getattr(self, name)}, expected >= 1"
-            for name in counts
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]
-        if not self.temperature > 0:
-            problems.append(f"temperature = {self.temperature}, expected > 0")
-        if problems:
-            raise ValueError("LabelSettings: " + "; ".join(problems) + "; change these fields")
+        problems = Problems()
+        problems.expect(self, ">= 1", "batch_size", "shard_size")
+        problems.expect(self, "None or >= 1", "max_think_tokens", "max_examples")
+        problems.expect(self, "> 0", "temperature")
+        problems.refuse("LabelSettings")
 
 
-def label_records(
+def measure_gains(
     model: DualLoraModel,
     records: Sequence[Record],
     side: str,
@@ -108,51 +106,51 @@ def label_records(
 
     Raises:
         LabelsError: If the folder holds labels of another model, other settings or other records,
-            unless `rebuild`; or if shards got lost.
+            unless `rebuild`; if another run writes to it; or if shards got lost.
     """
-    settings = settings or LabelSettings()
-    folder = Path(directory)
+    settings, folder = settings or LabelSettings(), Path(directory)
     examples = choose_examples(
         gate_examples(records, side), settings.max_examples, seed=settings.seed
     )
-    items, pools = bank_items(records, side)
     if not examples:
         raise LabelsError("records is empty; expected at least one; check the file")
+    items, pools = bank_items(records, side)
     plan = _plan(model, side, settings, examples, items, pools)
-    labelling = ShardedPass(
-        folder,
-        plan,
-        len(examples),
-        settings.shard_size,
+    work = ShardedPass(
+        *(folder, plan, len(examples), settings.shard_size),
         error=LabelsError,
         rebuild_flag="--rebuild_labels",
     )
-    labelling.open(lambda: _clear(folder), rebuild=rebuild, processes=processes)
-    sizes = [len(rows) for rows in labelling.ranges]
-    missing = [n for n, size in enumerate(sizes) if read_shard(folder, n, size) is None]
-    mine = labelling.share(missing, processes)
-    if not missing:
-        return read_labels(folder)
-    bank = TargetBank(folder / BANK_DIR).build(
-        items,
-        lambda batch: embed_items(model, batch),
-        fingerprint=plan["scorer"],
-        batch_size=settings.batch_size,
-        pools=pools,
-        processes=processes,
-        show_progress_bar=show_progress_bar,
-    )
-    labeller = _Labeller(model, bank, settings, is_latent=_is_latent(model, side))
-    with tqdm(
-        total=sum(sizes[number] for number in mine),
-        desc=f"{side} labels",
-        unit="input",
-        disable=not (show_progress_bar and is_main(processes)),
-    ) as bar:
-        for number in mine:
-            rows, states = labeller.label([examples[row] for row in labelling.ranges[number]], bar)
-            write_shard(folder, number, rows, states)
-    wait(processes)
+    shared: dict[str, Any] = {"processes": processes, "show_progress_bar": show_progress_bar}
+    bank = TargetBank(folder / BANK_DIR)
+    with work.opened(rebuild=rebuild, belongings=[bank.directory], processes=processes):
+        missing = {
+            number: rows
+            for number, rows in enumerate(work.ranges)
+            if read_shard(folder, number, len(rows)) is None
+        }
+        if missing:
+            bank.build(
+                items,
+                lambda batch: embed_items(model, batch),
+                fingerprint=plan["scorer"],
+                batch_size=settings.batch_size,
+                pools=pools,
+                **shared,
+            )
+        gauge = _Gauge(model, bank, settings, is_latent=_is_latent(model, side))
+
+        def make(number: int, rows: Sequence[int], progress: Progress) -> None:
+            write_shard(folder, number, *gauge.measure([examples[row] for row in rows], progress))
+
+        make_shards(
+            missing,
+            make,
+            description=f"{side} labels",
+            unit="input",
+            num_shards=len(work.ranges),
+            **shared,
+        )
     return read_labels(folder)
 
 
@@ -185,14 +183,7 @@ def _is_latent(model: DualLoraModel, side: str) -> bool:
     return side == DOCUMENT_SIDE and model.config.latent_documents
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if re.fullmatch(r"\d{6}\.(npy|parquet)", path.name):
-            path.unlink()
-    shutil.rmtree(folder / BANK_DIR, ignore_errors=True)
-
-
-class _Labeller:
+class _Gauge:
     """Measures examples against a bank."""
 
     def __init__(
@@ -201,8 +192,8 @@ class _Labeller:
         self.model, self.bank, self.settings = model, bank, settings
         self.is_latent = is_latent
 
-    def label(
-        self, examples: Sequence[GateExample], bar: tqdm
+    def measure(
+        self, examples: Sequence[GateExample], progress: Progress
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
         """Return one row an example, and the no-think states (N, D)."""
         # A batch is as long as its longest prompt; pictures decide before words.
@@ -216,7 +207,7 @@ class _Labeller:
             no_think[rows], think[rows] = batch[0].cpu(), batch[1].cpu()
             for row, thought in zip(rows, batch[2], strict=True):
                 thoughts[row] = thought
-            bar.update(len(rows))
+            progress(len(rows))
         measured = [self._score(examples, states) for states in (no_think, think)]
         labelled = [
             _row(example, thought, before, after)
