@@ -176,6 +176,14 @@ def test_the_mean_over_all_is_given_for_all_tasks_only(tmp_path: Path) -> None:
     assert part["means"]["image"]["mean"] == whole["means"]["image"]["mean"]
 
 
+def test_a_damaged_score_file_counts_as_not_measured_and_is_named(tmp_path, caplog) -> None:
+    write_score(tmp_path, "MSVD")
+    path = task_path(tmp_path, TASKS["MSVD"], SCORES)
+    path.write_text(path.read_text(encoding="utf-8")[:40], encoding="utf-8")
+    assert read_scores(tmp_path, TASKS.values()) == {}
+    assert f"{path} is damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -56,9 +56,6 @@ class DistinctItems:
         with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
             yield cls(path, file, data_root)
 
-    def __len__(self) -> int:
-        return len(self.row_of)
-
     def add(self, item: Item) -> int:
         """Return the row of an item, a new one if no equal item was added before.
 
@@ -156,7 +153,7 @@ class MiningPlan:
             self._members.setdefault(row.pool or "", {})[number] = None
         if bad:
             logger.warning("%s: left out %d bad rows", path, bad)
-        if not len(self.candidates):
+        if not self.candidates.row_of:
             raise ValueError(f"{path} has no usable row; expected candidates; correct the file")
         return named
 

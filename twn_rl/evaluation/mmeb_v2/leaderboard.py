@@ -5,6 +5,7 @@
 settings, are never averaged: the repair alone is worth 1.2 points of the mean over 78.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +17,8 @@ from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, GROUPS, MmebTask
 from twn_rl.metrics.graded import KS
 from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import read_json, write_json, write_text
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_FILE = "summary.json"
 LEADERBOARD_FILE = "leaderboard.json"
@@ -42,8 +45,7 @@ def read_score(output: Path, task: MmebTask, plan: Mapping[str, Any]) -> dict[st
     Raises:
         MixedScoresError: If they were made otherwise than `plan` says.
     """
-    path = task_path(output, task, SCORES)
-    stored = read_json(path)
+    path, stored = task_path(output, task, SCORES), _stored(output, task)
     there = plan if stored is None else stored.get("plan", {})
     different = [name for name in plan if there.get(name) != plan[name]]
     if different:
@@ -64,7 +66,7 @@ def read_scores(output: Path, tasks: Iterable[MmebTask]) -> dict[str, dict[str, 
     scores: dict[str, dict[str, Any]] = {}
     first: tuple[str, Mapping[str, Any]] | None = None
     for task in tasks:
-        stored = read_json(task_path(output, task, SCORES))
+        stored = _stored(output, task)
         if stored is None:
             continue
         shared = {k: v for k, v in stored.get("plan", {}).items() if k != "task"}
@@ -82,6 +84,14 @@ def read_scores(output: Path, tasks: Iterable[MmebTask]) -> dict[str, dict[str, 
             )
         scores[task.task] = stored
     return scores
+
+
+def _stored(output: Path, task: MmebTask) -> dict[str, Any] | None:
+    path = task_path(output, task, SCORES)
+    stored = read_json(path)
+    if stored is None and path.exists():
+        logger.warning("%s is damaged: its task counts as not measured", path)
+    return stored
 
 
 def summarize(scores: Mapping[str, Mapping[str, Any]], tasks: Sequence[MmebTask]) -> dict[str, Any]:
