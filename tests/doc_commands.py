@@ -33,7 +33,7 @@ SHORTER: dict[str, list[str]] = {
     "recipes/gate_embed.py": [*_DEMO, "--max_examples", "16", "--batch_size", "8"],
     "recipes/policy_threshold.py": _DEMO,
     "recipes/select_thoughts.py": _DEMO,
-    "recipes/eval_embed.py": [*_DEMO, "--num_thoughts", "2", "--splits", "test"],
+    "recipes/eval_embed.py": [*_DEMO, "--splits=test", "--modes", "never", "always", "auto"],
     "recipes/experiments/probe_cot.py": [*_DEMO, "--splits", "test"],
     "benchmarks/interfaces.py": ["--batch_size", "2", "--repeats", "1"],
     "benchmarks/encode.py": [*_DEMO, "--queries", "4", "--repeats", "1"],
