@@ -8,7 +8,7 @@ hardest negatives in the whole target bank.
     accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/grpo_embed.py  # GPUs
     accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/grpo_embed.py
     accelerate launch recipes/grpo_embed.py --rewards margin format --reward_weights 1 0.1
-    accelerate launch recipes/grpo_embed.py --rewards my_rewards.py:my_reward
+    accelerate launch recipes/grpo_embed.py --rewards mine.py:my_reward --reward_weights 1
 
 Without arguments it reads recipes/configs/demo_grpo.yaml: the embedded emoji scenes, warm start
 included if there is none yet, evaluation and report.html at the end; about ten minutes on two CPU

@@ -41,6 +41,7 @@ SHORTER: dict[str, list[str]] = {
     "twn-rl check-data": [],
     "twn-rl encode": ["--limit", "4"],
     "twn-rl search": [],
+    "twn-rl where": [],
     "twn-rl mine-negatives": ["--range_max", "0"],
 }
 # What a command needs that is not here: such commands are parsed only.
@@ -64,17 +65,21 @@ class Parsed(Exception):  # noqa: N818 -- not an error: it ends a program after 
 
 
 def program_of(command: list[str]) -> tuple[str, list[str]]:
-    """Return the program a command runs in the end, and its arguments."""
+    """Return the program a command runs in the end, a recipe by its file, and its arguments."""
     words = list(command)
+    if words[0] == "twn-rl" and words[1] in cli.RECIPES:
+        return f"recipes/{cli.RECIPES[words[1]][0].replace('.', '/')}.py", words[2:]
     if words[:2] == ["accelerate", "launch"] or words[0] in ("torchrun", "python"):
         script = next(i for i, word in enumerate(words) if word.endswith(".py"))
         return words[script], words[script + 1 :]
-    if words[0] == "twn-rl" and words[1:2] and not words[1].startswith("-"):
+    if words[0] == "twn-rl" and not words[1].startswith("-"):
         return f"twn-rl {words[1]}", words[2:]
     return words[0], words[1:]
 
 
-def try_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
+def try_command(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, *, may_run: bool = True
+) -> str:
     """Run or parse a command in the current folder; return "run" or "parsed".
 
     Raises:
@@ -101,12 +106,13 @@ def try_command(command: list[str], monkeypatch: pytest.MonkeyPatch) -> str:
     if "--config_file" in command:
         assert (ROOT / command[command.index("--config_file") + 1]).is_file(), line
     is_run = program in SHORTER and not any(re.search(need, line) for need in ABSENT)
+    is_run = is_run and may_run
     shorter = SHORTER[program] if is_run and "--help" not in words else []
     with monkeypatch.context() as patch:
         if not is_run:
             stop_after_parsing(patch)
         try:
-            _start(program, [*words, *shorter], patch)
+            _start(command, shorter, patch)
         except Parsed:
             return "parsed"
         except SystemExit as done:
@@ -132,12 +138,15 @@ def stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(argparse.ArgumentParser, "parse_args", parse_words)
 
 
-def _start(program: str, words: list[str], patch: pytest.MonkeyPatch) -> None:
-    if program.startswith("twn-rl"):
-        status = cli.main([*program.split()[1:], *words])
-        assert status == 0, f"{program} {words}: exit status {status}"
+def _start(command: list[str], more: list[str], patch: pytest.MonkeyPatch) -> None:
+    """Run the program of a command with more flags at its end."""
+    if command[0] == "twn-rl":
+        patch.setattr(sys, "argv", sys.argv)  # recipes find theirs replaced
+        status = cli.main([*command[1:], *more])
+        assert status == 0, f"{command}: exit status {status}"
         return
-    patch.setattr(sys, "argv", [program, *words])
+    program, words = program_of(command)
+    patch.setattr(sys, "argv", [program, *words, *more])
     runpy.run_path(str(Path(program)), run_name="__main__")
 
 

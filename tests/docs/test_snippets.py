@@ -1,7 +1,9 @@
 """Every block of the documentation is run or parsed, in a copy of a small finished demo."""
 
+import ast
 import json
 import logging
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,9 +143,29 @@ def parse_settings(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(load_mixture(file).sources) > 1
         return
     recipe = f"recipes/{Path(file).stem.rpartition('_')[2]}_embed.py"
-    # ABSENT names --config_file among what is parsed only.
-    launch = ["accelerate", "launch", "--config_file", "recipes/accelerate/zero2.yaml"]
-    assert try_command([*launch, recipe, "--config", file], monkeypatch) == "parsed"
+    how = try_command(["python", recipe, "--config", file], monkeypatch, may_run=False)
+    assert how == "parsed"
+
+
+PROGRAMS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("recipes", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if path.name != "__init__.py"
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_the_commands_in_a_programs_docstring_are_taken_by_its_parser(
+    program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    docstring = ast.get_docstring(ast.parse((ROOT / program).read_text(encoding="utf-8"))) or ""
+    lines = re.findall(r"^    \S.*(?:\n        .*)*", docstring, re.MULTILINE)
+    commands = command_lines("\n".join(lines))
+    assert commands, f"{program} does not say how to start it"
+    monkeypatch.chdir(ROOT)
+    for command in commands:
+        try_command(command, monkeypatch, may_run=False)
 
 
 def test_pages_have_blocks_of_every_kind_that_is_tried() -> None:
