@@ -109,6 +109,8 @@ def marked(page: Path) -> Any:
     )
 
 
+# Recipes run one after the other in this process, and import each other.
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 @pytest.mark.parametrize("page", [marked(page) for page in PAGES])
 def test_every_block_of_a_page_is_run_or_parsed(
     page: Path, workshop: Path, monkeypatch: pytest.MonkeyPatch
@@ -155,6 +157,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules.*:RuntimeWarning")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_the_commands_in_a_programs_docstring_are_taken_by_its_parser(
     program: str, monkeypatch: pytest.MonkeyPatch
