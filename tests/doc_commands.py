@@ -134,7 +134,9 @@ def stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
         parse_args(*args, **kwargs)
         raise Parsed
 
-    patch.setattr(arguments, "parse_arguments", parse_settings)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("twn_rl.") and vars(module).get("parse_arguments") is parse:
+            patch.setattr(module, "parse_arguments", parse_settings)
     patch.setattr(argparse.ArgumentParser, "parse_args", parse_words)
 
 
