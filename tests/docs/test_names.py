@@ -34,6 +34,12 @@ def test_every_path_and_symbol_in_backticks_exists(page: Path) -> None:
                 find_symbol(word)
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_symbol_of_the_api_reference_exists(page: Path) -> None:
+    for dotted in re.findall(r"^::: (\S+)$", prose(page), re.MULTILINE):
+        find_symbol(dotted)
+
+
 def find_symbol(dotted: str) -> Any:
     """Return the module, class, function or attribute of a dotted name."""
     parts = dotted.split(".")
