@@ -1,4 +1,4 @@
-"""The built-in rewards by name; knows nothing of models, trainers, files or tensors.
+"""The built-in rewards by name.
 
 A reward is a plain function ``def name(completions, *, <columns>, **kwargs) -> list[float |
 None]``: one value per rollout, higher is better, `None` where the reward does not apply to that
@@ -24,7 +24,7 @@ would have earned (`think_gain` pays 0). Add `format` to the list of rewards to 
 something.
 
 How to add one: write the function, with its formula, its range and an example that runs, in a file
-of this folder; import it below; add one line to `REWARDS`. `tests/test_rewards.py` then checks its
+of this folder; import it below; add one line to `REWARDS`. `tests/rewards/test_rewards.py` then checks its
 contract. A reward that lives in your own code needs none of this: name it `package.module:function`
 or `path/to/file.py:function`. Keyword arguments that have a default value are parameters and can be
 set from YAML; those without one are columns. Never catch an exception inside a reward: `None` means
@@ -36,8 +36,7 @@ from collections.abc import Callable
 from twn_rl.rewards.adaptive import adaptive
 from twn_rl.rewards.completion import format, length
 from twn_rl.rewards.contrastive import info_nce, softmax_margin
-from twn_rl.rewards.margins import margin, think_gain
-from twn_rl.rewards.ranking import rank_gap
+from twn_rl.rewards.margins import margin, rank_gap, think_gain
 
 REWARDS: dict[str, Callable[..., list[float | None]]] = {
     "margin": margin,

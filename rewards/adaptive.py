@@ -1,4 +1,4 @@
-"""The reward of deciding well whether to think; knows no similarity, only what thinking gained."""
+"""The reward of deciding well whether to think."""
 
 from typing import Any
 
@@ -22,16 +22,6 @@ def adaptive(
     `length_cost * L / L_max` when thinking. The paper is known from summaries only: the two values,
     the dead band m and the linear cost are our choice. A thinking rollout is judged by its own gap,
     so a wrong CoT is told to stay away; a direct one by the mean gap of its group's CoTs.
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        utility_gap: Margin with the CoT minus margin without.
-        is_direct: Whether the policy answered without a CoT.
-        think_tokens: Tokens of the CoT.
-        min_gap: m, what thinking must gain to be worth it, in cosine.
-        length_cost: What a CoT of the whole budget costs; 0 is off.
-        max_think_tokens: `L_max`, the budget. At least 1.
-        **kwargs: Other columns, ignored.
 
     Returns:
         One value in [-1 - length_cost, 1] per rollout. `None` where the gap is unknown.

@@ -1,4 +1,4 @@
-"""Rewards on the form of the CoT itself, its format and its length; knows no similarity."""
+"""Rewards on the form of the CoT itself: its format and its length."""
 
 from typing import Any
 
@@ -13,11 +13,6 @@ def format(
     parses the completion with the renderer saved in the model, so that training and serving agree
     on what complete means; this reward only reads the verdict. The papers weigh it 0.05 to 1 next
     to the embedding reward.
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        is_think_complete: Whether the think was complete.
-        **kwargs: Other columns, ignored.
 
     Returns:
         0.0 or 1.0 per rollout.
@@ -40,15 +35,9 @@ def length(
     """Return a penalty that grows over the last tokens of the budget.
 
     Soft over-long punishment of DAPO (arXiv 2503.14476, eq. 13) on the tokens of the think, with L
-    the tokens, `L_max` the budget and `L_cache` the soft window: 0 up to `L_max - L_cache`; then
-    `((L_max - L_cache) - L) / L_cache`; and -1 above `L_max`. No deviation.
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        think_tokens: Tokens of the CoT; of an incomplete one, all that were generated.
-        max_think_tokens: `L_max`. At least 1.
-        soft_window_tokens: `L_cache`, from 0 (a cliff at `max_think_tokens`) to `max_think_tokens`.
-        **kwargs: Other columns, ignored.
+    the tokens, `L_max` = `max_think_tokens` the budget and `L_cache` = `soft_window_tokens`: 0 up
+    to `L_max - L_cache`; then `((L_max - L_cache) - L) / L_cache`; and -1 above `L_max`. A window of
+    0 is a cliff at the budget. No deviation.
 
     Returns:
         One value in [-1, 0] per rollout.

@@ -1,4 +1,4 @@
-"""Rewards that weigh negatives by a softmax over similarities; knows no rank or token count."""
+"""Rewards that weigh negatives by a softmax over similarities."""
 
 import math
 from typing import Any
@@ -18,16 +18,7 @@ def info_nce(
     Oord et al., arXiv 1807.03748, eq. 4) with scaled cosines as scores, that is, the objective of
     the SFT stage seen as a reward. It differs from that loss in its negatives: the K hardest of the
     whole bank, not those of a batch. It saturates at 0 once the positive is safely first, so easy
-    prompts stop pushing.
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        positive_similarity: Cosine to the positive, in [-1, 1]. For an incomplete think, that of
-            the no-think vector.
-        negative_similarities: Cosines to the hardest negatives, per rollout, in any order.
-        temperature: Divides the similarities; 0.02 is what large backbones are trained with. Above
-            0.
-        **kwargs: Other columns, ignored.
+    prompts stop pushing. t = `temperature`; 0.02 is what large backbones are trained with.
 
     Returns:
         One value in [-2 / temperature - log(1 + K), 0] per rollout. `None` for a rollout without
@@ -63,18 +54,10 @@ def softmax_margin(
     """Return the margin to the negatives, each weighted by how hard it is.
 
     `R = s+ - sum_j softmax_j(s-_j / t) * s-_j`, the margin of the outcome reward of Embed-RL (arXiv
-    2602.13823) with its t = 0.5. Deviations: one positive from the bank in place of the mean over G
+    2602.13823) with its `temperature` t = 0.5. Deviations: one positive from the bank in place of the mean over G
     target rollouts, the K hardest negatives of the bank in place of the batch's, and the margin
     alone (that paper multiplies it by an accuracy; see `rank_gap` for a product). A low t
     approaches the single hardest negative, a high t the plain mean.
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        positive_similarity: Cosine to the positive, in [-1, 1]. For an incomplete think, that of
-            the no-think vector.
-        negative_similarities: Cosines to the hardest negatives, per rollout, in any order.
-        temperature: Divides the negatives' similarities before the softmax. Above 0.
-        **kwargs: Other columns, ignored.
 
     Returns:
         One value in [-2, 2] per rollout. `None` for a rollout without negatives.

@@ -1,4 +1,4 @@
-"""Rewards that are plain differences of similarities; knows no temperature, rank or token count."""
+"""Rewards that are plain differences of similarities, one of them weighed by the rank."""
 
 from typing import Any
 
@@ -16,19 +16,10 @@ def margin(
 ) -> list[float | None]:
     """Return how much closer the think vector is to its positive than to its hardest negatives.
 
-    `R = s+ - mean(s-_1, ..., s-_K)` over the K hardest negatives. This is the gap of UME-R1 (arXiv
-    2511.00405, the "gap" factor of its embedding reward) with one difference: that paper averages
-    over all negatives of the batch, we average over the K hardest of the whole target bank, because
-    the easy ones only add a constant.
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        positive_similarity: Cosine to the positive, in [-1, 1]. For an incomplete think, that of
-            the no-think vector.
-        negative_similarities: Cosines to the hardest negatives, per rollout, in any order.
-        num_negatives: K, how many of the hardest negatives to average; a shorter list is used
-            whole.
-        **kwargs: Other columns, ignored.
+    `R = s+ - mean(s-_1, ..., s-_K)` over the K = `num_negatives` hardest negatives, or all of a
+    shorter list. This is the gap of UME-R1 (arXiv 2511.00405, the "gap" factor of its embedding
+    reward) with one difference: that paper averages over all negatives of the batch, we average
+    over the K hardest of the whole target bank, because the easy ones only add a constant.
 
     Returns:
         One value in [-2, 2] per rollout; above 0 the positive beats the average hard negative.
@@ -59,22 +50,12 @@ def think_gain(
 ) -> list[float | None]:
     """Return how much the CoT widened the margin over embedding the same query without any CoT.
 
-    `R = margin(think) - margin(no think)`, each over its own K hardest negatives. It is the utility
-    gap of MMEmb-R1 (arXiv 2604.06156: `delta = s^r - s^d`) taken on margins instead of on the
-    positive similarity alone, because a CoT can raise the positive and a hard negative together
+    `R = margin(think) - margin(no think)`, each over its own `num_negatives` hardest. It is the
+    utility gap of MMEmb-R1 (arXiv 2604.06156: `delta = s^r - s^d`) taken on margins instead of on
+    the positive similarity alone, because a CoT can raise the positive and a hard negative together
     (SURE, arXiv 2609.29560). Within one group of rollouts it differs from `margin` by a constant,
     so group-normalised advantages are the same; it is what to use where values of different prompts
     are compared (no group normalisation, thresholds, plots).
-
-    Args:
-        completions: One completion per rollout; only their number matters here.
-        positive_similarity: Cosine of the think vector to the positive, in [-1, 1].
-        negative_similarities: Cosines of the think vector to its hardest negatives.
-        no_think_positive_similarity: Cosine of the no-think vector to the positive, in [-1, 1].
-        no_think_negative_similarities: Cosines of the no-think vector to its hardest negatives.
-        num_negatives: K, how many of the hardest negatives to average; a shorter list is used
-            whole.
-        **kwargs: Other columns, ignored.
 
     Returns:
         One value in [-4, 4] per rollout; above 0 thinking helped. Exactly 0 for an incomplete
@@ -96,6 +77,59 @@ def think_gain(
         no_think_negative_similarities,
         num_negatives=num_negatives,
     )
+
+
+def rank_gap(
+    completions: list[Any],
+    *,
+    positive_similarity: list[float],
+    negative_similarities: list[list[float]],
+    target_rank: list[int],
+    top_k: int = 8,
+    **kwargs: Any,
+) -> list[float | None]:
+    """Return a rank term times the similarity gap: being clearly first pays most.
+
+    UME-R1's embedding reward (arXiv 2511.00405, `R_emb = rank * gap`): with G rollouts of the
+    target, its `rank` is the share of them among the top G of all targets, its `gap` the mean
+    positive minus the mean negative similarity.
+
+    Deviations, because our targets are embedded once into a bank and are not rolled out:
+
+    - one target in place of G, so `rank` is the mean of hit@1, ..., hit@top_k: `max(0, top_k + 1 -
+      target_rank) / top_k`; 1 for a first place, falling in equal steps to 0 below place `top_k`
+      (the paper's G = 8);
+    - `gap` is `s+` minus the mean over the hardest negatives of the whole bank, and can therefore
+      be negative. A negative gap is not multiplied: the product would pay a rollout for a *worse*
+      rank. So `R = rank * max(gap, 0) + min(gap, 0)`.
+
+    Returns:
+        One value in [-2, 2] per rollout. `None` for a rollout without negatives.
+
+    Raises:
+        ValueError: If `top_k` is below 1.
+
+    Example:
+        >>> rank_gap(["a", "b"], positive_similarity=[0.75, 0.75],
+        ...          negative_similarities=[[0.25], [0.25]], target_rank=[1, 5])
+        [0.5, 0.25]
+    """
+    if top_k < 1:
+        raise ValueError(
+            f"top_k = {top_k}, expected at least 1: no place would earn a reward. "
+            "Set it to the number of places that count, for example 8."
+        )
+    rewards: list[float | None] = []
+    for positive, negatives, rank in zip(
+        positive_similarity, negative_similarities, target_rank, strict=True
+    ):
+        gap = margin_over(positive, negatives)
+        if gap is None:
+            rewards.append(None)
+            continue
+        rank_term = max(0, top_k + 1 - rank) / top_k
+        rewards.append(rank_term * max(gap, 0.0) + min(gap, 0.0))
+    return rewards
 
 
 def _require_negatives(num_negatives: int) -> None:

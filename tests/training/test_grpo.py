@@ -18,7 +18,6 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.rewards import REWARDS
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.adaptive import AdaptiveGRPOTrainer
-from twn_rl.training.checked_rewards import RewardError
 from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
@@ -26,7 +25,7 @@ from twn_rl.training.grpo import (
     freeze_scorer,
     rollout_dataset,
 )
-from twn_rl.training.reward_loading import load_rewards
+from twn_rl.training.reward_loading import RewardError, load_rewards
 from twn_rl.training.rollout_scorer import RolloutScorer
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
 

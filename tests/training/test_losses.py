@@ -18,7 +18,6 @@ from twn_rl.training.losses import (
     false_negative_mask,
     gather_with_grad,
     info_nce,
-    info_nce_per_query,
     key_ids,
 )
 
@@ -127,14 +126,6 @@ def test_rotating_the_space_does_not_change_the_loss(seed: int) -> None:
     torch.testing.assert_close(plain, rotated, rtol=1e-4, atol=1e-5)
 
 
-def test_per_query_losses_average_to_the_one_way_loss() -> None:
-    queries, targets = _unit(5, 6, 0), _unit(8, 6, 1)
-    each = info_nce_per_query(queries, targets, temperature=TEMPERATURE)
-    assert each.shape == (5,)
-    one_way = info_nce(queries, targets, temperature=TEMPERATURE, symmetric=False)
-    torch.testing.assert_close(each.mean(), one_way)
-
-
 def test_masked_targets_get_no_gradient_and_the_positive_is_never_masked() -> None:
     queries, targets = _unit(2, 4, 0), _unit(4, 4, 1).requires_grad_()
     mask = torch.ones(2, 4, dtype=torch.bool)
@@ -186,15 +177,6 @@ def test_a_duplicate_positive_does_not_cost_loss_once_masked() -> None:
     masked = info_nce(queries, targets, temperature=TEMPERATURE, mask=mask, symmetric=False)
     assert masked.item() == pytest.approx(0.0, abs=1e-4)
     assert info_nce(queries, targets, temperature=TEMPERATURE, symmetric=False) > 0.3
-
-
-def test_targets_above_the_positive_by_the_margin_are_masked() -> None:
-    similarities = torch.tensor([[0.5, 0.55, 0.7]])
-    arguments = (torch.tensor([1]), torch.tensor([2, 3, 4]), torch.tensor([0]))
-    mask = false_negative_mask(*arguments, similarities=similarities, similarity_margin=0.1)
-    assert mask.tolist() == [[False, False, True]]
-    with pytest.raises(ValueError, match="without similarities"):
-        false_negative_mask(*arguments, similarity_margin=0.1)
 
 
 def test_key_ids_tell_different_contents_apart() -> None:

@@ -8,7 +8,12 @@ import torch
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from twn_rl.rewards import REWARDS, margin
-from twn_rl.training.reward_loading import RewardError, RewardLoadingError, checked, load_rewards
+from twn_rl.training.reward_loading import (
+    CheckedReward,
+    RewardError,
+    RewardLoadingError,
+    load_rewards,
+)
 
 COLUMNS = {"positive_similarity": [0.75, 0.5], "negative_similarities": [[0.25], [0.5]]}
 
@@ -175,14 +180,14 @@ def test_a_missing_column_is_found_before_training():
 
 
 def test_a_raising_reward_names_itself_and_the_row():
-    reward = checked(inverse_rank)
+    reward = CheckedReward(inverse_rank)
     with pytest.raises(RewardError, match=r"'inverse_rank' raised Zero.*row 1.*target_rank = 0"):
         reward(["a", "b", "c"], target_rank=[1, 0, 2], trainer_state=None, prompts=["p"] * 3)
 
 
 def test_a_reward_that_fails_only_on_the_batch_says_so():
     with pytest.raises(RewardError, match=r"rows disagree.*No single row raises"):
-        checked(batch_only)(["a", "b"])
+        CheckedReward(batch_only)(["a", "b"])
 
 
 @pytest.mark.parametrize(
@@ -196,15 +201,15 @@ def test_a_reward_that_fails_only_on_the_batch_says_so():
 )
 def test_a_wrong_return_value_is_an_error_and_not_a_zero(function, message):
     with pytest.raises(RewardError, match=message):
-        checked(function)(["a", "b", "c"])
+        CheckedReward(function)(["a", "b", "c"])
 
 
 def test_none_passes_and_tensors_become_floats():
     def some(completions, **kwargs):
         return [None, torch.tensor(0.5)]
 
-    assert checked(some)(["a", "b"]) == [None, 0.5]
+    assert CheckedReward(some)(["a", "b"]) == [None, 0.5]
 
 
 def test_an_empty_batch_gives_no_rewards():
-    assert checked(nearby)([], target_rank=[]) == []
+    assert CheckedReward(nearby)([], target_rank=[]) == []

@@ -1,4 +1,4 @@
-"""Contrastive losses as pure tensor functions. Knows no models, adapters, trainers or files.
+"""Contrastive losses as pure tensor functions.
 
 Similarities here are unscaled dot products of embeddings; `temperature` divides them. A mask is
 True where a target is ignored.
@@ -56,26 +56,6 @@ def info_nce(
     return (loss + F.cross_entropy(reverse, queries)) / 2
 
 
-def info_nce_per_query(
-    query_embeds: Tensor,
-    target_embeds: Tensor,
-    *,
-    temperature: float | Tensor,
-    positive_index: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Return the query -> target InfoNCE loss of each query, (N,) float32; see `info_nce`.
-
-    Raises:
-        ValueError: For shapes that do not fit or a temperature that is not positive.
-    """
-    logits, positive_index, mask = _masked_logits(
-        query_embeds, target_embeds, temperature, positive_index, mask
-    )
-    masked = logits.masked_fill(mask, -torch.inf)
-    return F.cross_entropy(masked, positive_index, reduction="none")
-
-
 @torch.no_grad()
 def contrastive_accuracy(
     query_embeds: Tensor,
@@ -99,44 +79,23 @@ def contrastive_accuracy(
     return (~is_beaten & positive[:, 0].isfinite()).float().mean()
 
 
-def false_negative_mask(
-    query_ids: Tensor,
-    target_ids: Tensor,
-    positive_index: Tensor,
-    *,
-    similarities: Tensor | None = None,
-    similarity_margin: float | None = None,
-) -> Tensor:
+def false_negative_mask(query_ids: Tensor, target_ids: Tensor, positive_index: Tensor) -> Tensor:
     """Return the (N, M) bool mask of targets that must not count as negatives, True = ignore.
 
-    Ignored are: copies of the positive, positives of other queries with the same id, targets that
-    are the query itself and, if asked for, targets that beat the positive by more than a margin
-    (GISTEmbed, arXiv 2402.16829, with the margin of Qwen3-Embedding, arXiv 2506.05176, eq. 2).
+    Ignored are: copies of the positive, positives of other queries with the same id, and targets
+    that are the query itself.
 
     Args:
         query_ids: (N,) int64; equal numbers mean equal content, see `key_ids`.
         target_ids: (M,) int64 in the same numbering.
         positive_index: (N,) int64 row of each query's positive among the targets.
-        similarities: (N, M) unscaled similarities of a guide or of the model itself; detached.
-        similarity_margin: Ignore targets above the positive's similarity + margin; None = off.
-
-    Raises:
-        ValueError: If a margin comes without similarities.
     """
-    if similarity_margin is not None and similarities is None:
-        raise ValueError(
-            f"similarity_margin = {similarity_margin} without similarities; expected both; "
-            "pass the (N, M) similarities or leave the margin out"
-        )
     is_positive_copy = target_ids[positive_index][:, None] == target_ids[None, :]
     _, group = torch.unique(query_ids, return_inverse=True)
     # A group is the queries of one id; its positives are everybody's positives in it.
     group_counts = is_positive_copy.new_zeros(len(query_ids), len(target_ids), dtype=torch.int32)
     group_counts.index_add_(0, group, is_positive_copy.int())
     mask = (group_counts > 0)[group] | (query_ids[:, None] == target_ids[None, :])
-    if similarities is not None and similarity_margin is not None:
-        guide = similarities.detach()
-        mask |= guide > guide.gather(1, positive_index[:, None]) + similarity_margin
     return mask.scatter(1, positive_index[:, None], False)
 
 
@@ -202,7 +161,7 @@ class GatheredPairs:
         keys = torch.cat([positives, gather_with_grad(target_keys[count:])])
         index = torch.arange(len(positives), device=keys.device)
         queries = gather_with_grad(query_keys)
-        return cls(count, index, false_negative_mask(queries, keys, positive_index=index))
+        return cls(count, index, false_negative_mask(queries, keys, index))
 
     def only(self, rows: Tensor) -> GatheredPairs:
         """Return the pairs of some queries, (N,) bool; `gather_targets` stays with the whole."""
@@ -212,7 +171,7 @@ class GatheredPairs:
         """Return the pairs without negatives that are as good as positives.
 
         A target whose cosine to the positive target reaches `max_similarity` is taken for one that
-        nobody labelled, as in the rewards (`scoring.similarity_columns`); it is decided on the
+        nobody labelled, as in the rewards (`similarity_columns`); it is decided on the
         targets alone, so that a query cannot lose a hard negative by drifting away.
 
         Args:
