@@ -24,11 +24,11 @@ would have earned (`think_gain` pays 0). Add `format` to the list of rewards to 
 something.
 
 How to add one: write the function, with its formula, its range and an example that runs, in a file
-of this folder; import it below; add one line to `REWARDS`. `tests/rewards/test_rewards.py` then checks its
-contract. A reward that lives in your own code needs none of this: name it `package.module:function`
-or `path/to/file.py:function`. Keyword arguments that have a default value are parameters and can be
-set from YAML; those without one are columns. Never catch an exception inside a reward: `None` means
-"not applicable", an exception means "a bug".
+of this folder; import it below; add one line to `REWARDS`. `tests/rewards/test_rewards.py` then
+checks its contract. A reward that lives in your own code needs none of this: name it
+`package.module:function` or `path/to/file.py:function`. Keyword arguments that have a default value
+are parameters and can be set from YAML; those without one are columns. Never catch an exception
+inside a reward: `None` means "not applicable", an exception means "a bug".
 """
 
 from collections.abc import Callable

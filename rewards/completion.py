@@ -36,8 +36,8 @@ def length(
 
     Soft over-long punishment of DAPO (arXiv 2503.14476, eq. 13) on the tokens of the think, with L
     the tokens, `L_max` = `max_think_tokens` the budget and `L_cache` = `soft_window_tokens`: 0 up
-    to `L_max - L_cache`; then `((L_max - L_cache) - L) / L_cache`; and -1 above `L_max`. A window of
-    0 is a cliff at the budget. No deviation.
+    to `L_max - L_cache`; then `((L_max - L_cache) - L) / L_cache`; and -1 above `L_max`. A window
+    of 0 is a cliff at the budget. No deviation.
 
     Returns:
         One value in [-1, 0] per rollout.

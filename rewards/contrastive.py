@@ -54,10 +54,10 @@ def softmax_margin(
     """Return the margin to the negatives, each weighted by how hard it is.
 
     `R = s+ - sum_j softmax_j(s-_j / t) * s-_j`, the margin of the outcome reward of Embed-RL (arXiv
-    2602.13823) with its `temperature` t = 0.5. Deviations: one positive from the bank in place of the mean over G
-    target rollouts, the K hardest negatives of the bank in place of the batch's, and the margin
-    alone (that paper multiplies it by an accuracy; see `rank_gap` for a product). A low t
-    approaches the single hardest negative, a high t the plain mean.
+    2602.13823) with its `temperature` t = 0.5. Deviations: one positive from the bank in place of
+    the mean over G target rollouts, the K hardest negatives of the bank in place of the batch's,
+    and the margin alone (that paper multiplies it by an accuracy; see `rank_gap` for a product). A
+    low t approaches the single hardest negative, a high t the plain mean.
 
     Returns:
         One value in [-2, 2] per rollout. `None` for a rollout without negatives.

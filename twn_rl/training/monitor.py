@@ -1,12 +1,8 @@
-"""Callbacks that watch a run: collapse warnings and a metrics file; knows no model and no loss.
-
-They read what the trainer logs, TRL's names included, and nothing else.
-"""
+"""Callbacks that watch what a trainer logs: warnings of a collapse, and a file of metrics."""
 
 import json
 import logging
 import math
-import os
 from collections import Counter
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -20,79 +16,63 @@ from twn_rl.runtime.whole_files import write_text
 logger = logging.getLogger(__name__)
 
 
-def _limit(default: float | None, metric: str, is_lower_limit: bool, text: str) -> Any:
-    metadata = {"metric": metric, "is_lower_limit": is_lower_limit, "help": text}
+def _limit(default: float, metric: str, text: str, *, is_lower: bool = False) -> Any:
+    metadata = {"metric": metric, "is_lower": is_lower, "help": text}
     return field(default=default, metadata=metadata)
 
 
 @dataclass
 class CollapseThresholds:
-    """Limits on logged values; `None` switches one off.
-
-    Attributes:
-        max_frac_reward_zero_std: Share of groups whose rollouts all earn the same reward.
-        min_reward_std: Standard deviation of the rewards.
-        min_mean_length_tokens: Mean length of the completions.
-        max_clipped_ratio: Share of completions cut off at the budget.
-        max_incomplete_ratio: Share of thinks that fall back to no-think, truncated or malformed.
-        min_think_rate: Share of rollouts that think where the policy decides, before mixing.
-        max_kl: Mean KL divergence from the reference policy.
-        min_embedding_variance: 1 - squared length of the mean unit vector; 0 if all are equal.
-        patience: Logs in a row over a limit before it counts as a collapse.
-    """
+    """Limits on logged values, the lowest or the highest that is fine; `None` switches one off."""
 
     max_frac_reward_zero_std: float | None = _limit(
         0.9,
         "frac_reward_zero_std",
-        False,
         "Share of groups with one and the same reward: they have no advantage and teach nothing. "
-        "Raise the sampling temperature or num_generations, or take harder records. None: off.",
+        "Raise the sampling temperature or num_generations, or take harder records.",
     )
     min_reward_std: float | None = _limit(
         1e-4,
         "reward_std",
-        True,
-        "Standard deviation of rewards: near 0 the reward is constant. None: off.",
+        "Standard deviation of rewards: near 0 the reward is constant.",
+        is_lower=True,
     )
     min_mean_length_tokens: float | None = _limit(
         2.0,
         "completions/mean_length",
-        True,
-        "Mean completion length, in tokens: near 1 the policy stopped thinking. None: off.",
+        "Mean completion length, in tokens: near 1 the policy stopped thinking.",
+        is_lower=True,
     )
     max_clipped_ratio: float | None = _limit(
         0.5,
         "completions/clipped_ratio",
-        False,
         "Share of completions cut off at max_completion_length: their thinks count as incomplete. "
-        "Raise the budget or add the length reward. None: off.",
+        "Raise the budget or add the length reward.",
     )
     max_incomplete_ratio: float | None = _limit(
         0.5,
         "rollouts/incomplete_ratio",
-        False,
         "Share of truncated or malformed thinks: the policy hides in the no-think fall-back. Add "
-        "the format reward or train the warm start longer. None: off.",
+        "the format reward or train the warm start longer.",
     )
     min_think_rate: float | None = _limit(
         0.01,
         "rollouts/think_rate",
-        True,
         "Share of rollouts whose policy chose to think: near 0 it never does. Lower min_gap or "
-        "length_cost of the adaptive reward. Only logged where the policy decides. None: off.",
+        "length_cost of the adaptive reward. Only logged where the policy decides.",
+        is_lower=True,
     )
     max_kl: float | None = _limit(
         10.0,
         "kl",
-        False,
         "Mean KL divergence per token, in nats: the policy left the reference. Lower the learning "
-        "rate or raise beta. Only logged when beta > 0. None: off.",
+        "rate or raise beta. Only logged when beta > 0.",
     )
     min_embedding_variance: float | None = _limit(
         0.01,
         "embedding_variance",
-        True,
-        "1 - |mean unit vector|^2 over a batch: near 0 all inputs have the same vector. None: off.",
+        "1 - |mean unit vector|^2 over a batch: near 0 all inputs have the same vector.",
+        is_lower=True,
     )
     patience: int = field(
         default=3,
@@ -119,10 +99,8 @@ class CollapseWatch(TrainerCallback):
     number of warnings so far is added to the logs as `collapse_warnings`.
 
     Attributes:
-        thresholds: The limits.
-        stop_on_collapse: Whether the first warning ends training (on every process).
         counts: Number of warnings by metric.
-        stop_reason: Why the run was stopped; `None` while it was not.
+        stop_reason: Why the run was stopped, on every process; `None` while it was not.
     """
 
     def __init__(
@@ -170,14 +148,14 @@ class CollapseWatch(TrainerCallback):
             value = _number(logs.get(metric))
             if value is None or bound is None or metric in problems:
                 continue
-            is_lower_limit = limit.metadata["is_lower_limit"]
-            is_over = value < bound if is_lower_limit else value > bound
+            is_lower = limit.metadata["is_lower"]
+            is_over = value < bound if is_lower else value > bound
             self._streaks[metric] = self._streaks[metric] + 1 if is_over else 0
             # Reported every `patience` logs of one streak: visible, and not a line per step.
             if self._streaks[metric] and self._streaks[metric] % self.thresholds.patience == 0:
                 problems[metric] = (
                     f"{metric} = {value:.6g} for {self._streaks[metric]} logs, expected "
-                    f"{'at least' if is_lower_limit else 'at most'} {bound:g}. "
+                    f"{'at least' if is_lower else 'at most'} {bound:g}. "
                     f"{limit.metadata['help']}"
                 )
         return problems
@@ -189,9 +167,6 @@ class MetricsWriter(TrainerCallback):
     On resume, lines after the resumed step are dropped, so that a curve has no step twice. A new
     run moves an existing file to `<name>.previous`. Values that are not finite are written as the
     strings "nan", "inf" and "-inf", because JSON has no such numbers.
-
-    Attributes:
-        path: The file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -207,7 +182,7 @@ class MetricsWriter(TrainerCallback):
         if not state.is_world_process_zero or not self.path.exists():
             return
         if state.global_step == 0:
-            os.replace(self.path, self.path.with_name(f"{self.path.name}.previous"))
+            self.path.replace(self.path.with_name(f"{self.path.name}.previous"))
             return
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():

@@ -1,8 +1,9 @@
-"""Sampled CoTs -> the columns rewards read, by the frozen embedding adapter; knows no reward."""
+"""Sampled CoTs -> the columns rewards read, by the frozen embedding adapter."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 
 from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives
-from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import evaluating
 from twn_rl.runtime.processes import Processes
@@ -33,7 +33,7 @@ class RolloutScorer:
         targets: Bank of all positives and listed negatives.
         queries: Bank of the no-think query vectors.
         false_negative_ids: Per record, the bank's targets besides its positive that are neither
-            negatives nor rivals of its query, see `false_negatives`.
+            negatives nor rivals of its query, see `metrics.negatives`.
     """
 
     def __init__(
@@ -65,21 +65,15 @@ class RolloutScorer:
         items = [item for r in records for item in (r.positive, *r.negatives)]
         pools = [pool_of(r) for r in records for _ in (r.positive, *r.negatives)]
 
-        def encode(batch: list[Item]) -> Tensor:
-            return embed_items(model, batch)
-
         shared: dict[str, Any] = {
-            "fingerprint": Fingerprints(model).vectors,
+            "encode": partial(embed_items, model),
+            "fingerprint": scorer_fingerprint(model),
             "batch_size": batch_size,
             "processes": processes,
-            "rebuild": False,
         }
-        self.targets = TargetBank(Path(directory) / "targets").build(
-            items, encode, pools=pools, **shared
-        )
-        self.queries = TargetBank(Path(directory) / "queries").build(
-            [r.query for r in records], encode, **shared
-        )
+        targets, queries = (TargetBank(Path(directory) / name) for name in ("targets", "queries"))
+        self.targets = targets.build(items, pools=pools, **shared)
+        self.queries = queries.build([r.query for r in records], **shared)
         self._positive_ids = [r.positive.content_key() for r in records]
         self._query_ids = [r.query.content_key() for r in records]
         known = FalseNegatives(zip(self._query_ids, self._positive_ids, strict=True))

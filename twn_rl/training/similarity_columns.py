@@ -1,4 +1,4 @@
-"""Query vectors against the target bank -> the columns that rewards read; knows no reward.
+"""Query vectors against the target bank -> the columns that rewards read.
 
 Targets are embedded once into a `TargetBank`; negatives of a query are then the whole bank, or the
 query's pool of it, for the price of a matrix product.
@@ -50,12 +50,12 @@ def similarity_columns(
             never be a negative.
         num_negatives: K, how many of the hardest negatives to return.
         false_negative_ids: Per query, ids that are neither negatives nor rivals, see
-            `false_negatives`. Ids outside the bank are ignored.
+            `metrics.negatives`. Ids outside the bank are ignored.
         max_negative_similarity: Cosine to the positive target from which on a bank target is taken
             for an unlabelled positive: neither negative nor rival; in (-1, 1], None = off. Against
-            the positive target's own vector, where Qwen3-Embedding (arXiv 2506.05176, eq. 2) and
-            `losses.false_negative_mask` compare with the query: what is left out must not depend on
-            the rollout, or a CoT could hide hard negatives by moving away from its positive.
+            the positive target's own vector, where Qwen3-Embedding (arXiv 2506.05176, eq. 2)
+            compares with the query: what is left out must not depend on the rollout, or a CoT could
+            hide hard negatives by moving away from its positive.
         pools: Per query, the pool whose targets it competes with; `None` means the whole bank.
         chunk_size: Bank rows per matrix product; bounds memory, does not change the result.
         temperature: If given, also return the loss `info_nce`; similarities are divided by it.
@@ -73,21 +73,21 @@ def similarity_columns(
     queries = query_embeds.detach().float()
     num_queries = len(queries)
     names = list(pools) if pools is not None else [None] * num_queries
-    false_negatives = list(false_negative_ids) if false_negative_ids is not None else []
-    false_negatives = false_negatives or [()] * num_queries
+    false_negatives = list(false_negative_ids or [()] * num_queries)
     _check_queries(queries, positive_ids, names, false_negatives, bank, num_negatives)
     for problem in limit_problems(max_negative_similarity):
         raise BankError(f"{problem}; correct it, or leave it out")
-    columns: dict[str, list[Any]] = {
-        "positive_similarity": [0.0] * num_queries,
-        "negative_similarities": [[] for _ in range(num_queries)],
-        "target_rank": [1] * num_queries,
-    }
-    if temperature is not None:
-        columns["info_nce"] = [0.0] * num_queries
+    kept = ["positive_similarity", "negative_similarities", "target_rank"]
+    kept += [] if temperature is None else ["info_nce"]
+    columns: dict[str, list[Any]] = {name: [None] * num_queries for name in kept}
     for name in dict.fromkeys(names):
         members = [row for row in range(num_queries) if names[row] == name]
-        pool = np.arange(len(bank)) if name is None else _pool(bank, name)
+        if name is not None and name not in bank.pools:
+            raise BankError(
+                f"pool = {name!r} is not in the bank, expected one of {sorted(bank.pools)[:10]}; "
+                "name the pools when building the bank"
+            )
+        pool = np.arange(len(bank)) if name is None else bank.pools[name]
         positives = np.array([bank.row_of[positive_ids[row]] for row in members])
         outside = [row for row, ok in zip(members, np.isin(positives, pool), strict=True) if not ok]
         if outside:
@@ -110,8 +110,8 @@ def similarity_columns(
             temperature,
             max_negative_similarity,
         )
-        for column, values in scored.items():
-            for row, value in zip(members, values, strict=True):
+        for column in kept:
+            for row, value in zip(members, scored[column], strict=True):
                 columns[column][row] = value
     return columns
 
@@ -164,15 +164,6 @@ def _score_pool(
         # -log(e^p / (e^p + sum)) without the cancellation of log(e^p + sum) - p.
         scored["info_nce"] = F.softplus(log_sum - positive / temperature).tolist()
     return scored
-
-
-def _pool(bank: TargetBank, name: str) -> np.ndarray:
-    if name not in bank.pools:
-        raise BankError(
-            f"pool = {name!r} is not in the bank, expected one of {sorted(bank.pools)[:10]}; "
-            "name the pools when building the bank"
-        )
-    return bank.pools[name]
 
 
 def _check_queries(
