@@ -22,7 +22,6 @@ from pathlib import Path
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.recipes import grpo_embed
-from twn_rl.rewards import REWARDS
 from twn_rl.training.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_adaptive.yaml"
@@ -34,10 +33,11 @@ class AdaptiveScriptArguments(grpo_embed.GrpoScriptArguments):
 
     rewards: list[str] = field(
         default_factory=lambda: ["format", "margin", "adaptive"],
-        metadata={
-            "help": f"Any of {', '.join(REWARDS)}, package.module:function or file.py:function."
-        },
+        metadata={"help": grpo_embed.REWARDS_HELP},
     )
+
+
+ARGUMENTS = (AdaptiveScriptArguments, DataArguments, AdaptiveGRPOConfig)
 
 
 def main(
@@ -46,19 +46,9 @@ def main(
     """Run recipes/grpo_embed.py with the trainer whose policy decides; return its folder."""
     training.output_dir = training.output_dir or "outputs/adaptive"
     return grpo_embed.main(
-        script,
-        data,
-        training,
-        trainer_class=AdaptiveGRPOTrainer,
-        columns=ADAPTIVE_COLUMNS,
+        script, data, training, trainer_class=AdaptiveGRPOTrainer, columns=ADAPTIVE_COLUMNS
     )
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (AdaptiveScriptArguments, DataArguments, AdaptiveGRPOConfig),
-            default_config=DEFAULT_CONFIG,
-            description=__doc__,
-        )
-    )
+    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))

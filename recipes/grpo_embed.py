@@ -26,8 +26,8 @@ from typing import Any
 
 from transformers import set_seed
 
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logging
+from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.run_folder import set_up_logging, train_and_save
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_embed, sft_embed
@@ -37,17 +37,15 @@ from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
     EmbedGRPOTrainer,
-    freeze_scorer,
-    place_scorer,
+    make_scorer,
 )
-from twn_rl.training.monitor import CollapseThresholds, CollapseWatch, MetricsWriter
+from twn_rl.training.monitor import CollapseWatch, MetricsWriter
 from twn_rl.training.reward_loading import load_rewards
-from twn_rl.training.rollout_scorer import RolloutScorer
-from twn_rl.training.sft import SftConfig
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
 
 logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_grpo.yaml"
+REWARDS_HELP = f"Any of {', '.join(REWARDS)}, package.module:function or file.py:function."
 
 
 @dataclass
@@ -64,12 +62,7 @@ class GrpoScriptArguments:
             "help": "YAML of recipes/sft_embed.py for that case; null: a missing model is an error."
         },
     )
-    rewards: list[str] = field(
-        default_factory=lambda: ["margin"],
-        metadata={
-            "help": f"Any of {', '.join(REWARDS)}, package.module:function or file.py:function."
-        },
-    )
+    rewards: list[str] = field(default_factory=lambda: ["margin"], metadata={"help": REWARDS_HELP})
     reward_parameters: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Reward name -> its keyword arguments (YAML, or JSON as a flag)."},
@@ -80,6 +73,14 @@ class GrpoScriptArguments:
     evaluate: bool = field(
         default=False, metadata={"help": "Evaluate before and after RL and write report.html."}
     )
+
+    def __post_init__(self) -> None:
+        """Read parameters that came as a flag."""
+        if isinstance(self.reward_parameters, str):
+            self.reward_parameters = json.loads(self.reward_parameters)
+
+
+ARGUMENTS = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
 
 
 def main(
@@ -103,64 +104,33 @@ def main(
     output = Path(training.output_dir or "outputs/grpo")
 
     # Rewards first: a misspelt name must show before anything is trained.
-    parameters = script.reward_parameters
-    reward_funcs = load_rewards(
-        script.rewards,
-        REWARDS,
-        json.loads(parameters) if isinstance(parameters, str) else parameters,
-        available_columns=[*columns, *ROLLOUT_COLUMNS],
-    )
+    available = [*columns, *ROLLOUT_COLUMNS]
+    parameters: Any = script.reward_parameters
+    rewards = load_rewards(script.rewards, REWARDS, parameters, available_columns=available)
 
     # Model and adapters
     ensure_warm_start(script, data, training)
     set_seed(training.seed)
     model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
-    freeze_scorer(model)
-    place_scorer(model, training)
 
     # Data: every target of the RL records is embedded once.
     records = data.load("rl")
-    scorer = RolloutScorer(
-        model,
-        records,
-        training.bank_dir or output / "bank",
-        num_negatives=training.num_negatives,
-        max_negative_similarity=training.max_negative_similarity,
-        batch_size=training.scorer_batch_size,
-        processes=join_processes(),
-    )
+    scorer = make_scorer(model, records, training, output)
 
     # Trainer
-    watch = CollapseWatch(CollapseThresholds(), stop_on_collapse=script.stop_on_collapse)
-    trainer = trainer_class(
-        model,
-        reward_funcs,
-        training,
-        records,
-        scorer,
-        callbacks=[watch, MetricsWriter(output / "metrics.jsonl")],
-    )
+    watch = CollapseWatch(stop_on_collapse=script.stop_on_collapse)
+    callbacks = [watch, MetricsWriter(output / "metrics.jsonl")]
+    trainer = trainer_class(model, rewards, training, records, scorer, callbacks=callbacks)
 
-    # Train
-    save_run(output, script, data, training)
-    trainer.train(
-        resume_from_checkpoint=checkpoint_to_resume(output, training.resume_from_checkpoint)
-    )
-
-    # Save
-    trainer.save_model(str(output))
-    logger.info("Policy saved to %s", output)
+    # Train and save
+    train_and_save(trainer, output, script, data, training)
 
     # Evaluate
     if script.evaluate:
-        eval_embed.main(
-            eval_embed.EvalScriptArguments(
-                model=str(output),
-                before=script.warm_start,
-                num_thoughts=2,
-            ),
-            data,
+        evaluation = eval_embed.EvalScriptArguments(
+            model=str(output), before=script.warm_start, num_thoughts=2
         )
+        eval_embed.main(evaluation, data)
     return output
 
 
@@ -182,17 +152,9 @@ def ensure_warm_start(
     config = ["--config", script.warm_start_config, "--output_dir", script.warm_start]
     if training.deepspeed:
         config += ["--deepspeed", training.deepspeed]
-    sft_script, model_args, _, sft_training = parse_arguments(
-        (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig), arguments=config
-    )
+    sft_script, model_args, _, sft_training = parse_arguments(sft_embed.ARGUMENTS, arguments=config)
     sft_embed.main(sft_script, model_args, data, sft_training)
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (GrpoScriptArguments, DataArguments, EmbedGRPOConfig),
-            default_config=DEFAULT_CONFIG,
-            description=__doc__,
-        )
-    )
+    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))

@@ -25,7 +25,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logging
+from twn_rl.launch.run_folder import set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -55,13 +55,16 @@ class LatentScriptArguments:
     )
 
 
+ARGUMENTS = (LatentScriptArguments, ModelArguments, DataArguments, LatentConfig)
+
+
 def main(
     script: LatentScriptArguments,
     model_args: ModelArguments,
     data: DataArguments,
     training: LatentConfig,
 ) -> Path:
-    """Train, check what the reason states carry, save, and return the folder of the model."""
+    """Train, save, check what the reason states carry, and return the folder of the model."""
     set_up_logging()
     set_seed(training.seed)
     output = Path(training.output_dir or "outputs/latent")
@@ -80,19 +83,12 @@ def main(
     set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
 
     # Trainer
-    trainer = LatentTrainer(
-        model,
-        training,
-        records,
-        direct_only=script.direct_only,
-        callbacks=[MetricsWriter(output / "metrics.jsonl")],
-    )
+    callbacks = [MetricsWriter(output / "metrics.jsonl")]
+    is_direct = script.direct_only
+    trainer = LatentTrainer(model, training, records, direct_only=is_direct, callbacks=callbacks)
 
-    # Train
-    save_run(output, script, model_args, data, training)
-    trainer.train(
-        resume_from_checkpoint=checkpoint_to_resume(output, training.resume_from_checkpoint)
-    )
+    # Train and save
+    train_and_save(trainer, output, script, model_args, data, training)
 
     # Check: from other queries' states the decoder must fail
     if not script.direct_only and script.check_records and data.has(script.check_split):  # pyright: ignore[reportArgumentType]
@@ -103,18 +99,8 @@ def main(
         if join_processes().is_main_process:
             write_text(output / CHECK_FILE, json.dumps(check, indent=1) + "\n")
         logger.info("Reconstruction of %d held-out targets: %s", count, check)
-
-    # Save
-    trainer.save_model(str(output))
-    logger.info("Latent model saved to %s", output)
     return output
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (LatentScriptArguments, ModelArguments, DataArguments, LatentConfig),
-            default_config=DEFAULT_CONFIG,
-            description=__doc__,
-        )
-    )
+    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))

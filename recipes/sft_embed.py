@@ -15,20 +15,18 @@ Without arguments it reads recipes/configs/demo_sft.yaml and trains on the embed
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.launch.run_folder import checkpoint_to_resume, save_run, set_up_logging
+from twn_rl.launch.run_folder import set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.monitor import MetricsWriter
 from twn_rl.training.sft import SftConfig, SftTrainer
 
-logger = logging.getLogger(__name__)
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_sft.yaml"
 
 
@@ -43,6 +41,9 @@ class SftScriptArguments:
     train_adapters: str = field(
         default="both", metadata={"help": "both, or reasoning (token loss only, embedding frozen)."}
     )
+
+
+ARGUMENTS = (SftScriptArguments, ModelArguments, DataArguments, SftConfig)
 
 
 def main(
@@ -67,27 +68,13 @@ def main(
         training.contrastive_from = 1.0
 
     # Trainer
-    trainer = SftTrainer(
-        model, training, records, callbacks=[MetricsWriter(output / "metrics.jsonl")]
-    )
+    callbacks = [MetricsWriter(output / "metrics.jsonl")]
+    trainer = SftTrainer(model, training, records, callbacks=callbacks)
 
-    # Train
-    save_run(output, script, model_args, data, training)
-    trainer.train(
-        resume_from_checkpoint=checkpoint_to_resume(output, training.resume_from_checkpoint)
-    )
-
-    # Save
-    trainer.save_model(str(output))
-    logger.info("Warm start saved to %s", output)
+    # Train and save
+    train_and_save(trainer, output, script, model_args, data, training)
     return output
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (SftScriptArguments, ModelArguments, DataArguments, SftConfig),
-            default_config=DEFAULT_CONFIG,
-            description=__doc__,
-        )
-    )
+    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))

@@ -52,6 +52,21 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
     (directory / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
 
 
+def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
+    """Write down the settings, train on from where a killed run stopped, and save the model.
+
+    Args:
+        trainer: Of any method.
+        output: Folder of the run.
+        arguments: Settings for `save_run`.
+    """
+    save_run(output, *arguments)
+    resume = checkpoint_to_resume(output, trainer.args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(output))
+    logger.info("%s has trained; the model is in %s", type(trainer).__name__, output)
+
+
 def _plain(arguments: Any) -> Any:
     if hasattr(arguments, "to_dict"):  # TrainingArguments hides tokens in it
         return json.loads(json.dumps(arguments.to_dict(), default=str))

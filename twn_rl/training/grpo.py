@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 from torch.utils.data import Sampler
@@ -15,6 +16,7 @@ from twn_rl.modeling.collator import fit_item
 from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.zero import deepspeed_dtype
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.rollout_scorer import RolloutScorer
@@ -64,6 +66,23 @@ def freeze_scorer(model: DualLoraModel) -> None:
     if model.config.interface == "kv_detach":
         model.prefill_adapter = snapshot_reasoning_adapter(model.peft_model)
     set_trainable(model.peft_model, [REASONING_ADAPTER])
+
+
+def make_scorer(
+    model: DualLoraModel, records: Sequence[Record], args: EmbedGRPOConfig, output: Path
+) -> RolloutScorer:
+    """Return what scores a run's rollouts: the model, frozen and placed, and a bank of targets."""
+    freeze_scorer(model)
+    place_scorer(model, args)
+    return RolloutScorer(
+        model,
+        records,
+        args.bank_dir or output / "bank",
+        num_negatives=args.num_negatives,
+        max_negative_similarity=args.max_negative_similarity,
+        batch_size=args.scorer_batch_size,
+        processes=join_processes(),
+    )
 
 
 def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import evaluating
 from twn_rl.runtime.processes import Processes
@@ -67,7 +68,7 @@ class RolloutScorer:
 
         shared: dict[str, Any] = {
             "encode": partial(embed_items, model),
-            "fingerprint": scorer_fingerprint(model),
+            "fingerprint": Fingerprints(model).vectors,
             "batch_size": batch_size,
             "processes": processes,
         }
