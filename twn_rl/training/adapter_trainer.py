@@ -6,11 +6,12 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 ENGINE_FILE = "deepspeed.json"
 
 
-class AdapterCheckpoints:
-    """Mixin, before an HF trainer: checkpoints hold adapters and settings, never the backbone.
+class AdapterCheckpoints(Trainer):
+    """First base of a trainer: checkpoints hold adapters and settings, never the backbone.
 
     It also sees to it that what the launch asked for is what runs.
 
@@ -40,9 +41,7 @@ class AdapterCheckpoints:
 
     args: Any
     accelerator: Any
-    state: Any
-    is_deepspeed_enabled: bool
-    model_wrapped: Any
+    model_wrapped: Any  # the engine, where there is one
     dual_model: DualLoraModel
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -50,7 +49,7 @@ class AdapterCheckpoints:
         AcceleratorState._reset_state()
         if self.args.deepspeed:
             set_hf_deepspeed_config(self.args.hf_deepspeed_config)
-        super().create_accelerator_and_postprocess()  # pyright: ignore[reportAttributeAccessIssue]
+        super().create_accelerator_and_postprocess()
         check_engaged(self)
 
     def train(
@@ -65,7 +64,7 @@ class AdapterCheckpoints:
             logger.info("%s is the end of this run: nothing is left to train", resume)
             self._load_from_checkpoint(str(resume))
             return None
-        return super().train(resume, trial, ignore_keys_for_eval)  # pyright: ignore[reportAttributeAccessIssue]
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Let HF do a step, and end the run where its loss is not finite.
@@ -73,7 +72,7 @@ class AdapterCheckpoints:
         Raises:
             FloatingPointError: With the step, and the weights that are not finite.
         """
-        loss: Tensor = super().training_step(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        loss: Tensor = super().training_step(*args, **kwargs)
         if not torch.isfinite(loss):
             named = self.dual_model.named_parameters()
             bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p).all()]
@@ -87,15 +86,14 @@ class AdapterCheckpoints:
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let HF save a checkpoint, seal it, and only then delete older ones."""
-        trainer: Any = self
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)  # pyright: ignore[reportAttributeAccessIssue]
+            super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         join_processes().wait_for_everyone()  # all have written their parts
         if self.args.should_save:
-            folder = Path(trainer._get_output_dir(trial=trial))
+            folder = Path(self._get_output_dir(trial=trial))
             seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             rotate_checkpoints(
                 output_dir=str(folder),
@@ -119,7 +117,7 @@ class AdapterCheckpoints:
             yield
             return
         with unwrap_model_for_generation(
-            cast(Any, self.model_wrapped),
+            self.model_wrapped,
             self.accelerator,
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
         ):
@@ -133,8 +131,7 @@ class AdapterCheckpoints:
         self._save(output_dir)
         join_processes().wait_for_everyone()  # what comes next may read it
         if self.args.push_to_hub and not _internal_call:
-            trainer: Any = self
-            trainer.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
@@ -149,7 +146,7 @@ class AdapterCheckpoints:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write what resuming needs besides the adapters, and what an engine's files are of."""
-        super()._save_optimizer_and_scheduler(output_dir)  # pyright: ignore[reportAttributeAccessIssue]
+        super()._save_optimizer_and_scheduler(output_dir)
         if self.is_deepspeed_enabled and self.args.should_save:
             write_json(Path(output_dir) / ENGINE_FILE, self._engine_layout())
 
@@ -161,13 +158,13 @@ class AdapterCheckpoints:
         if resume is not None:
             self._check_layout(Path(resume))
         if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume)  # pyright: ignore[reportAttributeAccessIssue]
+            return super()._prepare_for_training(max_steps, train_dataloader, resume)
         fill_auto_sizes(
             self.accelerator.state.deepspeed_plugin.deepspeed_config, self.dual_model.hidden_size
         )
         if resume is not None:
             self._load_from_checkpoint(resume)  # also what is frozen, before it is taken apart
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)  # pyright: ignore[reportAttributeAccessIssue]
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine = self.model_wrapped
         save_trained_only(engine)
         logger.info("%s", describe_engine(engine))
@@ -179,9 +176,8 @@ class AdapterCheckpoints:
                 f"{resume} holds no readable state of a DeepSpeed engine; expected a checkpoint-N "
                 "folder that a killed run left; resume from an older one"
             )
-        trainer: Any = self
-        trainer._load_optimizer_and_scheduler(resume)
-        trainer._load_scaler(resume)
+        self._load_optimizer_and_scheduler(resume)
+        self._load_scaler(resume)
         return prepared
 
     def _engine_layout(self) -> dict[str, Any]:

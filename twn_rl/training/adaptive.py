@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from twn_rl.data.record import Record
 from twn_rl.metrics.negatives import margin_gains
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.thoughts import is_direct, think_open_ids
 from twn_rl.training.grpo import EmbedGRPOConfig, EmbedGRPOTrainer
-from twn_rl.training.rollout_scorer import RolloutScorer
 from twn_rl.training.settings import at_least
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
 
@@ -95,26 +93,9 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
 
     args: AdaptiveGRPOConfig
 
-    def __init__(
-        self,
-        model: DualLoraModel,
-        reward_funcs: Sequence[Callable[..., list[float | None]]],
-        args: AdaptiveGRPOConfig,
-        records: Sequence[Record],
-        scorer: RolloutScorer,
-        **kwargs: Any,
-    ) -> None:
-        """Let the policy of ``model`` decide from here on, also once it is saved; see the parent.
-
-        Args:
-            model: Warm-started model.
-            reward_funcs: From `reward_loading.load_rewards`, with `ADAPTIVE_COLUMNS` available.
-            args: Settings.
-            records: What to roll out.
-            scorer: Makes the similarity columns.
-            **kwargs: For `GRPOTrainer`, such as callbacks.
-        """
-        super().__init__(model, reward_funcs, args, records, scorer, **kwargs)
+    def __init__(self, model: DualLoraModel, *args: Any, **kwargs: Any) -> None:
+        """Let the policy of the model decide from here on, also once it is saved."""
+        super().__init__(model, *args, **kwargs)
         model.config.thinking_decision = "policy"
         # One that was chosen before (recipes/policy_threshold.py) is of another policy.
         model.config.policy_threshold = TwnConfig.policy_threshold
@@ -191,17 +172,10 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
 
 
 def pinned_modes(is_direct: Tensor, num_generations: int, count: int) -> Tensor:
-    """Return which rollouts must change their mode so that every group holds both.
+    """Return which rollouts must change their mode so that every group of G holds both.
 
-    Rollouts of a group are exchangeable, so it is the last ones that change.
-
-    Args:
-        is_direct: (B * G,) bool, of all processes.
-        num_generations: G.
-        count: Rollouts to change in a group of one mode.
-
-    Returns:
-        (B * G,) of `KEEP`, `DIRECT` or `THINK`.
+    Rollouts of a group are exchangeable, so it is the last `count` of a group of one mode that
+    change. Takes (B * G,) bool, of all processes; returns (B * G,) of `KEEP`, `DIRECT` or `THINK`.
 
     >>> pinned_modes(torch.tensor([0, 0, 0, 1, 1, 1, 0, 1, 0]).bool(), 3, 1).tolist()
     [0, 0, 1, 0, 0, 2, 0, 0, 0]
@@ -228,15 +202,12 @@ def with_group_mean(gaps: Tensor, is_direct: Tensor, num_generations: int) -> Te
 
 
 def tapered(logps: Tensor, is_tapered: Tensor) -> Tensor:
-    """Return the same log-probabilities, with less gradient through some first tokens.
+    """Return the same log-probabilities (N, T), with less gradient through some first tokens.
 
     A pinned decision is off-policy. Where it lost, pushing an unlikely token further down goes on
     without end and spoils the thoughts; its gradient is weighed by its own probability instead, and
     is full where it won: tapered off-policy REINFORCE (TOPR, arXiv 2503.14286), on one token.
-
-    Args:
-        logps: (N, T) of completion tokens, with gradient.
-        is_tapered: (N,) rollouts that were pinned and have a negative advantage.
+    `is_tapered` (N,) are the rollouts that were pinned and have a negative advantage.
     """
     first = logps[:, :1]
     weight = first.detach().exp()
@@ -245,11 +216,9 @@ def tapered(logps: Tensor, is_tapered: Tensor) -> Tensor:
 
 
 def primer_loss(first_logps: Tensor, is_direct: Tensor) -> Tensor:
-    """Return the mean NLL of the first tokens, both decisions weighing alike; least at even odds.
+    """Return the mean NLL of the first tokens (N,), both decisions weighing alike.
 
-    Args:
-        first_logps: (N,) of what each rollout decided, with gradient.
-        is_direct: (N,) what it was.
+    It is least at even odds; gradient flows into `first_logps`.
 
     >>> even = torch.tensor([0.5, 0.5, 0.5]).log()
     >>> round(primer_loss(even, torch.tensor([True, False, False])).item(), 4)

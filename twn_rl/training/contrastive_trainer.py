@@ -61,15 +61,9 @@ class ContrastiveTrainer(Trainer):
         data_collator: Any,
         **kwargs: Any,
     ) -> None:
-        """Drop the model's gates, which read what changes now; `kwargs` go to HF's trainer.
+        """Drop the model's gates, which read what changes now.
 
-        Args:
-            dual_model: The model.
-            args: Settings.
-            records: What to train on.
-            module: What one step calls: the model itself, or one that holds it.
-            data_collator: Records -> batch.
-            kwargs: For `Trainer`, such as callbacks.
+        A step calls `module`, the model itself or what holds it; `kwargs` go to HF's trainer.
         """
         drop_gates(dual_model, "training changes what it reads", args.output_dir or "OUTPUT_DIR")
         self.dual_model, self.records = dual_model, records
@@ -91,12 +85,8 @@ class ContrastiveTrainer(Trainer):
     ) -> dict[str, Any] | None:
         """Return the arguments of the model's forward for one chunk; None has no vectors to make.
 
-        Args:
-            kind: Of the chunk.
-            prompt: Its prompts, on the device, pictures encoded.
-            written: Its completions, on the device.
-            inputs: The batch.
-            is_second: Whether row losses are wanted, too.
+        Prompts and what is written after them are on the device; in the second phase the outputs
+        must do for `_row_losses`, too.
         """
         raise NotImplementedError
 
@@ -109,11 +99,7 @@ class ContrastiveTrainer(Trainer):
     ) -> Tensors:
         """Return a chunk's share of the losses that are sums over rows.
 
-        Args:
-            outputs: Of the model, with gradient.
-            chunk: Whose they are.
-            vectors: Detached vectors of the whole local batch.
-            inputs: The batch.
+        `outputs` have a gradient; `vectors` are those of the whole local batch, detached.
         """
         raise NotImplementedError
 
@@ -126,11 +112,9 @@ class ContrastiveTrainer(Trainer):
         return torch.stack([weights[name] * part for name, part in parts.items()]).sum()
 
     def _pairs(self, vectors: Tensor, inputs: Batch) -> tuple[GatheredPairs, Tensor]:
-        """Return whose negatives the targets (M, D) of all processes are, and these targets.
+        """Return who is whose negative, and the targets (M, D) of all processes.
 
-        Args:
-            vectors: Of the distinct local targets.
-            inputs: The batch, with content keys and `target_rows`.
+        `vectors` are those of the distinct local targets.
         """
         pairs = GatheredPairs.of(inputs["query_keys"], inputs["target_keys"])
         targets = pairs.gather_targets(vectors[inputs["target_rows"]])

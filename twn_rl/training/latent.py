@@ -123,12 +123,7 @@ class LatentTrainer(AdapterCheckpoints, ContrastiveTrainer):
     ) -> None:
         """Build head and collator; `kwargs` go to `Trainer`.
 
-        Args:
-            model: A model with reason tokens, or without for the baseline.
-            args: Hyper-parameters.
-            records: What to train on.
-            direct_only: Train without latent thoughts, for comparison.
-            kwargs: Of HF's trainer.
+        With `direct_only` the model has no reason tokens and no head: the baseline to compare with.
 
         Raises:
             ValueError: For no reason tokens, or a target that cannot be reconstructed.

@@ -32,15 +32,7 @@ class LatentDecoder(nn.Module):
         num_heads: int = 4,
         max_tokens: int = 64,
     ) -> None:
-        """Make new weights.
-
-        Args:
-            hidden_size: Width D of the backbone.
-            width: Width W of the head.
-            num_layers: Decoder layers.
-            num_heads: Attention heads; must divide `width`.
-            max_tokens: Longest text, end of turn included.
-        """
+        """Make new weights; a text has `max_tokens` at most, end of turn included."""
         super().__init__()
         self.max_tokens = max_tokens
         self.memory_in = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, width))

@@ -194,19 +194,13 @@ class GatheredPairs:
         """Return `info_nce` of gathered queries (N, D) and targets (M, D); 0 for no queries."""
         if not len(queries):
             return 0 * queries.sum()  # still part of the graph
-        return info_nce(
-            queries,
-            targets,
-            temperature=temperature,
-            positive_index=self.positive_index,
-            mask=self.mask,
-        )
+        index, mask = self.positive_index, self.mask
+        return info_nce(queries, targets, temperature=temperature, positive_index=index, mask=mask)
 
     def accuracy(self, queries: Tensor, targets: Tensor) -> Tensor:
         """Return `contrastive_accuracy` of gathered queries (N, D) and targets (M, D)."""
-        return contrastive_accuracy(
-            queries.detach(), targets.detach(), positive_index=self.positive_index, mask=self.mask
-        )
+        index, mask = self.positive_index, self.mask
+        return contrastive_accuracy(queries, targets, positive_index=index, mask=mask)
 
 
 class _GatherRows(torch.autograd.Function):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from twn_rl.runtime.whole_files import write_text
 
@@ -112,14 +112,8 @@ class CollapseWatch(TrainerCallback):
         self.stop_reason: str | None = None
         self._streaks: Counter[str] = Counter()
 
-    def on_log(  # noqa: D102 - documented by TrainerCallback
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs: Any = None, **kwargs: Any) -> None:
+        """Count, warn, and stop the run if asked to."""
         logs = {} if logs is None else logs
         problems = self._problems(logs)
         for metric, problem in problems.items():
@@ -172,13 +166,8 @@ class MetricsWriter(TrainerCallback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
-    def on_train_begin(  # noqa: D102 - documented by TrainerCallback
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args, state, control, **kwargs: Any) -> None:
+        """Drop what comes after the resumed step, or set the file of an earlier run aside."""
         if not state.is_world_process_zero or not self.path.exists():
             return
         if state.global_step == 0:
@@ -195,14 +184,8 @@ class MetricsWriter(TrainerCallback):
                 kept.append(line + "\n")
         write_text(self.path, "".join(kept))
 
-    def on_log(  # noqa: D102 - documented by TrainerCallback
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args, state, control, logs: Any = None, **kwargs: Any) -> None:
+        """Append one line."""
         if not state.is_world_process_zero or not logs:
             return
         row = {"step": state.global_step, **{key: _json_value(logs[key]) for key in logs}}

@@ -32,18 +32,12 @@ class SftCollator:
         has_targets: bool = True,
         chunk_tokens: int | None = None,
     ) -> None:
-        """Keep what renders and tokenizes.
+        """Keep what renders and tokenizes; without targets there is only the token loss.
 
-        Args:
-            model: Whose prompts they are.
-            num_hard_negatives: Listed negatives per query.
-            has_targets: Without them there is only the token loss.
-            chunk_tokens: Cut the batch into chunks of so many tokens; None leaves it whole.
+        Batches are cut into chunks of `chunk_tokens`, unless it is None.
         """
-        self.model = model
-        self.num_hard_negatives = num_hard_negatives
-        self.has_targets = has_targets
-        self.chunk_tokens = chunk_tokens
+        self.model, self.has_targets = model, has_targets
+        self.num_hard_negatives, self.chunk_tokens = num_hard_negatives, chunk_tokens
 
     def __call__(self, records: list[Record]) -> dict[str, Any]:
         """Return prompts, CoT ids with and without end of turn, and the distinct targets.
