@@ -3,6 +3,8 @@
 import math
 import pickle
 import random
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +34,7 @@ PARAMETERS = {
 }
 
 
-def make_columns(num_rollouts: int, *, num_negatives: int = 5, seed: int = 0) -> dict[str, list]:
+def make_columns(num_rollouts: int, *, num_negatives: int = 5, seed: int = 0) -> dict[str, Any]:
     generator = random.Random(seed)
 
     def similarity() -> float:
@@ -56,6 +58,13 @@ def make_columns(num_rollouts: int, *, num_negatives: int = 5, seed: int = 0) ->
         "is_direct": [generator.random() < 0.5 for _ in range(num_rollouts)],
         "is_think_complete": [generator.random() < 0.7 for _ in range(num_rollouts)],
     }
+
+
+def paid(reward: Callable[..., list[float | None]], *values: Any, **columns: Any) -> float:
+    """What the first rollout earns."""
+    first = reward(*values, **columns)[0]
+    assert first is not None
+    return first
 
 
 @pytest.mark.parametrize("name", REWARDS)
@@ -112,7 +121,7 @@ def test_a_closer_positive_never_pays_less(name, low, raise_by, seed):
     columns = make_columns(1, seed=seed)
     nearer = {**columns, "positive_similarity": [min(1.0, low + raise_by)]}
     columns["positive_similarity"] = [low]
-    assert REWARDS[name](**nearer)[0] >= REWARDS[name](**columns)[0] - 1e-9
+    assert paid(REWARDS[name], **nearer) >= paid(REWARDS[name], **columns) - 1e-9
 
 
 @pytest.mark.parametrize("name", ["margin", "info_nce", "rank_gap", "think_gain"])
@@ -123,19 +132,20 @@ def test_a_closer_negative_never_pays_more(name, seed, which, raise_by):
     negatives = list(columns["negative_similarities"][0])
     negatives[which] = min(1.0, negatives[which] + raise_by)
     nearer = {**columns, "negative_similarities": [sorted(negatives, reverse=True)]}
-    assert REWARDS[name](**nearer)[0] <= REWARDS[name](**columns)[0] + 1e-9
+    assert paid(REWARDS[name], **nearer) <= paid(REWARDS[name], **columns) + 1e-9
 
 
 @given(seed=st.integers(0, 50), rank=st.integers(1, 20), worse_by=st.integers(0, 20))
 def test_a_worse_rank_never_pays_more_even_with_a_negative_gap(seed, rank, worse_by):
     columns = make_columns(1, seed=seed)
-    better = rank_gap(**{**columns, "target_rank": [rank]})[0]
-    assert rank_gap(**{**columns, "target_rank": [rank + worse_by]})[0] <= better + 1e-9
+    better = paid(rank_gap, **{**columns, "target_rank": [rank]})
+    assert paid(rank_gap, **{**columns, "target_rank": [rank + worse_by]}) <= better + 1e-9
 
 
 @given(tokens=st.integers(0, 400), more=st.integers(0, 200))
 def test_more_tokens_never_pay_more(tokens, more):
-    assert length(["c"], think_tokens=[tokens + more])[0] <= length(["c"], think_tokens=[tokens])[0]
+    longer = paid(length, ["c"], think_tokens=[tokens + more])
+    assert longer <= paid(length, ["c"], think_tokens=[tokens])
 
 
 @pytest.mark.parametrize("name", SIMILARITY_REWARDS)
@@ -162,7 +172,7 @@ def test_there_is_one_margin_for_rewards_and_decisions(seed, count):
     columns = make_columns(3, seed=seed)
     columns["negative_similarities"][1] = []
     columns["no_think_negative_similarities"][2] = []
-    shared = {"num_negatives": count}
+    shared: dict[str, Any] = {"num_negatives": count}
     own = margin(**columns, **shared)
     without = margin(
         columns["completions"],
@@ -174,6 +184,8 @@ def test_there_is_one_margin_for_rewards_and_decisions(seed, count):
         True
     ]
     gains = think_gain(**columns, **shared)
+    assert own[0] is not None
+    assert without[0] is not None
     assert gains == [own[0] - without[0], None, None]
     pairs = zip(columns["positive_similarity"], columns["negative_similarities"], strict=True)
     assert [margin_over(*pair, count) for pair in pairs] == own
@@ -197,8 +209,8 @@ def test_info_nce_does_not_overflow_at_a_tiny_temperature():
 
 def test_softmax_margin_lies_between_the_mean_and_the_hardest_negative():
     columns = {"positive_similarity": [0.9], "negative_similarities": [[0.8, 0.1, -0.4]]}
-    mean = margin(["c"], **columns)[0]
-    assert 0.9 - 0.8 < softmax_margin(["c"], **columns)[0] < mean
+    mean = paid(margin, ["c"], **columns)
+    assert 0.9 - 0.8 < paid(softmax_margin, ["c"], **columns) < mean
     assert softmax_margin(["c"], **columns, temperature=1e6)[0] == pytest.approx(mean)
     assert softmax_margin(["c"], **columns, temperature=1e-3)[0] == pytest.approx(0.1)
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import SHORT_RUN, small_model
 from test_grpo import MAX_TOKENS
-from trl import GRPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer
 
 import twn_rl.modeling.generation
 from twn_rl.data.record_files import RecordSet
@@ -71,10 +71,15 @@ def make_trainer(
     return AdaptiveGRPOTrainer(model, rewards, config, records, scorer)
 
 
+def policy(trainer: AdaptiveGRPOTrainer) -> torch.nn.Module:
+    assert isinstance(trainer.model, torch.nn.Module)
+    return trainer.model
+
+
 def rollout(trainer: AdaptiveGRPOTrainer) -> tuple[dict[str, Any], list[list[int]]]:
     """One generation batch as TRL prepares it, and the completions without padding."""
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
+    policy(trainer).train()
     output = trainer._generate_and_score_completions(inputs)
     rows = zip(output["completion_ids"], output["completion_mask"], strict=True)
     return output, [ids[mask.bool()].tolist() for ids, mask in rows]
@@ -209,7 +214,7 @@ def test_groups_that_never_think_get_a_thought_that_the_policy_writes(
     trainer = make_trainer(model, records, tmp_path, temperature=1e-4)
     always_direct(model)
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.model.train()
+    policy(trainer).train()
     output = trainer._generate_and_score_completions(inputs)
     rows = zip(output["completion_ids"], output["completion_mask"], strict=True)
     completions = [ids[mask.bool()].tolist() for ids, mask in rows]
@@ -225,7 +230,7 @@ def test_groups_that_never_think_get_a_thought_that_the_policy_writes(
 def test_nothing_is_pinned_outside_training(records: RecordSet, tmp_path: Path) -> None:
     trainer = make_trainer(small_model(), records, tmp_path)
     inputs = next(iter(trainer.get_train_dataloader()))
-    trainer.model.eval()
+    policy(trainer).eval()
     ids = trainer._generate_and_score_completions(inputs)["completion_ids"]
     assert not (ids[:, 0] == trainer.dual_model.backbone.eos_token_id).any()
 
@@ -235,7 +240,7 @@ def test_rewards_see_direct_answers_as_decisions_with_their_groups_gap(
 ) -> None:
     model = small_model()
     trainer = make_trainer(model, records, tmp_path)
-    trainer.model.train()
+    policy(trainer).train()
     thought = model.completion_ids("<think> camel left </think>", add_eos=True)
     eos = model.backbone.eos_token_id
     columns = trainer.rollout_columns([1, 1, 1, 1], [thought, [eos], thought[:-2], thought])
@@ -429,7 +434,7 @@ def test_a_policy_that_did_not_learn_to_decide_is_not_asked(records: RecordSet) 
 
 def test_the_settings_of_deciding_are_checked_and_kept(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"thinking_decision = 'dice'.*policy_threshold = 2"):
-        TwnConfig(thinking_decision="dice", policy_threshold=2)
+        TwnConfig.from_dict({"thinking_decision": "dice", "policy_threshold": 2})
     TwnConfig(thinking_decision="policy", policy_threshold=0.3).save(tmp_path)
     loaded = TwnConfig.load(tmp_path)
     assert (loaded.thinking_decision, loaded.policy_threshold) == ("policy", 0.3)

@@ -73,7 +73,7 @@ def test_with_dropout_the_gradient_is_that_of_one_graph_through_all_chunks(tmp_p
     folder = tmp_path / "data"
     folder.mkdir()
     records = picture_records(folder)
-    loras = {
+    loras: dict[str, Any] = {
         "reasoning_lora": LoraSettings(r=2, alpha=4, dropout=0.3),
         "embedding_lora": LoraSettings(r=3, alpha=6, dropout=0.3),
     }

@@ -299,7 +299,7 @@ def test_a_resumed_run_ends_where_an_uninterrupted_one_does(
     folder = tmp_path / "whole"
     assert (folder / "checkpoint-2" / DECODER_FILE).is_file()
     trainer = LatentTrainer(parts, small_config(folder, **settings), records)
-    trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, folder / "checkpoint-2"))
+    trainer.train(resume_from_checkpoint=checkpoint_to_resume(folder, str(folder / "checkpoint-2")))
     first, second = weights(whole), weights(parts)
     assert all(torch.equal(first[key], second[key]) for key in first)
     (folder / "checkpoint-2" / DECODER_FILE).unlink()

@@ -217,7 +217,8 @@ def test_processes_share_the_global_batches_of_one(folder: Path, split_batches: 
             split_batches=split_batches,
             put_on_device=False,
         )
-        return [batch.tolist() for batch in skip_first_batches(loader, skipped)]
+        batches: Any = skip_first_batches(loader, skipped)
+        return [batch.tolist() for batch in batches]
 
     halves = [part(process, 0) for process in (0, 1)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole

@@ -133,7 +133,11 @@ def test_the_loss_is_the_sum_of_its_parts_computed_by_hand(
     model = short_thoughts()
     chosen = with_target_cots(records) if has_target_cots else list(records)
     collator = SftCollator(model, num_hard_negatives=NUM_NEGATIVES)
-    chosen_weights = {"think_weight": 0.5, "no_think_weight": 2.0, "cross_weight": 3.0}
+    chosen_weights: dict[str, Any] = {
+        "think_weight": 0.5,
+        "no_think_weight": 2.0,
+        "cross_weight": 3.0,
+    }
     loss, parts = losses(model, chosen, tmp_path, token_weight=0.25, **chosen_weights)
     batch = collator(chosen)
     index = torch.arange(len(chosen))
@@ -206,7 +210,7 @@ def test_a_thought_the_model_wrote_itself_does_not_train_a_record_without_a_cot(
         ]
 
     monkeypatch.setattr(model, "reason", reason)
-    always = {"self_written_from": 0.0, "self_written_share": 1.0}
+    always: dict[str, Any] = {"self_written_from": 0.0, "self_written_share": 1.0}
     _, first = losses(model, chosen, tmp_path, **always)
     thoughts["of the third"] = "zebra tree"
     _, second = losses(model, chosen, tmp_path, **always)
@@ -265,7 +269,7 @@ def test_self_written_thoughts_replace_the_teachers_for_a_share_of_later_steps(
         return [written, *([written[:-1]] * (len(batch["input_ids"]) - 1))]  # one is complete
 
     monkeypatch.setattr(model, "reason", reason)
-    switches = {"self_written_from": 0.5, "self_written_share": 1.0}
+    switches: dict[str, Any] = {"self_written_from": 0.5, "self_written_share": 1.0}
     _, taught = losses(model, chosen, tmp_path, step=4, **switches)
     assert not calls
     assert "self_written_malformed_ratio" not in taught
@@ -301,7 +305,7 @@ def test_real_self_writing_runs_and_trains_on_what_was_written(
     records: RecordSet, tmp_path: Path
 ) -> None:
     model = short_thoughts()
-    settings = {"self_written_from": 0.0, "self_written_share": 1.0}
+    settings: dict[str, Any] = {"self_written_from": 0.0, "self_written_share": 1.0}
     loss, parts = losses(model, list(records), tmp_path, **settings)
     assert torch.isfinite(loss)
     assert 0.0 <= parts["self_written_malformed_ratio"] <= 1.0

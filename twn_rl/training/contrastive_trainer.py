@@ -50,6 +50,7 @@ class ContrastiveTrainer(Trainer):
     """
 
     args: Any  # of each method
+    data_collator: Any
 
     def __init__(
         self,
