@@ -18,14 +18,11 @@ def at_least(minimum: int, settings: Any, *names: str) -> list[str]:
 
 
 def limit_problems(max_negative_similarity: float | None) -> list[str]:
-    """Return what is wrong with the similarity above which a target is no negative."""
+    """Return what is wrong with the similarity from which on a target is no negative."""
     limit = max_negative_similarity
-    is_fine = limit is None or -1 < limit <= 1
-    return (
-        []
-        if is_fine
-        else [f"max_negative_similarity = {limit}, expected a cosine in (-1, 1] or null"]
-    )
+    if limit is None or -1 < limit <= 1:
+        return []
+    return [f"max_negative_similarity = {limit}, expected a cosine in (-1, 1] or null"]
 
 
 @dataclass
