@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
-from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 from twn_rl.data.mixture import ReorderedSampler
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import encoding_first
+from twn_rl.runtime.extras import extra
+
+with extra("train"):
+    from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
 
 WRITTEN_AGAINST = "1.16"
 
