@@ -112,9 +112,7 @@ class RolloutScorer:
         eos = self.model.backbone.eos_token_id
         return {
             **think,
-            "no_think_positive_similarity": baseline["positive_similarity"],
-            "no_think_negative_similarities": baseline["negative_similarities"],
-            "no_think_target_rank": baseline["target_rank"],
+            **{f"no_think_{name}": values for name, values in baseline.items()},
             "think_tokens": [sum(token != eos for token in ids) for ids in completion_ids],
             "is_direct": is_direct,
             "is_think_complete": is_complete,
