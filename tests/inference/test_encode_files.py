@@ -1,12 +1,13 @@
 """Files become vectors row by row: resumable after kills and full disks, bad rows counted."""
 
-import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +25,10 @@ from twn_rl.data.record_files import write_records
 from twn_rl.inference.encode_file import encode_file, fingerprints
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemFile
-from twn_rl.inference.stored_vectors import open_vectors, read_details
-from twn_rl.inference.vector_files import VectorFileError, VectorWriter
+from twn_rl.inference.vector_files import VectorFileError, VectorWriter, open_vectors, read_details
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.whole_files import owned
 
 SHARDS = EncodeSettings(shard_size=4, batch_size=2)
 
@@ -305,15 +306,15 @@ def test_changed_settings_input_or_model_are_refused_and_named(tmp_path):
         assert (tmp_path / "out.npy").read_bytes() == before
 
     refused(
-        "settings.max_think_tokens = 3, there None",
+        "settings.max_think_tokens = None, now 3",
         settings=EncodeSettings(shard_size=4, max_think_tokens=3),
     )
-    refused("settings.side = 'query', there 'document'", side="query")
+    refused("settings.side = document, now query", side="query")
     refused("model.space", model=TinyEmbedder(seed=1))
     os.utime(source)  # touched, the same content
     assert encode(embedder, source, tmp_path / "out.npy").resumed_rows == 6
     write_lines(source, text_rows(7))
-    refused("input.sha256.*input.rows = 7, there 6")
+    refused("input.sha256.*input.rows = 6, now 7")
     report = encode(embedder, source, tmp_path / "out.npy", overwrite=True)
     assert (report.rows, report.resumed_rows) == (7, 0)
     assert len(np.load(tmp_path / "out.npy")) == 7
@@ -361,12 +362,42 @@ def test_foreign_and_damaged_files_are_not_overwritten_unasked(embedder, tmp_pat
 def test_two_runs_do_not_write_the_same_file(embedder, tmp_path):
     source = write_lines(tmp_path / "in.jsonl", text_rows(4))
     encode(embedder, source, tmp_path / "out.npy")
-    with (tmp_path / "out.npy").open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with owned(tmp_path / "out.npy"):
         for overwrite in (False, True):
             with pytest.raises(VectorFileError, match="is being written by another run"):
                 encode(embedder, source, tmp_path / "out.npy", overwrite=overwrite)
     assert encode(embedder, source, tmp_path / "out.npy").resumed_rows == 4
+
+
+def test_of_runs_that_start_at_once_one_owns_the_file(tmp_path):
+    runs = 40
+    barrier, refused = threading.Barrier(runs), []
+
+    def start_at_once(number: int) -> VectorWriter | None:
+        barrier.wait(timeout=60)
+        try:
+            return VectorWriter(tmp_path / "out.npy", (2, 3), {"run": number})
+        except VectorFileError as error:
+            refused.append(str(error))
+            return None
+
+    with ThreadPoolExecutor(runs) as pool:
+        [owner] = [writer for writer in pool.map(start_at_once, range(runs)) if writer is not None]
+    assert len(refused) == runs - 1
+    assert all("is being written by another run" in message for message in refused)
+    with owner:
+        owner.append(np.ones((2, 3), dtype=np.float32), [{"id": "a"}, {"id": "b"}], {})
+    assert np.load(tmp_path / "out.npy").all()
+    names = {"out.npy", "out.meta.json", "out.details.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_what_a_killed_run_had_begun_is_removed_by_the_next(tmp_path):
+    (tmp_path / ".out.npy.lock").touch()
+    (tmp_path / ".out.npy.123.tmp").write_bytes(b"a file that was to become out.npy")
+    with VectorWriter(tmp_path / "out.npy", (2, 3), {}):
+        assert not (tmp_path / ".out.npy.123.tmp").exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_wrong_settings_and_inputs_are_refused_together(embedder, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 import logging
 
 from twn_rl.inference.search import search_files, show_hits
-from twn_rl.inference.stored_vectors import open_vectors
+from twn_rl.inference.vector_files import open_vectors
 
 logger = logging.getLogger(__name__)
 

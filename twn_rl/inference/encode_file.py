@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm.auto import tqdm
 
 from twn_rl.data.record import Item, RecordError
 from twn_rl.inference.encode_settings import EncodeReport, EncodeSettings, ThinkMode
@@ -22,6 +21,7 @@ from twn_rl.inference.item_rows import ItemRow, Side
 from twn_rl.inference.vector_files import VectorWriter, read_meta
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.runtime.sharded_pass import Progress, make_shards, shard_ranges
 from twn_rl.runtime.whole_files import digest
 
 logger = logging.getLogger(__name__)
@@ -124,8 +124,6 @@ def encode_file(
     shape = (described["rows"], embedder.get_embedding_dimension())
     with VectorWriter(output, shape, plan, notes=notes, overwrite=overwrite) as writer:
         resumed = writer.done_rows
-        if resumed:
-            logger.info("%s: going on after row %d of %d", output, resumed, writer.rows)
         _encode_rest(embedder, source, writer, settings, show_progress_bar)
         report = EncodeReport(writer.rows, resumed, dict(writer.counts))
     if source.ignored_fields:
@@ -160,31 +158,39 @@ def _encode_rest(
     settings: EncodeSettings,
     show_progress_bar: bool,
 ) -> None:
-    rows = source.rows(writer.done_rows)
-    with tqdm(
-        total=writer.rows,
-        initial=writer.done_rows,
-        desc=f"encoding {source.path.name}",
-        unit="row",
-        disable=not show_progress_bar,
-    ) as bar:
-        while shard := list(islice(rows, settings.shard_size)):
-            vectors, details = _encode_shard(embedder, source.side, shard, writer, settings)
-            try:
-                writer.append(vectors, details, _count(details))
-            except OSError as error:
-                raise OSError(
-                    error.errno,
-                    f"{error.strerror}: cannot write rows from {writer.done_rows} on of "
-                    f"{writer.rows} to {writer.path}; expected room on the disk; free some and "
-                    f"run the same command again: the first {writer.done_rows} rows are kept",
-                ) from error
-            bar.update(len(shard))
-    if writer.done_rows != writer.rows:
-        raise ValueError(
-            f"{source.path} had {writer.rows} rows and now {writer.done_rows}; expected a file "
-            "that does not change while it is read; run again with --overwrite"
-        )
+    """Append what is missing, shard by shard; rows come as a stream."""
+    stream = source.rows(writer.done_rows)
+    changed = ValueError(
+        f"{source.path} no longer has the {writer.rows} rows it had; expected a file that does not "
+        "change while it is read; run again with --overwrite"
+    )
+
+    def make(number: int, rows: Sequence[int], progress: Progress) -> None:
+        shard = list(islice(stream, len(rows)))
+        if len(shard) < len(rows):
+            raise changed
+        vectors, details = _encode_shard(embedder, source.side, shard, writer, settings)
+        try:
+            writer.append(vectors, details, _count(details))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"{error.strerror}: cannot write rows from {writer.done_rows} on of "
+                f"{writer.rows} to {writer.path}; expected room on the disk; free some and "
+                f"run the same command again: the first {writer.done_rows} rows are kept",
+            ) from error
+        progress(len(shard))
+
+    ranges = shard_ranges(writer.rows, settings.shard_size)
+    make_shards(
+        {n: rows for n, rows in enumerate(ranges) if rows.start >= writer.done_rows},
+        make,
+        description=f"encoding {source.path.name}",
+        num_shards=len(ranges),
+        show_progress_bar=show_progress_bar,
+    )
+    if next(stream, None) is not None:
+        raise changed
 
 
 def _encode_shard(

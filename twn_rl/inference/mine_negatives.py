@@ -26,7 +26,7 @@ from twn_rl.inference.encode_file import Embedder, encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemFile, Side
 from twn_rl.inference.negative_choice import MiningReport, MiningSettings, select_negatives
-from twn_rl.inference.stored_vectors import StoredVectors, open_vectors
+from twn_rl.inference.vector_files import StoredVectors, open_vectors
 from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from twn_rl.inference.stored_vectors import StoredVectors
+from twn_rl.inference.vector_files import StoredVectors
 from twn_rl.runtime.whole_files import write_json_lines
 
 logger = logging.getLogger(__name__)

@@ -3,20 +3,33 @@
 `NAME.npy` is (N, D) float32 and has its full size from the start, so that `np.load(mmap_mode="r")`
 works at any time and a full disk shows before the first row; rows not yet written are zero.
 `NAME.details.jsonl` has one line a row, and `NAME.meta.json`, replaced after every shard, says how
-much of both counts. A killed run, or one whose disk filled up, goes on from there.
+much of both counts. A killed run, or one whose disk filled up, goes on from there, and
+anybody may read what there is at any time.
 """
 
-import fcntl
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twn_rl.runtime.whole_files import map_file, read_json
+from twn_rl.runtime.sharded_pass import differences
+from twn_rl.runtime.whole_files import (
+    map_file,
+    owned,
+    read_json,
+    write_array_header,
+    write_json,
+    written_aside,
+)
+
+logger = logging.getLogger(__name__)
 
 VECTORS_FORMAT = 1
 
@@ -78,21 +91,23 @@ class VectorWriter:
         self._plan: dict[str, Any] = json.loads(json.dumps(dict(plan)))
         self._notes = dict(notes or {})
         self.done_rows, self._details_bytes, self.counts = 0, 0, dict[str, int]()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            self._descriptor = _lock(self.path)
+        with ExitStack() as files:
+            files.enter_context(owned(self.path, VectorFileError))
             meta = read_meta(self.path)
-            try:
-                # A run that failed at its first shard must not stand in the way of a corrected one.
-                if not overwrite and (meta is None or meta["done_rows"]):
-                    self._resume(meta)
-                    return
-            except VectorFileError:
-                os.close(self._descriptor)
-                raise
-            meta_path(self.path).unlink(missing_ok=True)  # stops existing before it is touched
-            os.close(self._descriptor)
-        self._create()
+            # A run that failed at its first shard must not stand in the way of a corrected one.
+            if self.path.exists() and not overwrite and (meta is None or meta["done_rows"]):
+                self._resume(meta)
+            else:
+                meta_path(self.path).unlink(missing_ok=True)  # stops existing before it is touched
+                self._create()
+            self._details, self._descriptor = (
+                os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+                for path in (details_path(self.path), self.path)
+            )
+            files.callback(os.close, self._details)
+            files.callback(os.close, self._descriptor)
+            os.ftruncate(self._details, self._details_bytes)  # lines of a shard that never counted
+            self._files = files.pop_all()
 
     def append(
         self,
@@ -125,8 +140,7 @@ class VectorWriter:
 
     def close(self) -> None:
         """Let go of the files."""
-        os.close(self._details)
-        os.close(self._descriptor)
+        self._files.close()
 
     def __enter__(self) -> "VectorWriter":
         return self
@@ -135,20 +149,13 @@ class VectorWriter:
         self.close()
 
     def _create(self) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
-        try:
-            with temporary.open("wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
+        with written_aside(self.path) as aside:
+            with aside.open("wb") as file:
+                write_array_header(file, (self.rows, self.width))
                 self._header_bytes = file.tell()
                 file.flush()
                 self._reserve(file.fileno(), self._header_bytes + 4 * self.rows * self.width)
-            self._open_details()
             self._write_meta()  # before the vectors: a disk that is full now leaves none behind
-            self._descriptor = _lock(temporary)
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def _reserve(self, descriptor: int, size: int) -> None:
         try:
@@ -167,7 +174,7 @@ class VectorWriter:
                 f"{self.path} exists without a readable {meta_path(self.path).name}; expected "
                 "none, or vectors this command began; pass --overwrite or another --output"
             )
-        if different := _differences(meta["plan"], self._plan):
+        if different := differences(meta["plan"], self._plan):
             raise VectorFileError(
                 f"{self.path} was begun otherwise: {'; '.join(different)}; expected the same, "
                 "else its rows would not fit together; pass --overwrite to make all "
@@ -187,11 +194,6 @@ class VectorWriter:
         self._header_bytes = self.path.stat().st_size - 4 * self.rows * self.width
         self.done_rows, self.counts = meta["done_rows"], meta["counts"]
         self._details_bytes = meta["details_bytes"]
-        self._open_details()
-
-    def _open_details(self) -> None:
-        self._details = os.open(details_path(self.path), os.O_RDWR | os.O_CREAT, 0o644)
-        os.ftruncate(self._details, self._details_bytes)  # lines of a shard that never counted
 
     def _write_meta(self) -> None:
         content = {
@@ -205,44 +207,7 @@ class VectorWriter:
             "plan": self._plan,
             "notes": self._notes,
         }
-        path = meta_path(self.path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def _differences(stored: Any, wanted: Any, name: str = "") -> list[str]:
-    """Return "name = wanted, stored as ..." for every leaf that differs."""
-    if isinstance(stored, dict) and isinstance(wanted, dict):
-        keys = [*wanted, *(key for key in stored if key not in wanted)]
-        return [
-            difference
-            for key in keys
-            for difference in _differences(
-                stored.get(key), wanted.get(key), f"{name}.{key}" if name else key
-            )
-        ]
-    return [] if stored == wanted else [f"{name} = {wanted!r:.70}, there {stored!r:.70}"]
-
-
-def _lock(path: Path) -> int:
-    """Return the file opened for writing, which no other run may have open."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise VectorFileError(
-            f"{path} is being written by another run; expected one at a time; wait for it or "
-            "pass another --output"
-        ) from error
-    return descriptor
+        write_json(meta_path(self.path), content, indent=1)
 
 
 def _write_at(descriptor: int, data: bytes, offset: int) -> None:
@@ -251,3 +216,71 @@ def _write_at(descriptor: int, data: bytes, offset: int) -> None:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
     os.fsync(descriptor)
+
+
+@dataclass(frozen=True)
+class StoredVectors:
+    """Vectors on disk with what their details say.
+
+    Attributes:
+        path: The .npy file.
+        vectors: (N, D) float32, memory-mapped.
+        ids: N names.
+        is_usable: (N,) bool; False for rows that failed or are not written yet.
+        failed_rows: How many rows failed.
+        unwritten_rows: How many rows are not written yet.
+        space: Fingerprint of what made the vectors; None for a foreign file.
+    """
+
+    path: Path
+    vectors: NDArray[np.float32]
+    ids: list[str]
+    is_usable: NDArray[np.bool_]
+    failed_rows: int
+    unwritten_rows: int
+    space: str | None
+
+
+def open_vectors(path: str | Path) -> StoredVectors:
+    """Return the vectors of a .npy file; without details and meta the ids are row numbers.
+
+    Raises:
+        VectorFileError: If the file is missing or holds no (N, D) float32, or its details are
+            damaged.
+    """
+    path = Path(path)
+    vectors = map_file(path, (None, None))
+    if vectors is None or not vectors.size:
+        raise VectorFileError(
+            f"{path} is no .npy file of (N, D) float32 vectors; expected one that "
+            "`twn-rl encode` wrote; check the path"
+        )
+    meta = read_meta(path)
+    if meta is None:
+        logger.warning("%s has no meta.json: ids are row numbers, every row counts", path)
+        ids = [str(row) for row in range(len(vectors))]
+        return StoredVectors(path, vectors, ids, np.ones(len(vectors), bool), 0, 0, None)
+    done = meta["done_rows"]
+    ids, is_usable = [], np.zeros(len(vectors), dtype=bool)
+    for row, line in zip(range(len(vectors)), read_details(path, meta), strict=False):
+        ids.append(line["id"])
+        is_usable[row] = line["error"] is None
+    if len(ids) != done or len(vectors) != meta["rows"]:
+        raise VectorFileError(
+            f"{details_path(path)} has {len(ids)} rows, {path.name} {len(vectors)}; expected "
+            f"{done} and {meta['rows']}; encode again with --overwrite"
+        )
+    failed = done - int(is_usable.sum())
+    ids += [""] * (len(vectors) - done)
+    space = meta["plan"].get("model", {}).get("space")
+    return StoredVectors(path, vectors, ids, is_usable, failed, len(vectors) - done, space)
+
+
+def read_details(path: Path, meta: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the details of every row of `path` that counts, one at a time."""
+    meta = meta or read_meta(path) or {"details_bytes": 0}
+    left = meta["details_bytes"]
+    with details_path(path).open("rb") as file:
+        while left > 0 and (line := file.readline()):
+            left -= len(line)
+            yield json.loads(line)

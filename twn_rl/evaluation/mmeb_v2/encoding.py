@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm.auto import tqdm
 
 from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.inference.encode_file import Embedder, encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemRow, Side
-from twn_rl.inference.stored_vectors import open_vectors, read_details
+from twn_rl.inference.vector_files import open_vectors, read_details
 from twn_rl.runtime.processes import Processes
+from twn_rl.runtime.sharded_pass import Progress, deal, make_shards, shard_ranges
 from twn_rl.runtime.whole_files import read_json, write_json
 
 Fingerprints = Mapping[Side, Mapping[str, str | None]]
@@ -102,6 +102,7 @@ class TaskEncoder:
             show_progress_bar: Show rows done, on the main process.
         """
         self.embedder, self.fingerprints, self.variant = embedder, fingerprints, variant
+        self.processes = processes
         self.index = processes.process_index if processes else 0
         self.count = processes.num_processes if processes else 1
         self.settings: dict[Side, EncodeSettings] = {
@@ -119,15 +120,19 @@ class TaskEncoder:
             RecordError: For an item that cannot be embedded.
             VectorFileError: If parts were made with another model or other settings.
         """
-        parts = self._parts(data)
-        mine = parts[self.index :: self.count]
-        total = sum(stop - start for _, _, start, stop in mine)
-        with tqdm(
-            total=total, desc=folder.name, unit="row", disable=not self.shows_progress
-        ) as bar:
-            for side, number, start, stop in mine:
-                self._encode(data, folder, side, number, (start, stop), overwrite)
-                bar.update(stop - start)
+        parts = deal(self._parts(data), self.processes)
+
+        def make(number: int, rows: Sequence[int], progress: Progress) -> None:
+            self._encode(data, folder, *parts[number], overwrite)
+            progress(len(rows))
+
+        # No waiting here: a process whose data is bad stops, and the others hear of it afterwards.
+        make_shards(
+            {number: range(start, stop) for number, (_, _, start, stop) in enumerate(parts)},
+            make,
+            description=folder.name,
+            show_progress_bar=self.shows_progress,
+        )
 
     def read(self, data: TaskData, folder: Path) -> EncodedTask:
         """Return what all processes have made of a task."""
@@ -158,9 +163,9 @@ class TaskEncoder:
         size = self.settings["query"].shard_size
         counts: dict[Side, int] = {"query": len(data.queries), "document": len(data.targets.keys)}
         return [
-            (side, number, start, min(start + size, count))
+            (side, number, rows.start, rows.stop)
             for side, count in counts.items()
-            for number, start in enumerate(range(0, count, size))
+            for number, rows in enumerate(shard_ranges(count, size))
         ]
 
     def _path(self, folder: Path, side: Side, number: int) -> Path:
@@ -173,10 +178,10 @@ class TaskEncoder:
         folder: Path,
         side: Side,
         number: int,
-        rows: tuple[int, int],
+        start: int,
+        stop: int,
         overwrite: bool,
     ) -> None:
-        start, stop = rows
         if side == "query":
             ids = [query.id for query in data.queries[start:stop]]
             items: Sequence[Item | RecordError] = [q.item for q in data.queries[start:stop]]

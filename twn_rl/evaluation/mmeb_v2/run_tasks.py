@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils import gather_object
 
 from twn_rl.evaluation.mmeb_v2.encoding import TaskEncoder
 from twn_rl.evaluation.mmeb_v2.leaderboard import COST, PREDICTIONS, SCORES, read_score, task_path
@@ -22,7 +21,7 @@ from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import MmebTask
 from twn_rl.inference.encode_file import fingerprints
 from twn_rl.inference.encode_settings import EncodeSettings
-from twn_rl.runtime.processes import Processes, wait
+from twn_rl.runtime.processes import Processes, gather_objects, wait
 from twn_rl.runtime.whole_files import write_json, write_json_lines
 
 logger = logging.getLogger(__name__)
@@ -155,8 +154,7 @@ def attempt(
     except TASK_ERRORS as error:
         problem = f"{type(error).__name__}: {error}"
     if processes is not None and processes.num_processes > 1:
-        found: list[str | None] = gather_object([problem])
-        problem = next((one for one in found if one is not None), None)
+        problem = next((one for one in gather_objects(problem) if one is not None), None)
     return result, problem
 
 

@@ -15,6 +15,8 @@ from torch import distributed
 from torch.utils.data import DataLoader, Subset
 
 from twn_rl.evaluation.usage import Usage
+from twn_rl.runtime.processes import gather_objects
+from twn_rl.runtime.sharded_pass import shard_ranges
 
 # Batches handed over in one call: inputs of like length meet, and thoughts are written together.
 BATCHES_PER_CALL = 4
@@ -30,8 +32,7 @@ def processes() -> tuple[int, int]:
 def chunk_rows(inputs: DataLoader[Any]) -> list[list[int]]:
     """Return the rows of each process: chunks of one call, dealt in turn."""
     count, (_, world) = len(inputs.dataset), processes()  # type: ignore[arg-type]
-    size = BATCHES_PER_CALL * (inputs.batch_size or 1)
-    chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    chunks = shard_ranges(count, BATCHES_PER_CALL * (inputs.batch_size or 1))
     return [[row for chunk in chunks[rank::world] for row in chunk] for rank in range(world)]
 
 
@@ -65,14 +66,13 @@ def on_all_processes(
         mine = work()
     except Exception as error:  # the others wait for this process: all must hear of it
         problem, mine = error, f"process {rank}: {error}"
-    everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine)
     if problem is not None:
         raise problem
     failures = [part for part in everyone if isinstance(part, str)]
     if failures:
         raise RuntimeError("; ".join(failures))
-    return everyone
+    return [part for part in everyone if not isinstance(part, str)]
 
 
 def assemble(
