@@ -1,6 +1,7 @@
 """The embedded backbone: its processor, pretraining's shortcut, what the weights can do."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -175,7 +176,8 @@ def test_the_model_is_small_and_repeats_by_seed(processor, model) -> None:
 def test_the_shipped_weights_see_but_do_not_reason() -> None:
     model = DualLoraModel.from_backbone(tiny_vlm.BACKBONE_DIR).backbone
     for style in STYLES:
-        scores = examine(model.model.eval(), model.processor, style=style, num_scenes=16)
+        vlm: Any = model.model.eval()
+        scores = examine(vlm, model.processor, style=style, num_scenes=16)
         assert scores["cell_named"] >= 0.97, (style, scores)
         assert scores["two_hops_direct"] < 0.5, (style, scores)
 

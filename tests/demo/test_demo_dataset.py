@@ -138,7 +138,8 @@ def test_picture_targets_are_in_the_style_of_the_scene(demo: Splits) -> None:
 
 def texts_of(record: Record) -> list[str]:
     renderer = Renderer()
-    texts = [renderer.completion(cot) for cot in (record.query_cot, record.metadata["gold_cot"])]
+    cots = (str(record.query_cot), record.metadata["gold_cot"])
+    texts = [renderer.completion(cot) for cot in cots]
     for item in (record.query, record.positive, *record.negatives):
         texts += [part for part in (item.instruction, item.text) if part]
     return texts

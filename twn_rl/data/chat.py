@@ -1,4 +1,4 @@
-"""Item -> chat messages, chain of thought -> completion text and back. Knows no tensors, no models.
+"""Item -> chat messages, chain of thought -> completion text and back.
 
 One renderer serves training, rollouts, evaluation and serving, and is saved with the model: the
 text a model was trained on is the text it is served with.

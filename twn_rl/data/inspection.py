@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from twn_rl.data.images import ImageFacts, image_facts
+from twn_rl.data.images import image_facts
 from twn_rl.data.record import Record
 from twn_rl.data.record_files import RecordSet
 from twn_rl.runtime.whole_files import write_text
@@ -140,12 +141,14 @@ def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:
     )
     for record in progress:
         tasks.setdefault(record.source, Counter())[str(record.metadata.get("task", ""))] += 1
-        having.update(_traits(record))
+        having.update(trait for trait, has in _TRAITS.items() if has(record))
         negatives.append(len(record.negatives))
         frames += [len(item.video) for item in record.items() if item.video]
         pictures.update(str(s) for item in record.items() for s in (*item.images, *item.video))
         repeats.add(record)
-    report = RecordReport(
+    facts = [image_facts(path) for path in sorted(pictures)]
+    sizes = Counter(f"{fact.width} x {fact.height}" for fact in facts)
+    return RecordReport(
         file=str(file),
         rows=len(records) + len(records.skipped_rows),
         usable=len(records),
@@ -159,30 +162,19 @@ def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:
         duplicate_ids=[(records[i].id, records[first].id) for i, first in repeats.pairs],
         negatives=Distribution.of(negatives),
         frames=Distribution.of(frames),
+        pictures=len(facts),
+        picture_sizes=dict(sizes.most_common(_SHOWN_SIZES)),
+        picture_sides=Distribution.of(max(fact.width, fact.height) for fact in facts),
     )
-    _add_pictures(report, [image_facts(path) for path in sorted(pictures)])
-    return report
 
 
-_TRAITS = ("negatives", "query CoT", "positive CoT", "images", "videos")
-
-
-def _traits(record: Record) -> list[str]:
-    has = (
-        bool(record.negatives),
-        record.query_cot is not None,
-        record.positive_cot is not None,
-        any(item.images for item in record.items()),
-        any(item.video for item in record.items()),
-    )
-    return [trait for trait, is_there in zip(_TRAITS, has, strict=True) if is_there]
-
-
-def _add_pictures(report: RecordReport, facts: Sequence[ImageFacts]) -> None:
-    sizes = Counter(f"{fact.width} x {fact.height}" for fact in facts)
-    report.pictures = len(facts)
-    report.picture_sizes = dict(sizes.most_common(_SHOWN_SIZES))
-    report.picture_sides = Distribution.of(max(fact.width, fact.height) for fact in facts)
+_TRAITS: dict[str, Callable[[Record], Any]] = {
+    "negatives": lambda record: record.negatives,
+    "query CoT": lambda record: record.query_cot is not None,
+    "positive CoT": lambda record: record.positive_cot is not None,
+    "images": lambda record: any(item.images for item in record.items()),
+    "videos": lambda record: any(item.video for item in record.items()),
+}
 
 
 class _Repeats:

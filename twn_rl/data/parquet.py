@@ -13,17 +13,12 @@ from tqdm import tqdm
 
 from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
 from twn_rl.data.record import RecordError, bad_file
+from twn_rl.runtime.extras import extra
 from twn_rl.runtime.whole_files import written_aside
 
-try:
+with extra("eval"):
     import pyarrow as pa
     import pyarrow.parquet as pq
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "module pyarrow is missing; expected it for .parquet and .arrow files; install "
-        "twn-rl[eval] or install pyarrow alone, or use .jsonl",
-        name="pyarrow",
-    ) from error
 
 logger = logging.getLogger(__name__)
 
@@ -212,13 +207,7 @@ def _batches_of(
 
 def write_parquet(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows with the columns of a record; `metadata` becomes JSON text."""
+    stored = ({**row, "metadata": json.dumps(row["metadata"])} for row in rows)
     with pq.ParquetWriter(path, _SCHEMA) as writer:
-        for batch in _batches(rows):
-            table = [{**row, "metadata": json.dumps(row["metadata"])} for row in batch]
-            writer.write_table(pa.Table.from_pylist(table, schema=_SCHEMA))
-
-
-def _batches(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    iterator = iter(rows)
-    while batch := list(islice(iterator, _PARQUET_BATCH_ROWS)):
-        yield batch
+        while batch := list(islice(stored, _PARQUET_BATCH_ROWS)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=_SCHEMA))

@@ -1,4 +1,4 @@
-"""What a training record is, and what is wrong with one. Knows no files."""
+"""What a training record is, and what is wrong with one."""
 
 import hashlib
 import json
@@ -93,9 +93,10 @@ class Item:
 
     def __post_init__(self) -> None:
         """Bring lists and Path objects to the one form that compares equal."""
-        for name in ("images", "video"):
-            sources = tuple(s.as_posix() if isinstance(s, Path) else s for s in getattr(self, name))
-            object.__setattr__(self, name, sources)
+        for name, given in (("images", self.images), ("video", self.video)):
+            if given != ():
+                sources = tuple(s.as_posix() if isinstance(s, Path) else s for s in given)
+                object.__setattr__(self, name, sources)
 
     def load(self, data_root: str | Path | None = None) -> "Item":
         """Return the item with every picture opened as an RGB image.

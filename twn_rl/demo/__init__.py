@@ -1,1 +1,1 @@
-"""The embedded default: emoji scenes and a tiny pretrained VLM; knows no adapters, no training."""
+"""The embedded default: emoji scenes and a tiny pretrained VLM."""

@@ -1,4 +1,4 @@
-"""What the embedded backbone is taught: pictures, and words about them; knows no training."""
+"""What the embedded backbone is taught: pictures, and words about them."""
 
 from __future__ import annotations
 

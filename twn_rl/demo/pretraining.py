@@ -1,4 +1,4 @@
-"""How the embedded backbone learns to see: alignment, then scene facts; knows no adapters."""
+"""How the embedded backbone learns to see: alignment, then scene facts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Emoji scenes: the artwork, the 3x3 grid and walking on it; knows no records and no model."""
+"""Emoji scenes: the artwork, the 3x3 grid and walking on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded backbone, untrained: word-level tokenizer, small Idefics3; knows no training."""
+"""The embedded backbone, untrained: word-level tokenizer, small Idefics3."""
 
 from __future__ import annotations
 

@@ -12,6 +12,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
 from twn_rl.data.jsonl import JsonLines
 from twn_rl.data.record import RecordError, bad_file, bad_type
 
@@ -249,16 +251,7 @@ def read_yaml(path: Path, expected: str) -> Any:
 
     Raises:
         RecordError: If it is no YAML; the message says what was expected.
-        ModuleNotFoundError: If PyYAML is missing; the message says how to install it.
     """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "module yaml is missing; expected it for YAML files; install twn-rl[train] or convert "
-            "the files it lists one by one",
-            name="yaml",
-        ) from error
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

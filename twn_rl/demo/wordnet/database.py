@@ -1,4 +1,4 @@
-"""WordNet's noun files -> synsets; knows no records, no splits and no chains of thought.
+"""WordNet's noun files -> synsets.
 
 Reads `data.noun` and `index.noun` as WordNet ships them (manual page wndb(5WN)), versions 3.0 and
 3.1 alike. One line of `data.noun` is one synset:

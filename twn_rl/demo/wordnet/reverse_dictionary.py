@@ -1,4 +1,4 @@
-"""Synsets -> records: a definition asks for its word; knows no files of WordNet, no model.
+"""Synsets -> records: a definition asks for its word.
 
 The query is a definition, the target the word with its kind ("sparrow, a kind of passerine"), the
 negatives are words of the same kind, and the chain of thought names kind, features and word. Every
@@ -92,21 +92,17 @@ class Entry:
         return Item(text=f"{self.word}, a kind of {self.kind.lemmas[0]}")
 
 
-class Families:
-    """Words of the same kind, and words whose kinds are of the same kind.
+# Offset of a kind -> its words; offset of a kind's kind -> the words below, which are cousins.
+Families = tuple[dict[str, list[Entry]], dict[str, list[Entry]]]
 
-    Attributes:
-        by_kind: Offset of a kind -> its words.
-        by_next_kind: Offset of a kind's kind -> the words below, which are cousins.
-    """
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        """Group the entries; order is kept."""
-        self.by_kind: dict[str, list[Entry]] = {}
-        self.by_next_kind: dict[str, list[Entry]] = {}
-        for entry in entries:
-            self.by_kind.setdefault(entry.kind.offset, []).append(entry)
-            self.by_next_kind.setdefault(_next_kind(entry.kind), []).append(entry)
+def families_of(entries: Iterable[Entry]) -> Families:
+    """Return the entries by kind and by the kind of their kind; order is kept."""
+    by_kind, by_next_kind = {}, {}
+    for entry in entries:
+        by_kind.setdefault(entry.kind.offset, []).append(entry)
+        by_next_kind.setdefault(_next_kind(entry.kind), []).append(entry)
+    return by_kind, by_next_kind
 
 
 def _next_kind(kind: Synset) -> str:
@@ -159,7 +155,7 @@ def split_entries(
         ValueError: If there are fewer entries than asked for.
     """
     rng = random.Random(f"{settings.seed}/splits")
-    families = Families(entries).by_kind
+    families, _ = families_of(entries)
     # Families of one have no negatives, very large ones would make the split about one kind.
     order = [name for name, family in families.items() if 1 < len(family) <= 20]
     rng.shuffle(order)
@@ -202,11 +198,10 @@ def chain_of_thought(
     while len(kinds) < settings.num_kinds and synset.hypernyms:
         synset = nouns.synsets[synset.hypernyms[0]]
         kinds.append(synset.lemmas[0])
-    features = feature_words(entry, counts, settings) if settings.num_features else ""
-    wholes = [nouns.synsets[offset].lemmas[0] for offset in entry.synset.holonyms[:1]]
-    features = ", ".join([*([features] if features else []), *(f"of {w}" for w in wholes)])
-    parts = [f"kind: {', '.join(kinds)}", f"features: {features}" if features else ""]
-    return "; ".join(part for part in [*parts, f"word: {entry.word}"] if part)
+    features = [feature_words(entry, counts, settings)] if settings.num_features else []
+    features += [f"of {nouns.synsets[offset].lemmas[0]}" for offset in entry.synset.holonyms[:1]]
+    said = {"kind": kinds, "features": [part for part in features if part], "word": [entry.word]}
+    return "; ".join(f"{name}: {', '.join(words)}" for name, words in said.items() if words)
 
 
 def negatives(
@@ -219,10 +214,8 @@ def negatives(
     own = {lemma.lower() for lemma in entry.synset.lemmas}
     rng = random.Random(f"{settings.seed}/{entry.synset.offset}")
     chosen: list[Entry] = []
-    for family in (
-        families.by_kind[entry.kind.offset],
-        families.by_next_kind[_next_kind(entry.kind)],
-    ):
+    by_kind, by_next_kind = families
+    for family in (by_kind[entry.kind.offset], by_next_kind[_next_kind(entry.kind)]):
         others = [
             other
             for other in family
@@ -244,7 +237,8 @@ def build_records(nouns: Nouns, settings: ReverseDictionarySettings) -> dict[str
     counts = Counter(
         word for synset in nouns.synsets.values() for word in set(_words(synset.definition))
     )
-    seen, everyone = Families([*splits["train"], *splits["rl"]]), Families(entries)
+    seen = families_of([*splits["train"], *splits["rl"]])
+    everyone = families_of(entries)
     records: dict[str, list[Record]] = {}
     for split, members in splits.items():
         families = seen if split in ("train", "rl") else everyone
