@@ -75,10 +75,7 @@ class EvaluationSettings:
             self.modes and set(self.modes) <= set(known),
             f"modes = {self.modes}, expected some of {known}",
         )
-        problems.unless(
-            self.candidates in ("pool", "local"),
-            f"candidates = {self.candidates!r}, expected 'pool' or 'local'",
-        )
+        problems.one_of(self, ("pool", "local"), "candidates")
         problems.expect(self, ">= 1", "batch_size", "num_thoughts")
         problems.expect(self, "None or in [0, 1]", "gate_threshold", "policy_threshold")
         problems.unless(

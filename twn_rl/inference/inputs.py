@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from twn_rl.data.images import ImageSource, open_image
@@ -68,9 +67,7 @@ def as_list(inputs: Any) -> list[Any]:
     if is_single(inputs):
         return [inputs]
     # Columns of data frames and data sets have no common class, but a length and an order.
-    if isinstance(inputs, Sequence | np.ndarray) or (
-        hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__")
-    ):
+    if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
         return list(inputs)
     raise TypeError(
         f"inputs is a {type(inputs).__name__}; expected {_ACCEPTED}, or a list of these; "
@@ -82,9 +79,7 @@ def parse_input(value: Any, position: int, rules: InputRules) -> Item:
     """Return the item of one input; pictures stay unopened, but files must exist.
 
     Args:
-        value: A string (always text, also if a file has that name), a `PIL.Image`, a
-            `pathlib.Path` of a picture, a dict with some of "text", "image", "images", "video"
-            (its frames) and "instruction", chat messages, or an `Item`.
+        value: Any of what `ThinkingEmbedder.encode` takes.
         position: Its place among the inputs, for errors.
         rules: What to check.
 

@@ -88,8 +88,7 @@ class EncodeOptions:
 
     def __post_init__(self) -> None:
         """Collect every problem of the call into one error."""
-        problems, is_auto = Problems(), self.is_auto
-        modes, decisions, precisions = map(get_args, (ThinkMode, ThinkingDecision, Precision))
+        problems, is_auto, modes = Problems(), self.is_auto, get_args(ThinkMode)
         problems.unless(
             not isinstance(self.think, str) or self.think in modes,
             f"think = {self.think!r}, expected one of {modes} or a list of bools or thoughts",
@@ -107,10 +106,9 @@ class EncodeOptions:
             f"think_decision = {self.think_decision!r} where nothing is decided, expected it with "
             "think='auto'",
         )
-        problems.unless(
-            self.think_decision in (None, *decisions),
-            f"think_decision = {self.think_decision!r}, expected one of {decisions} or None",
-        )
+        problems.one_of(self, (None, *get_args(ThinkingDecision)), "think_decision")
+        problems.one_of(self, get_args(Precision), "precision")
+        problems.one_of(self, ("raise", "skip"), "on_bad_input")
         problems.expect(self, "None or in [0, 1]", "think_rate", "think_threshold")
         problems.expect(self, "None or >= 1", "max_think_tokens", "truncate_dim")
         problems.expect(self, "> 0", "temperature")
@@ -120,14 +118,6 @@ class EncodeOptions:
         problems.unless(
             self.do_sample or (self.temperature, self.top_p, self.num_thoughts) == (1, 1, 1),
             "temperature, top_p or num_thoughts are set, expected do_sample=True with them",
-        )
-        problems.unless(
-            self.precision in precisions,
-            f"precision = {self.precision!r}, expected one of {precisions}",
-        )
-        problems.unless(
-            self.on_bad_input in ("raise", "skip"),
-            f"on_bad_input = {self.on_bad_input!r}, expected 'raise' or 'skip'",
         )
         problems.refuse("encode", "change these arguments")
 
@@ -147,7 +137,7 @@ class EncodeOptions:
         Raises:
             ValueError: If a list of thoughts or seeds has another length, or strange entries.
         """
-        if not isinstance(self.seed, int) and len(self.seed) != count:
+        if isinstance(self.seed, Sequence) and len(self.seed) != count:
             raise ValueError(
                 f"seed has {len(self.seed)} values for {count} inputs; expected one int, or one "
                 "per input; correct the list"

@@ -1,4 +1,4 @@
-"""The likeliest k of a stream, and what was kept of them within a memory bound. Knows no models."""
+"""The likeliest k of a stream, and what was kept of them within a memory bound."""
 
 from __future__ import annotations
 

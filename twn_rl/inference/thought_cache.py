@@ -1,4 +1,4 @@
-"""Thoughts on disk, so that an input is thought about once. Knows token ids, no models.
+"""Thoughts on disk, so that an input is thought about once.
 
 One SQLite file with a write-ahead log: any number of processes read while one writes.
 """

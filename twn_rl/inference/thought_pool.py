@@ -71,21 +71,14 @@ class Chunk:
 
 def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
     """Return one chunk of all rows."""
+    prefixes = [chunk.start for chunk in chunks if isinstance(chunk.start, Prefix)]
+    prompts = [chunk.start for chunk in chunks if isinstance(chunk.start, Prompts)]
     return Chunk(
         [position for chunk in chunks for position in chunk.positions],
         [key for chunk in chunks for key in chunk.keys],
-        _merge_starts([chunk.start for chunk in chunks]),
+        # Starts of a call are all of one kind.
+        merge(prefixes) if prefixes else merge_prompts(prompts),
         merge([chunk.prefix for chunk in chunks]),
-    )
-
-
-def _merge_starts(starts: Sequence[Prompts | Prefix]) -> Prompts | Prefix:
-    """Return one start of all rows; those of a call are all of one kind."""
-    prefixes = [start for start in starts if isinstance(start, Prefix)]
-    return (
-        merge(prefixes)
-        if prefixes
-        else merge_prompts([s for s in starts if isinstance(s, Prompts)])
     )
 
 
@@ -122,8 +115,8 @@ class ThoughtPool:
     @property
     def needs_keys(self) -> bool:
         """Whether content keys are used at all; hashing pictures takes time."""
-        is_seeded = self.options.do_sample and isinstance(self.options.seed, int)
-        return self.cache is not None or is_seeded
+        has_own_seeds = isinstance(self.options.seed, Sequence)
+        return self.cache is not None or (self.options.do_sample and not has_own_seeds)
 
     def add(self, chunk: Chunk, rows: Sequence[int]) -> None:
         """Let some rows of a chunk think, now or when the pool is full."""
@@ -261,10 +254,11 @@ class ThoughtPool:
         return torch.cat(parts)
 
     def _seed(self, chunk: Chunk, row: int) -> int:
+        """Return the seed of a row's dice: its own, or one of its content."""
         seed = self.options.seed
-        return (
-            seed_of(seed, chunk.keys[row]) if isinstance(seed, int) else seed[chunk.positions[row]]
-        )
+        if isinstance(seed, Sequence):
+            return seed[chunk.positions[row]]
+        return seed_of(seed, chunk.keys[row])
 
     def _cache_key(self, chunk: Chunk, row: int) -> str:
         assert self.cache is not None
@@ -272,10 +266,10 @@ class ThoughtPool:
         settings = {"max_think_tokens": self.budget, "do_sample": options.do_sample}
         if options.do_sample:
             settings |= {name: getattr(options, name) for name in _SAMPLING}
-            if isinstance(options.seed, int):
-                settings["seed"] = options.seed
-            else:
+            if isinstance(options.seed, Sequence):
                 settings["own_seed"] = options.seed[chunk.positions[row]]
+            else:
+                settings["seed"] = options.seed
         return cache_key(chunk.keys[row], self.cache.fingerprint, settings)
 
 

@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,6 +53,12 @@ class Problems(list[str]):
             assert bounds, f"{expected!r} names no bounds"
             if not all(_COMPARISONS[sign](value, float(bound)) for sign, bound in bounds):
                 self.append(f"{name} = {value}, expected {expected}")
+
+    def one_of(self, settings: Any, allowed: Collection[Any], *names: str) -> None:
+        """Add a problem for each named field of `settings` that is none of the allowed values."""
+        for name in names:
+            value = getattr(settings, name)
+            self.unless(value in allowed, f"{name} = {value!r}, expected one of {allowed}")
 
     @contextmanager
     def told(self, *kinds: type[Exception]) -> Iterator[None]:
