@@ -77,54 +77,44 @@ ROUTING_FILE = "routing.json"
 
 @dataclass
 class EvalScriptArguments:
-    """What to measure and where to write it."""
+    """What to measure and where to write it.
 
-    model: str = field(default="outputs/demo/grpo", metadata={"help": "Model to measure."})
-    before: str | None = field(
-        default=None, metadata={"help": "Model it was trained from; the report shows both."}
-    )
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where metrics and report go; default: MODEL/evaluation."}
-    )
-    splits: list[str] = field(
-        default_factory=lambda: list(REPORTED_SPLITS), metadata={"help": "Splits to measure."}
-    )
-    modes: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modes of thinking and ablations of the CoT; default: all, auto and random if "
-            "the model has a gate, policy if its policy decides."
-        },
-    )
-    gate_threshold: float | None = field(
-        default=None,
-        metadata={"help": "Probability above which mode auto thinks; default: the model's."},
-    )
-    policy_threshold: float | None = field(
-        default=None,
-        metadata={"help": "Probability above which mode policy thinks; default: the model's."},
-    )
-    batch_size: int = field(default=64, metadata={"help": "Queries or targets a forward."})
-    num_thoughts: int = field(default=4, metadata={"help": "Sampled CoTs per query, mode sampled."})
-    seed: int = field(default=0, metadata={"help": "Of sampling, borrowed CoTs and the bootstrap."})
-    report: bool = field(default=True, metadata={"help": "Write report.html."})
-    benchmark: str | None = field(
-        default=None,
-        metadata={"help": "Run this benchmark: a name of mteb's, mrmr, mmeb_v2, EmojiScenes."},
-    )
-    tasks: list[str] | None = field(
-        default=None, metadata={"help": "Tasks of the benchmark; default: all."}
-    )
-    think: ThinkMode | None = field(
-        default=None,
-        metadata={"help": "Who thinks in a benchmark; default: auto with a gate, else never."},
-    )
-    think_documents: ThinkMode = field(
-        default="never", metadata={"help": "The same for the documents of a benchmark."}
-    )
-    max_think_tokens: int | None = field(
-        default=None, metadata={"help": "Longest thought in a benchmark; default: the model's."}
-    )
+    Attributes:
+        model: Model to measure.
+        before: Model it was trained from; the report shows both.
+        output_dir: Where metrics and report go; default: MODEL/evaluation.
+        splits: Splits to measure.
+        modes: Modes of thinking and ablations of the CoT; default: all, auto and random if the
+            model has a gate, policy if its policy decides.
+        gate_threshold: Probability above which mode auto thinks; default: the model's.
+        policy_threshold: Probability above which mode policy thinks; default: the model's.
+        batch_size: Queries or targets a forward.
+        num_thoughts: Sampled CoTs per query, mode sampled.
+        seed: Of sampling, borrowed CoTs and the bootstrap.
+        report: Write report.html.
+        benchmark: Run this benchmark: a name of mteb's, mrmr, mmeb_v2, EmojiScenes.
+        tasks: Tasks of the benchmark; default: all.
+        think: Who thinks in a benchmark; default: auto with a gate, else never.
+        think_documents: The same for the documents of a benchmark.
+        max_think_tokens: Longest thought in a benchmark; default: the model's.
+    """
+
+    model: str = "outputs/demo/grpo"
+    before: str | None = None
+    output_dir: str | None = None
+    splits: list[str] = field(default_factory=lambda: list(REPORTED_SPLITS))
+    modes: list[str] | None = None
+    gate_threshold: float | None = None
+    policy_threshold: float | None = None
+    batch_size: int = 64
+    num_thoughts: int = 4
+    seed: int = 0
+    report: bool = True
+    benchmark: str | None = None
+    tasks: list[str] | None = None
+    think: ThinkMode | None = None
+    think_documents: ThinkMode = "never"
+    max_think_tokens: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a threshold that nothing would look at."""

@@ -1,4 +1,4 @@
-"""The built-in rewards by name.
+"""The built-in rewards by name. Refuses to know models, trainers, files and tensors.
 
 A reward is a plain function ``def name(completions, *, <columns>, **kwargs) -> list[float |
 None]``: one value per rollout, higher is better, `None` where the reward does not apply to that

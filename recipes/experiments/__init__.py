@@ -1,1 +1,1 @@
-"""Comparisons over seeds and arms, one file each: what is run and how it is told apart."""
+"""Comparisons over arms and seeds, one file each: which stages run, and what is told apart."""

@@ -49,30 +49,25 @@ GATE_MODES = ("auto", "random", "oracle")
 
 @dataclass
 class AblateArguments(ExperimentArguments):
-    """Arms, and how each is trained and measured."""
+    """Arms, and how each is trained and measured.
 
-    output_dir: str = field(default="outputs/ablation", metadata={"help": "Where all runs go."})
-    arms: list[str] = field(
-        default_factory=lambda: ["sft_only", "grpo"],
-        metadata={"help": "sft_only, grpo, or grpo:REWARD for another reward."},
-    )
-    sft_config: str = field(
-        default="recipes/configs/demo_sft.yaml", metadata={"help": "YAML of the warm start."}
-    )
-    grpo_config: str = field(
-        default="recipes/configs/demo_grpo.yaml", metadata={"help": "YAML of RL."}
-    )
-    gate: bool = field(
-        default=False, metadata={"help": "Fit a routing gate on every model and measure with it."}
-    )
-    gate_config: str | None = field(
-        default=None,
-        metadata={"help": "YAML of the gate; default: that of recipes/gate_embed.py."},
-    )
-    modes: list[str] = field(
-        default_factory=lambda: list(MODES),
-        metadata={"help": "Modes to measure, see recipes/eval_embed.py; a gate adds its own."},
-    )
+    Attributes:
+        output_dir: Where all runs go.
+        arms: sft_only, grpo, or grpo:REWARD for another reward.
+        sft_config: YAML of the warm start.
+        grpo_config: YAML of RL.
+        gate: Fit a routing gate on every model and measure with it.
+        gate_config: YAML of the gate; default: that of recipes/gate_embed.py.
+        modes: Modes to measure, see recipes/eval_embed.py; a gate adds its own.
+    """
+
+    output_dir: str = "outputs/ablation"
+    arms: list[str] = field(default_factory=lambda: ["sft_only", "grpo"])
+    sft_config: str = "recipes/configs/demo_sft.yaml"
+    grpo_config: str = "recipes/configs/demo_grpo.yaml"
+    gate: bool = False
+    gate_config: str | None = None
+    modes: list[str] = field(default_factory=lambda: list(MODES))
 
 
 def main(script: AblateArguments, data: DataArguments) -> Path:

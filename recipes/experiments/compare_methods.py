@@ -100,34 +100,31 @@ DECIDERS = {
 
 @dataclass
 class MethodsArguments(ExperimentArguments):
-    """Methods, how each is trained, and what is timed."""
+    """Methods, how each is trained, and what is timed.
 
-    output_dir: str = field(default="outputs/comparison", metadata={"help": "Where all runs go."})
+    Attributes:
+        output_dir: Where all runs go.
+        sft_config: YAML of the warm start.
+        grpo_config: YAML of RL.
+        adaptive_config: YAML of RL in which the policy decides.
+        latent_config: YAML of latent thoughts, and of its baseline without them.
+        timed_queries: Queries of the test split whose encoding is timed.
+        timed_rounds: Rounds over all methods, after one that warms up.
+        batch_size: Queries a forward, when timed.
+    """
+
+    output_dir: str = "outputs/comparison"
     methods: list[str] = field(
         default_factory=lambda: list(METHODS),
         metadata={"help": f"Some of {', '.join(METHODS)}; stages of the others are not run."},
     )
-    sft_config: str = field(
-        default="recipes/configs/demo_sft.yaml", metadata={"help": "YAML of the warm start."}
-    )
-    grpo_config: str = field(
-        default="recipes/configs/demo_grpo.yaml", metadata={"help": "YAML of RL."}
-    )
-    adaptive_config: str = field(
-        default="recipes/configs/demo_adaptive.yaml",
-        metadata={"help": "YAML of RL in which the policy decides."},
-    )
-    latent_config: str = field(
-        default="recipes/configs/demo_latent.yaml",
-        metadata={"help": "YAML of latent thoughts, and of its baseline without them."},
-    )
-    timed_queries: int = field(
-        default=256, metadata={"help": "Queries of the test split whose encoding is timed."}
-    )
-    timed_rounds: int = field(
-        default=3, metadata={"help": "Rounds over all methods, after one that warms up."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Queries a forward, when timed."})
+    sft_config: str = "recipes/configs/demo_sft.yaml"
+    grpo_config: str = "recipes/configs/demo_grpo.yaml"
+    adaptive_config: str = "recipes/configs/demo_adaptive.yaml"
+    latent_config: str = "recipes/configs/demo_latent.yaml"
+    timed_queries: int = 256
+    timed_rounds: int = 3
+    batch_size: int = 32
 
     def __post_init__(self) -> None:
         """Refuse methods that do not exist."""

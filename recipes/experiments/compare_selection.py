@@ -48,33 +48,31 @@ MODES = ("never", "always", "sampled", "gold")
 
 @dataclass
 class SelectionArguments(ExperimentArguments):
-    """Arms, and what is selected from."""
+    """Arms, and what is selected from.
 
-    output_dir: str = field(
-        default="outputs/compare_selection", metadata={"help": "Where all runs go."}
-    )
+    Attributes:
+        output_dir: Where all runs go.
+        num_drafts: Drafts a record, and copies of it in every arm.
+        draft_files: JSON lines {id, cot}; default: the emoji scenes' noisy teachers.
+        evaluator: margin or yes_no.
+        threshold: Smallest worth of a CoT.
+        min_match: Smallest match with the CoT; null: off.
+        sft_config: YAML of the warm starts.
+        max_steps: Steps of every warm start; default: the YAML's.
+    """
+
+    output_dir: str = "outputs/compare_selection"
     arms: list[str] = field(
         default_factory=lambda: list(RULES),
         metadata={"help": f"Some of {', '.join(RULES)}; selected needs all, which judges."},
     )
-    num_drafts: int = field(
-        default=4, metadata={"help": "Drafts a record, and copies of it in every arm."}
-    )
-    draft_files: list[str] = field(
-        default_factory=list,
-        metadata={"help": "JSON lines {id, cot}; default: the emoji scenes' noisy teachers."},
-    )
-    evaluator: str = field(default="margin", metadata={"help": "margin or yes_no."})
-    threshold: float = field(default=-0.05, metadata={"help": "Smallest worth of a CoT."})
-    min_match: float | None = field(
-        default=None, metadata={"help": "Smallest match with the CoT; null: off."}
-    )
-    sft_config: str = field(
-        default="recipes/configs/demo_sft.yaml", metadata={"help": "YAML of the warm starts."}
-    )
-    max_steps: int | None = field(
-        default=None, metadata={"help": "Steps of every warm start; default: the YAML's."}
-    )
+    num_drafts: int = 4
+    draft_files: list[str] = field(default_factory=list)
+    evaluator: str = "margin"
+    threshold: float = -0.05
+    min_match: float | None = None
+    sft_config: str = "recipes/configs/demo_sft.yaml"
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""

@@ -220,7 +220,10 @@ def test_the_pipeline_of_the_shipped_configurations_runs_on_a_tiny_lm(
     monkeypatch.setattr(sys, "argv", ["recipe"])
     write_wordnet(tmp_path / "dict")
     sizes: Any = {"num_train": 4, "num_rl": 3, "num_validation": 2, "num_test": 2, "num_ood": 2}
-    prepare_wordnet.main(prepare_wordnet.PrepareArguments(wordnet_dir="dict", **sizes))
+    prepare_wordnet.main(
+        prepare_wordnet.PrepareArguments(wordnet_dir="dict"),
+        prepare_wordnet.ReverseDictionarySettings(**sizes),
+    )
     quick = ["--max_steps=2", "--save_strategy=no", "--logging_steps=1", "--warmup_steps=0"]
     quick += ["--use_cpu=true", "--disable_tqdm=true"]
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,59 +32,41 @@ Split = Literal["train", "rl", "validation", "test", "ood"]
 
 @dataclass
 class ModelArguments:
-    """Backbone and adapters of a new model; a warm-started checkpoint brings its own."""
+    """Backbone and adapters of a new model; a warm-started checkpoint brings its own.
 
-    backbone: str | None = field(
-        default=None,
-        metadata={
-            "help": "Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone."
-        },
-    )
-    backbone_revision: str | None = field(
-        default=None, metadata={"help": "Commit of the backbone; default: its main branch."}
-    )
-    dtype: str = field(
-        default="auto", metadata={"help": "Parameter type: auto, float32, bfloat16."}
-    )
-    interface: str = field(
-        default="reencode",
-        metadata={
-            "help": "reencode (input + CoT are read again) or kv_detach (read-outs use the cache)."
-        },
-    )
-    num_readout_tokens: int = field(default=4, metadata={"help": "Learned read-out tokens Q."})
-    num_reason_tokens: int = field(
-        default=0, metadata={"help": "Learned reason tokens K of a latent thought; 0 is none."}
-    )
-    latent_bottleneck: bool = field(
-        default=False,
-        metadata={"help": "Read-outs of a latent thought see the reason states only."},
-    )
-    latent_documents: bool = field(
-        default=False, metadata={"help": "Documents have a latent thought too, not only queries."}
-    )
-    reasoning_rank: int = field(
-        default=32, metadata={"help": "LoRA rank of the reasoning adapter."}
-    )
-    embedding_rank: int = field(
-        default=64, metadata={"help": "LoRA rank of the embedding adapter."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout; 0 is off."})
-    max_think_tokens: int = field(default=256, metadata={"help": "Longest CoT in tokens."})
-    max_length: int | None = field(
-        default=MAX_LENGTH,
-        metadata={
-            "help": "Longest prompt in tokens, pictures included; longer texts are cut; 0 is off."
-        },
-    )
-    max_image_pixels: int | None = field(
-        default=MAX_IMAGE_PIXELS,
-        metadata={"help": "Largest picture or frame in pixels; others are scaled down; 0 is off."},
-    )
-    system_prompt: str | None = field(
-        default=None,
-        metadata={"help": "System message of every prompt; default: what the chat template adds."},
-    )
+    Attributes:
+        backbone: Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone.
+        backbone_revision: Commit of the backbone; default: its main branch.
+        dtype: Parameter type: auto, float32, bfloat16.
+        interface: reencode (input + CoT are read again) or kv_detach (read-outs use the cache).
+        num_readout_tokens: Learned read-out tokens Q.
+        num_reason_tokens: Learned reason tokens K of a latent thought; 0 is none.
+        latent_bottleneck: Read-outs of a latent thought see the reason states only.
+        latent_documents: Documents have a latent thought too, not only queries.
+        reasoning_rank: LoRA rank of the reasoning adapter.
+        embedding_rank: LoRA rank of the embedding adapter.
+        lora_dropout: LoRA dropout; 0 is off.
+        max_think_tokens: Longest CoT in tokens.
+        max_length: Longest prompt in tokens, pictures included; longer texts are cut; 0 is off.
+        max_image_pixels: Largest picture or frame in pixels; others are scaled down; 0 is off.
+        system_prompt: System message of every prompt; default: what the chat template adds.
+    """
+
+    backbone: str | None = None
+    backbone_revision: str | None = None
+    dtype: str = "auto"
+    interface: str = "reencode"
+    num_readout_tokens: int = 4
+    num_reason_tokens: int = 0
+    latent_bottleneck: bool = False
+    latent_documents: bool = False
+    reasoning_rank: int = 32
+    embedding_rank: int = 64
+    lora_dropout: float = 0.0
+    max_think_tokens: int = 256
+    max_length: int | None = MAX_LENGTH
+    max_image_pixels: int | None = MAX_IMAGE_PIXELS
+    system_prompt: str | None = None
 
     def config(self) -> TwnConfig:
         """Return the model config; alpha is twice the rank, as in Embed-RL (2602.13823)."""
@@ -111,51 +95,38 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """Where the records are. Without files the embedded emoji scenes are written and used."""
+    """Where the records are. Without files the embedded emoji scenes are written and used.
 
-    train_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Records of the warm start: .jsonl, .parquet, or .yaml of a weighted mixture."
-        },
-    )
-    rl_file: str | None = field(
-        default=None, metadata={"help": "Records of RL; default: train_file."}
-    )
-    validation_file: str | None = field(default=None, metadata={"help": "Records to tune on."})
-    test_file: str | None = field(default=None, metadata={"help": "Records to report on."})
-    ood_file: str | None = field(
-        default=None, metadata={"help": "Out-of-domain records to report on."}
-    )
-    data_root: str | None = field(
-        default=None,
-        metadata={"help": "Folder no image path may leave; default: each file's folder."},
-    )
-    on_bad_record: str = field(
-        default="raise", metadata={"help": "raise, or skip (counted) for single bad records."}
-    )
-    verify_workers: int = field(
-        default=0, metadata={"help": "Processes that verify images; 0 is threads of this one."}
-    )
-    demo_dir: str = field(
-        default="outputs/demo/data",
-        metadata={"help": "Where the embedded emoji scenes are written."},
-    )
-    demo_seed: int = field(
-        default=0, metadata={"help": "Seed of scenes, questions and teacher mistakes."}
-    )
-    demo_scale: float = field(
-        default=1.0, metadata={"help": "Multiplies the sizes of the emoji splits, for quick tries."}
-    )
-    teacher_random_rate: float = field(
-        default=0.15, metadata={"help": "Share of teacher CoTs with a random wrong hop; 0 is off."}
-    )
-    teacher_swap_rate: float = field(
-        default=0.7,
-        metadata={
-            "help": "Share of the deciding right/below hops that the teacher swaps; 0 is off."
-        },
-    )
+    Attributes:
+        train_file: Records of the warm start: .jsonl, .parquet, or .yaml of a weighted mixture.
+        rl_file: Records of RL; default: train_file.
+        validation_file: Records to tune on.
+        test_file: Records to report on.
+        ood_file: Out-of-domain records to report on.
+        data_root: Folder no image path may leave; default: each file's folder.
+        on_bad_record: raise, or skip (counted) for single bad records.
+        verify_workers: Processes that verify images; 0 is threads of this one.
+        demo_dir: Where the embedded emoji scenes are written.
+        demo_seed: Seed of scenes, questions and teacher mistakes.
+        demo_scale: Multiplies the sizes of the emoji splits, for quick tries.
+        teacher_random_rate: Share of teacher CoTs with a random wrong hop; 0 is off.
+        teacher_swap_rate: Share of the deciding right/below hops that the teacher swaps; 0 is
+            off.
+    """
+
+    train_file: str | None = None
+    rl_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    ood_file: str | None = None
+    data_root: str | None = None
+    on_bad_record: str = "raise"
+    verify_workers: int = 0
+    demo_dir: str = "outputs/demo/data"
+    demo_seed: int = 0
+    demo_scale: float = 1.0
+    teacher_random_rate: float = 0.15
+    teacher_swap_rate: float = 0.7
 
     def is_demo(self) -> bool:
         """Tell whether the embedded default is used."""
@@ -267,7 +238,13 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
 
 
 class _Parser(HfArgumentParser):
-    """Flags whose defaults are a file's values."""
+    """Flags whose defaults are a file's values, helped by metadata or the class's docstring."""
+
+    def __init__(self, types: Sequence[Any], **settings: Any) -> None:
+        super().__init__(types, **settings)
+        told = {name: line for kind in types for name, line in _attributes(kind).items()}
+        for action in self._actions:
+            action.help = action.help or told.get(action.dest)
 
     def read(
         self, words: Sequence[str], config: Mapping[str, Any], *, is_partial: bool = False
@@ -283,6 +260,16 @@ class _Parser(HfArgumentParser):
             if action.dest in config:
                 action.default, action.required = config[action.dest], False
         return self.parse_args_into_dataclasses(list(words), return_remaining_strings=is_partial)
+
+
+def _attributes(kind: type) -> dict[str, str]:
+    """Return what the docstrings of a dataclass and its parents say of their fields."""
+    told: dict[str, str] = {}
+    for each in reversed(kind.__mro__):
+        text = inspect.cleandoc(each.__doc__ or "")
+        found = re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", text, re.MULTILINE)
+        told |= {name: " ".join(line.split()) for name, line in found}
+    return told
 
 
 def _read_config(path: str) -> dict[str, Any]:

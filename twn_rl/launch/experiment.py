@@ -30,20 +30,20 @@ EVALUATION_FOLDER = "evaluation"
 
 @dataclass
 class ExperimentArguments:
-    """Seeds, folder and processes of a comparison."""
+    """Seeds, folder and processes of a comparison.
 
-    output_dir: str = field(default="outputs/experiment", metadata={"help": "Where all runs go."})
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds; three or more."}
-    )
-    parallel: int = field(default=1, metadata={"help": "Seeds trained side by side."})
-    launcher: list[str] = field(
-        default_factory=lambda: ["--num_processes", "1"],
-        metadata={
-            "help": "Arguments of accelerate launch, such as "
-            "--config_file recipes/accelerate/zero2.yaml."
-        },
-    )
+    Attributes:
+        output_dir: Where all runs go.
+        seeds: Seeds; three or more.
+        parallel: Seeds trained side by side.
+        launcher: Arguments of accelerate launch, such as --config_file
+            recipes/accelerate/zero2.yaml.
+    """
+
+    output_dir: str = "outputs/experiment"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    parallel: int = 1
+    launcher: list[str] = field(default_factory=lambda: ["--num_processes", "1"])
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,67 @@
+"""`twn-rl`: every command is there, is imported when chosen, and gets the words after its name."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from twn_rl import cli
+from twn_rl.cli import COMMANDS, RECIPES, main
+from twn_rl.cli.demo import stages
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f" {name}" in text for name in (*COMMANDS, *RECIPES))
+
+
+def test_every_command_has_its_module() -> None:
+    folder = Path(cli.__file__).parent
+    assert all((folder / f"{module}.py").is_file() for module, _ in COMMANDS.values())
+    recipes = folder.parent / "recipes"
+    for module, _ in RECIPES.values():
+        assert (recipes / f"{module.replace('.', '/')}.py").is_file()
+
+
+def test_a_recipe_gets_the_words_after_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["twn-rl"])
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare-wordnet", "--help"])
+    assert caught.value.code == 0
+    assert "reverse dictionary" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["prepare-wordnet", "--num_tests", "3"])
+    assert caught.value.code != 0 or "num_tests" in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [[], ["sing"]])
+def test_wrong_usage_is_told(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+def test_a_shipped_file_is_named_and_an_absent_one_refused(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert main(["where", "recipes/configs/demo_grpo.yaml"]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_file()
+    assert main(["where", "recipes/configs/absent.yaml"]) == 1
+    assert "absent.yaml" in caplog.text
+
+
+def test_the_demo_has_four_stages_that_rest_on_each_other(tmp_path: Path) -> None:
+    warm_start, rl, gate, evaluation = stages(tmp_path, None, 3).values()
+    assert f"--warm_start={warm_start.target}" in rl.flags
+    assert {"--max_steps=3"} <= {*warm_start.flags} & {*rl.flags}
+    assert f"--model={rl.target}" in gate.flags
+    assert {f"--model={rl.target}", f"--before={warm_start.target}"} <= {*evaluation.flags}
+    assert evaluation.target in gate.outdates
+    data = {f"--demo_dir={tmp_path / 'data'}"}
+    assert all(data <= {*stage.flags} for stage in (warm_start, rl, gate, evaluation))

@@ -1,0 +1,47 @@
+"""The house: which rooms there are, what each says of itself, and who may use whom."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+from launching import ROOT
+
+PACKAGE = ROOT / "twn_rl"
+ROOMS = sorted(
+    path.name for path in PACKAGE.iterdir() if path.is_dir() and path.name != "__pycache__"
+)
+
+
+def test_imports_go_one_way_and_nowhere_in_a_circle(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    status = lint_imports(config_filename="pyproject.toml", no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+def test_the_first_level_has_at_most_twelve_rooms_and_no_loose_module() -> None:
+    assert len(ROOMS) <= 12
+    assert [path.name for path in PACKAGE.glob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_every_room_says_what_it_holds_and_what_it_refuses(room: str) -> None:
+    text = (PACKAGE / room / "__init__.py").read_text(encoding="utf-8")
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring is not None
+    assert "Refuses to know" in " ".join(docstring.split())
+
+
+def test_tests_lie_in_folders_named_after_the_rooms() -> None:
+    folders = {path.parent.relative_to(ROOT / "tests") for path in ROOT.glob("tests/*/test_*.py")}
+    unknown = {str(folder) for folder in folders} - {*ROOMS, "docs", "benchmarks"}
+    assert not unknown, f"{unknown} are named after no room of {PACKAGE}"
+    missing = set(ROOMS) - {str(folder) for folder in folders}
+    assert not missing, f"{missing} have no folder of tests"
+
+
+def test_links_lead_to_the_folders_people_look_for() -> None:
+    for name in ("recipes", "rewards"):
+        assert (PACKAGE / name).resolve() == Path(ROOT / name).resolve()
