@@ -23,7 +23,7 @@ from twn_rl.evaluation.mmeb_v2.leaderboard import (
 from twn_rl.evaluation.mmeb_v2.score_task import score_task
 from twn_rl.evaluation.mmeb_v2.task_data import ItemTargets, TaskData, TaskQuery
 from twn_rl.evaluation.mmeb_v2.tasks import load_tasks
-from twn_rl.metrics.graded import query_metrics
+from twn_rl.metrics.ranking import query_metrics
 
 TASKS = load_tasks()
 KS = (1, 5, 10)

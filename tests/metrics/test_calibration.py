@@ -39,3 +39,10 @@ def test_calibration_error_is_the_weighted_gap_of_each_bin(
     probabilities, labels = zip(*examples, strict=True)
     error = expected_calibration_error(probabilities, labels, num_bins=5)
     assert error == pytest.approx(sum(gaps), abs=1e-9)
+
+
+def test_roc_auc_is_that_of_scikit_learn_with_ties() -> None:
+    reference = pytest.importorskip("sklearn.metrics", reason="needs scikit-learn")
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 20, 500) / 20, rng.integers(2, size=500)
+    assert roc_auc(scores, labels) == pytest.approx(reference.roc_auc_score(labels, scores))

@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from twn_rl.metrics.ranking import (
     bootstrap_interval,
     collapse_report,
-    hit_at_k,
+    mean_metrics,
     ndcg_at_k,
     positive_ranks,
-    reciprocal_ranks,
-    retrieval_metrics,
+    query_metrics,
 )
 
 
@@ -80,17 +79,14 @@ def test_a_constant_model_scores_zero_where_sorting_gives_it_everything(
     if candidates == 16:
         first = np.argsort(-np.round(scores, 5), axis=1, kind="stable")[:, 0]
         assert (first == 0).mean() == 1.0  # the usual code, with the answer listed first
-    metrics = retrieval_metrics(scores, np.zeros(5, dtype=int), ks=(1,))
-    assert metrics["hit@1"] == 0.0
-    assert metrics["mrr"] == pytest.approx(1 / candidates)
+    assert positive_ranks(scores, np.zeros(5, dtype=int)).tolist() == [candidates] * 5
     gains = np.zeros((5, candidates))
     gains[:, 0] = 1
     assert ndcg_at_k(scores, gains, 1).max() == 0.0
 
 
 def test_a_perfect_model_scores_one() -> None:
-    metrics = retrieval_metrics(np.eye(4), np.arange(4))
-    assert metrics == {"hit@1": 1.0, "hit@5": 1.0, "hit@10": 1.0, "mrr": 1.0}
+    assert positive_ranks(np.eye(4), np.arange(4)).tolist() == [1] * 4
     assert ndcg_at_k(np.eye(4), np.eye(4), 5).tolist() == [1.0] * 4
 
 
@@ -124,11 +120,12 @@ def test_non_finite_numbers_are_refused_everywhere(bad: float) -> None:
         (lambda: positive_ranks(np.eye(2), [0]), r"expected \(2,\)"),
         (lambda: positive_ranks(np.eye(2), [0, 1], mask=np.eye(2)), "expected bool"),
         (lambda: positive_ranks(np.ones(2), [0]), "2 dimensions"),
-        (lambda: hit_at_k([0, 1], 1), "integers from 1"),
-        (lambda: hit_at_k([1], 0), "at least 1"),
-        (lambda: reciprocal_ranks([0.5]), "integers from 1"),
+        (lambda: ndcg_at_k(np.eye(2), np.eye(2), 0), "at least 1"),
+        (lambda: query_metrics([0.5], [1], ks=(0,)), "at least 1"),
+        (lambda: query_metrics([0.5], [1, 0]), r"expected \(1, 1\)"),
+        (lambda: query_metrics([], []), "2 dimensions"),
         (lambda: ndcg_at_k(np.eye(2), np.zeros((2, 2)), 1), "without relevant"),
-        (lambda: retrieval_metrics(np.zeros((0, 2)), []), "at least one query"),
+        (lambda: mean_metrics([]), "at least one"),
         (lambda: bootstrap_interval([]), "N > 0"),
         (lambda: collapse_report([[1.0, 0.0]]), "at least 2"),
     ],

@@ -1,4 +1,4 @@
-"""Tensors, arrays and lists -> checked NumPy arrays. Knows shapes, not what numbers mean."""
+"""Tensors, arrays and lists -> checked NumPy arrays."""
 
 from typing import Any
 
@@ -19,11 +19,7 @@ def as_array(numbers: Numbers) -> Array:
 
 
 def finite(numbers: Numbers, name: str) -> Array:
-    """Return numbers as an array of at least float32.
-
-    Raises:
-        ValueError: For anything but numbers, or NaN and infinity, counted.
-    """
+    """Return numbers as an array of at least float32; a ValueError counts NaN and infinity."""
     array = as_array(numbers)
     if not np.issubdtype(array.dtype, np.number) and array.dtype != bool:
         raise ValueError(
@@ -45,11 +41,3 @@ def finite_matrix(numbers: Numbers, name: str) -> Array:
     if array.ndim != 2 or not array.shape[1]:
         raise ValueError(f"{name} has shape {array.shape}; expected 2 dimensions; reshape it")
     return array
-
-
-def bool_matrix(numbers: Numbers, shape: tuple[int, int]) -> Array:
-    """Return a mask of exactly this shape; a ValueError says what else it is."""
-    mask = as_array(numbers)
-    if mask.dtype != bool or mask.shape != shape:
-        raise ValueError(f"mask is {mask.dtype} {mask.shape}; expected bool {shape}; convert it")
-    return mask

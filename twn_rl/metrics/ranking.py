@@ -1,19 +1,20 @@
-"""Ranking metrics, their uncertainty, and signs of collapse. Knows no models, files or trainers.
+"""Ranking metrics, their uncertainty, and signs of collapse.
 
 Ties count against the model and non-finite numbers are refused: a model that gives every input the
 same vector scores 0, not the 100 % that sorting by similarity would give it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from twn_rl.metrics.arrays import Array, Numbers, as_array, bool_matrix, finite, finite_matrix
+from twn_rl.metrics.arrays import Array, Numbers, as_array, finite, finite_matrix
 
 # Matrix products give equal vectors similarities that differ in the last float32 bits.
 TIE_TOLERANCE = 1e-6
 COLLAPSE_SAMPLE = 2000  # a singular value decomposition of more rows takes minutes on a CPU
+KS = (1, 5, 10)
 
 
 def positive_ranks(
@@ -55,33 +56,14 @@ def positive_ranks(
             f"columns from 0 to {m - 1}; pass one column per query"
         )
     positive = np.take_along_axis(scores, positives[:, None], axis=1)
-    is_rival = np.ones((n, m), dtype=bool) if mask is None else ~bool_matrix(mask, (n, m))
+    is_other = np.zeros((n, m), dtype=bool) if mask is None else as_array(mask)
+    if is_other.dtype != bool or is_other.shape != (n, m):
+        raise ValueError(
+            f"mask is {is_other.dtype} {is_other.shape}; expected bool {(n, m)}; convert it"
+        )
+    is_rival = ~is_other
     np.put_along_axis(is_rival, positives[:, None], False, axis=1)
     return 1 + ((scores >= positive - tie_tolerance) & is_rival).sum(axis=1)
-
-
-def hit_at_k(ranks: Numbers, k: int) -> Array:
-    """Return 1.0 for each query whose positive is among the first k, else 0.0; (N,).
-
-    >>> float(hit_at_k([1, 3, 2], k=2).mean().round(2))
-    0.67
-
-    Raises:
-        ValueError: For ranks below 1 or k below 1.
-    """
-    return (_checked_ranks(ranks) <= _checked_k(k)).astype(np.float64)
-
-
-def reciprocal_ranks(ranks: Numbers) -> Array:
-    """Return 1 / rank of each query, (N,) in (0, 1]; the mean is the MRR.
-
-    >>> reciprocal_ranks([1, 4]).tolist()
-    [1.0, 0.25]
-
-    Raises:
-        ValueError: For ranks below 1.
-    """
-    return 1.0 / _checked_ranks(ranks)
 
 
 def ndcg_at_k(
@@ -107,26 +89,12 @@ def ndcg_at_k(
         ValueError: For non-finite or negative numbers, or a query without a relevant candidate.
     """
     scores = finite_matrix(similarities, "similarities")
-    gains = finite_matrix(relevance, "relevance")
-    is_bad = (gains < 0).any(axis=1) | (gains.max(axis=1, initial=0.0) <= 0)
-    if gains.shape != scores.shape or is_bad.any():
-        raise ValueError(
-            f"relevance has shape {gains.shape} and unusable rows {np.flatnonzero(is_bad)[:5]}; "
-            f"expected {scores.shape}, no negative number and one positive number a row; "
-            "leave queries without relevant candidates out"
-        )
-    _checked_k(k)
-    return np.array(
-        [_ndcg(s, g, k, tie_tolerance) for s, g in zip(scores, gains, strict=True)], dtype=float
-    )
+    gains = _checked_gains(finite_matrix(relevance, "relevance"), scores.shape, [k])
 
+    def one(row: Array, gain: Array) -> float:
+        return _ndcg(k, relevant_positions(row, gain, tie_tolerance=tie_tolerance), gain[gain > 0])
 
-def _ndcg(scores: Array, gains: Array, k: int, tie_tolerance: float) -> float:
-    positions = relevant_positions(scores, gains, tie_tolerance=tie_tolerance)
-    relevant = gains[gains > 0]
-    discounts = np.where(positions <= k, 1.0 / np.log2(1.0 + positions), 0.0)
-    best = np.sort(relevant)[::-1][:k]
-    return float(relevant @ discounts / (best / np.log2(2.0 + np.arange(len(best)))).sum())
+    return np.array([one(*pair) for pair in zip(scores, gains, strict=True)], dtype=float)
 
 
 def relevant_positions(
@@ -155,26 +123,97 @@ def relevant_positions(
     return 1 + is_before.sum(axis=1)
 
 
-def retrieval_metrics(
+def query_metrics(
     similarities: Numbers,
-    positive_index: Numbers,
+    relevance: Numbers,
     *,
-    mask: Numbers | None = None,
-    ks: Sequence[int] = (1, 5, 10),
+    ks: Sequence[int] = KS,
+    tie_tolerance: float = TIE_TOLERANCE,
 ) -> dict[str, float]:
-    """Return the means of hit@k and MRR over queries with one positive each.
+    """Return all metrics at each k of one query with several, perhaps graded, positives.
 
-    >>> retrieval_metrics([[0.9, 0.2], [0.3, 0.1]], [0, 1], ks=(1,))
-    {'hit@1': 0.5, 'mrr': 0.75}
+    They are `hit, ndcg_linear, ndcg_exponential, precision, recall, f1, map, mrr` by the formulas
+    of MMEB-V2's scorer (TIGER-AI-Lab/VLM2Vec), with ties against the model. `map@k` is divided by
+    min(relevant candidates, k); the gain of `ndcg_exponential` is 2^rel - 1.
+
+    >>> query_metrics([0.9, 0.2, 0.5], [0, 1, 1], ks=(2,))["hit@2"]
+    1.0
+    >>> round(query_metrics([0.9, 0.2, 0.5], [0, 1, 1], ks=(2,))["map@2"], 2)
+    0.25
+    >>> query_metrics([0.5, 0.5], [1, 0], ks=(1,))["hit@1"]
+    0.0
+
+    Args:
+        similarities: (M,) to each candidate, higher is nearer.
+        relevance: (M,) at least 0; above 0 = relevant.
+        ks: Numbers of positions that count.
+        tie_tolerance: Similarities this close are equal; 0 = exact comparison only.
 
     Raises:
-        ValueError: As `positive_ranks`, and when there is no query.
+        ValueError: For numbers that are not finite or negative, or no relevant candidate.
     """
-    ranks = positive_ranks(similarities, positive_index, mask=mask)
-    if not len(ranks):
-        raise ValueError("similarities has 0 rows; expected at least one query; check the data")
-    hits = {f"hit@{k}": float(hit_at_k(ranks, k).mean()) for k in ks}
-    return {**hits, "mrr": float(reciprocal_ranks(ranks).mean())}
+    scores = finite_matrix(as_array(similarities)[None], "similarities")[0].astype(np.float64)
+    relevant = finite_matrix(as_array(relevance)[None], "relevance")
+    gains = _checked_gains(relevant, (1, len(scores)), ks)[0].astype(np.float64)
+    positions = relevant_positions(scores, gains, tie_tolerance=tie_tolerance)
+    order = np.argsort(positions)
+    positions, found = positions[order], gains[gains > 0][order]
+    metrics: dict[str, float] = {}
+    for k in ks:
+        metrics |= _at(k, positions, found)
+    return metrics
+
+
+def mean_metrics(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of every metric over queries, in the order of the names.
+
+    >>> mean_metrics([{"hit@1": 1.0}, {"hit@1": 0.0}])
+    {'hit@1': 0.5}
+
+    Raises:
+        ValueError: If there is no query.
+    """
+    queries = list(rows)
+    if not queries:
+        raise ValueError("queries = 0; expected at least one; check the data")
+    return {name: float(np.mean([row[name] for row in queries])) for name in queries[0]}
+
+
+def _at(k: int, positions: Array, gains: Array) -> dict[str, float]:
+    """Return metrics at k of relevant candidates with rising positions."""
+    inside = positions <= k
+    found, relevant = int(inside.sum()), len(positions)
+    precision, recall = found / k, found / relevant
+    hits = np.arange(1, found + 1) / positions[inside]
+    return {
+        f"hit@{k}": float(found > 0),
+        f"ndcg_linear@{k}": _ndcg(k, positions, gains),
+        f"ndcg_exponential@{k}": _ndcg(k, positions, 2.0**gains - 1.0),
+        f"precision@{k}": precision,
+        f"recall@{k}": recall,
+        f"f1@{k}": 2 * precision * recall / (precision + recall) if found else 0.0,
+        f"map@{k}": float(hits.sum()) / min(relevant, k),
+        f"mrr@{k}": 1.0 / float(positions[0]) if found else 0.0,
+    }
+
+
+def _ndcg(k: int, positions: Array, gains: Array) -> float:
+    discounts = np.where(positions <= k, 1.0 / np.log2(1.0 + positions), 0.0)
+    best = np.sort(gains)[::-1][:k]
+    return float(gains @ discounts / (best / np.log2(2.0 + np.arange(len(best)))).sum())
+
+
+def _checked_gains(gains: Array, shape: tuple[int, ...], ks: Sequence[int]) -> Array:
+    bad = np.flatnonzero((gains < 0).any(axis=1) | (gains.max(axis=1, initial=0.0) <= 0))
+    if gains.shape != shape or len(bad):
+        raise ValueError(
+            f"relevance has shape {gains.shape} and unusable rows {bad[:5]}; "
+            f"expected {shape}, no negative number and one positive number a row; "
+            "leave queries without relevant candidates out"
+        )
+    if min(ks) < 1:
+        raise ValueError(f"k = {min(ks)}; expected at least 1; raise it")
+    return gains
 
 
 @dataclass(frozen=True)
@@ -264,16 +303,3 @@ def sampled_collapse(embeds: Array) -> dict[str, float]:
     if len(embeds) < 2:
         return {}
     return collapse_report(embeds[:: -(-len(embeds) // COLLAPSE_SAMPLE)])
-
-
-def _checked_ranks(ranks: Numbers) -> Array:
-    array = as_array(ranks)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer) or (array < 1).any():
-        raise ValueError(f"ranks is {array.dtype} {array.shape}; expected (N,) integers from 1 up")
-    return array
-
-
-def _checked_k(k: int) -> int:
-    if k < 1:
-        raise ValueError(f"k = {k}; expected at least 1; raise it")
-    return k

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from twn_rl.evaluation.mmeb_v2.tasks import FIXED_SUFFIX, GROUPS, MmebTask
-from twn_rl.metrics.graded import KS
+from twn_rl.metrics.ranking import KS
 from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import read_json, write_json, write_text
 

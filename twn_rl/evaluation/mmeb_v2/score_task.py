@@ -12,8 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
-from twn_rl.metrics.graded import mean_metrics, query_metrics
-from twn_rl.metrics.ranking import collapse_report
+from twn_rl.metrics.ranking import collapse_report, mean_metrics, query_metrics
 
 _BLOCK_ROWS = 64
 _SPREAD_ROWS = 1000
