@@ -287,9 +287,9 @@ def test_missing_and_unexpected_tensors_are_listed(make_model, make_backbone, tm
     renamed = {key.replace("hidden.bias", "hidden.shift"): t for key, t in tensors.items()}
     with pytest.raises(KeyError) as error:
         load_with(renamed)
-    assert "missing tensors ['query.hidden.bias']" in str(error.value)
-    assert "unexpected tensors ['query.hidden.shift']" in str(error.value)
-    with pytest.raises(ValueError, match=r"query\.hidden\.bias: file \(3,\)"):
+    assert "missing keys ['query.hidden.bias']" in str(error.value)
+    assert "unexpected keys ['query.hidden.shift']" in str(error.value)
+    with pytest.raises(ValueError, match=r"query\.hidden\.bias: checkpoint \(3,\)"):
         load_with({**tensors, "query.hidden.bias": torch.zeros(3)})
     metadata.pop("sides")
     with pytest.raises(ValueError, match=r"has metadata .*delete the file"):

@@ -1,16 +1,16 @@
-"""Adapter weights on disk: gather, write, read back with every key verified. Knows no config files.
+"""Adapter weights on disk: gather, write, read back with every key verified.
 
 A folder is a plain PEFT adapter (`adapter_config.json`, safetensors) that PEFT itself can load.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from twn_rl.modeling.adapters import adapter_parameters, stored_key
 from twn_rl.runtime.zero import gathered
@@ -21,15 +21,14 @@ def adapter_state(peft_model: PeftModel, name: str) -> dict[str, Tensor]:
 
     Under ZeRO-3 its shards are gathered, which every process must take part in.
     """
-    parameters = adapter_parameters(peft_model, name)
+    parameters = _stored_parameters(peft_model, name)
     with gathered(list(parameters.values())):
-        return {_stored(key, name): p.detach().cpu().clone() for key, p in parameters.items()}
+        return {key: p.detach().cpu().clone() for key, p in parameters.items()}
 
 
-def _stored(key: str, name: str) -> str:
-    stored = stored_key(key, name)
-    assert stored is not None
-    return stored
+def _stored_parameters(peft_model: PeftModel, name: str) -> dict[str, nn.Parameter]:
+    parameters = adapter_parameters(peft_model, name)
+    return {stored_key(key, name) or key: p for key, p in parameters.items()}
 
 
 def save_adapter(peft_model: PeftModel, name: str, directory: str | Path) -> None:
@@ -47,7 +46,7 @@ def save_adapter(peft_model: PeftModel, name: str, directory: str | Path) -> Non
             f"{bad[0]}; expected finite weights; nothing was written to {directory}; resume from "
             "the last checkpoint with a lower learning_rate"
         )
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if not is_writer():
         return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -89,27 +88,61 @@ def load_adapter(
             f"{path} does not exist; expected adapter weights as safetensors; check the folder"
         )
     stored = load_file(path)
-    own = {_stored(key, name): p for key, p in adapter_parameters(peft_model, name).items()}
+    own = _stored_parameters(peft_model, name)
     if rename is not None:
         stored = {rename(key, own): tensor for key, tensor in stored.items()}
+    remedy = "check that backbone, targets and ranks are those of the checkpoint"
+    check_fit(path, f"adapter {name!r}", stored, own, remedy, optional_keys=optional_keys)
+    with torch.no_grad():
+        for key, tensor in stored.items():
+            own[key].copy_(tensor)
+
+
+def check_fit(
+    file: Path,
+    owner: str,
+    stored: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    remedy: str,
+    *,
+    optional_keys: tuple[str, ...] = (),
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Refuse stored tensors that are not exactly those they are to replace.
+
+    Args:
+        file: Where they were stored.
+        owner: What they are for, as the message says it.
+        stored: The tensors.
+        own: What they are to replace.
+        remedy: What to do about it.
+        optional_keys: Key endings that may be missing.
+        dtype: Type the stored ones must have; None takes any.
+
+    Raises:
+        KeyError: If keys are missing or unexpected; the message lists them.
+        ValueError: If a shape or the type differs; the message lists them.
+    """
     missing = [key for key in own if key not in stored and not key.endswith(optional_keys)]
     unexpected = [key for key in stored if key not in own]
     if missing or unexpected:
         raise KeyError(
-            f"{path} does not fit adapter {name!r}: missing keys {sorted(missing)}, unexpected "
-            f"keys {sorted(unexpected)}; expected exactly the adapter's {len(own)} keys; "
-            "check that backbone, targets and ranks are those of the checkpoint"
+            f"{file} does not fit {owner}: missing keys {sorted(missing)}, unexpected keys "
+            f"{sorted(unexpected)}; expected exactly its {len(own)} keys; {remedy}"
         )
-    misshapen = [
-        f"{key}: checkpoint {tuple(tensor.shape)}, model {tuple(own[key].shape)}"
+    other = [
+        f"{key}: checkpoint {tuple(tensor.shape)}{f' {tensor.dtype}' if dtype else ''}, model "
+        f"{tuple(own[key].shape)}"
         for key, tensor in stored.items()
-        if tensor.shape != own[key].shape
+        if tensor.shape != own[key].shape or dtype not in (None, tensor.dtype)
     ]
-    if misshapen:
+    if other:
         raise ValueError(
-            f"{path} has other shapes than adapter {name!r}: {misshapen}; expected equal shapes; "
-            "load it onto the backbone it was trained on"
+            f"{file} has other shapes or types than {owner}: {other}; expected equal shapes"
+            f"{f' in {dtype}' if dtype else ''}; {remedy}"
         )
-    with torch.no_grad():
-        for key, tensor in stored.items():
-            own[key].copy_(tensor)
+
+
+def is_writer() -> bool:
+    """Return whether this process writes what all of them have: it is the first, or alone."""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from twn_rl.data.chat import Renderer
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.whole_files import write_text
 
 CONFIG_FILE = "twn_config.json"
@@ -47,17 +48,12 @@ class LoraSettings:
     def __post_init__(self) -> None:
         """Collect every problem of the settings into one error."""
         self.targets = tuple(self.targets)
-        problems = []
-        if self.r < 1:
-            problems.append(f"r = {self.r}, expected >= 1")
-        if self.alpha <= 0:
-            problems.append(f"alpha = {self.alpha}, expected > 0")
-        if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout = {self.dropout}, expected in [0, 1)")
-        if not self.targets:
-            problems.append("targets is empty, expected at least one linear map")
-        if problems:
-            raise ValueError("LoraSettings: " + "; ".join(problems) + "; change these fields")
+        problems = Problems()
+        problems.expect(self, ">= 1", "r")
+        problems.expect(self, "> 0", "alpha")
+        problems.expect(self, "in [0, 1)", "dropout")
+        problems.unless(self.targets, "targets is empty, expected at least one linear map")
+        problems.refuse("LoraSettings")
 
 
 @dataclass
@@ -113,35 +109,24 @@ class TwnConfig:
 
     def __post_init__(self) -> None:
         """Collect every problem of the config into one error."""
-        problems = []
-        if self.interface not in INTERFACES:
-            problems.append(f"interface = {self.interface!r}, expected one of {INTERFACES}")
-        if self.num_readout_tokens < 1:
-            problems.append(f"num_readout_tokens = {self.num_readout_tokens}, expected >= 1")
-        if self.num_reason_tokens < 0:
-            problems.append(f"num_reason_tokens = {self.num_reason_tokens}, expected >= 0")
+        problems = Problems()
+        for name, known in (
+            ("interface", INTERFACES),
+            ("thinking_decision", get_args(ThinkingDecision)),
+        ):
+            value = getattr(self, name)
+            problems.unless(value in known, f"{name} = {value!r}, expected one of {known}")
+        problems.expect(self, ">= 1", "num_readout_tokens", "max_think_tokens")
+        problems.expect(self, ">= 0", "num_reason_tokens")
         for name in ("latent_bottleneck", "latent_documents"):
-            if getattr(self, name) and self.num_reason_tokens == 0:
-                problems.append(f"{name} = True with num_reason_tokens = 0, expected >= 1 of them")
-        if self.max_think_tokens < 1:
-            problems.append(f"max_think_tokens = {self.max_think_tokens}, expected >= 1")
-        for name in ("max_length", "max_image_pixels"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                problems.append(f"{name} = {limit}, expected None or >= 1")
-        for name in ("gate_threshold", "document_gate_threshold"):
-            threshold = getattr(self, name)
-            if threshold is not None and not 0.0 <= threshold <= 1.0:
-                problems.append(f"{name} = {threshold}, expected None or in [0, 1]")
-        if self.thinking_decision not in get_args(ThinkingDecision):
-            problems.append(
-                f"thinking_decision = {self.thinking_decision!r}, expected one of "
-                f"{get_args(ThinkingDecision)}"
+            problems.unless(
+                self.num_reason_tokens or not getattr(self, name),
+                f"{name} = True with num_reason_tokens = 0, expected >= 1 of them",
             )
-        if not 0.0 <= self.policy_threshold <= 1.0:
-            problems.append(f"policy_threshold = {self.policy_threshold}, expected in [0, 1]")
-        if problems:
-            raise ValueError("TwnConfig: " + "; ".join(problems) + "; change these fields")
+        problems.expect(self, "None or >= 1", "max_length", "max_image_pixels")
+        problems.expect(self, "None or in [0, 1]", "gate_threshold", "document_gate_threshold")
+        problems.expect(self, "in [0, 1]", "policy_threshold")
+        problems.refuse("TwnConfig")
 
     @property
     def readout_settings(self) -> dict[str, Any]:

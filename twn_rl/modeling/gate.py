@@ -1,7 +1,4 @@
-"""The routing gate: a small network on the no-think state that says whether to think, and its fit.
-
-Knows tensors only: no models, no records, no files.
-"""
+"""The routing gate, a small network on the no-think state that says whether to think; its fit."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twn_rl.metrics.calibration import expected_calibration_error, roc_auc
+from twn_rl.runtime.problems import Problems
 
 logger = logging.getLogger(__name__)
 
@@ -94,16 +92,11 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
-        counts = ("hidden_size", "batch_size", "max_epochs", "patience")
-        problems = [
-            f"{n} = {getattr(self, n)}, expected >= 1" for n in counts if getattr(self, n) < 1
-        ]
-        if not self.learning_rate > 0:
-            problems.append(f"learning_rate = {self.learning_rate}, expected > 0")
-        if not 0.0 < self.held_out_share < 1.0:
-            problems.append(f"held_out_share = {self.held_out_share}, expected in (0, 1)")
-        if problems:
-            raise ValueError("FitSettings: " + "; ".join(problems) + "; change these fields")
+        problems = Problems()
+        problems.expect(self, ">= 1", "hidden_size", "batch_size", "max_epochs", "patience")
+        problems.expect(self, "> 0", "learning_rate")
+        problems.expect(self, "in (0, 1)", "held_out_share")
+        problems.refuse("FitSettings")
 
 
 def fit_gate(

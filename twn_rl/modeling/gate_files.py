@@ -1,7 +1,7 @@
-"""Gates beside a checkpoint: what they were fitted to, writing, reading back, refusing strangers.
+"""Gates beside a checkpoint: writing, reading back, refusing those of another model.
 
-`gate.safetensors` holds the tensors of every side, prefixed by it; what they were fitted to is in
-the file's metadata.
+`gate.safetensors` holds the tensors of every side, prefixed by it; what they were fitted to
+(`Fingerprints.gate_origin`) is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -10,20 +10,18 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
+from twn_rl.modeling.adapter_files import check_fit, is_writer
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, THRESHOLD_FIELDS, Gate
+from twn_rl.modeling.generation import DualLoraInference
 from twn_rl.runtime.whole_files import written_aside
-
-if TYPE_CHECKING:
-    from twn_rl.modeling.model import DualLoraModel
 
 logger = logging.getLogger(__name__)
 
@@ -36,18 +34,19 @@ def set_threshold(config: TwnConfig, side: str, threshold: float | None) -> None
     setattr(config, THRESHOLD_FIELDS[side], threshold)
 
 
-def save_gates(model: DualLoraModel, path: str | Path) -> None:
+def save_gates(model: DualLoraInference, path: str | Path) -> None:
     """Write the model's gates into a checkpoint folder, or remove the file if it has none.
 
     Gates that no longer fit the model are dropped with a warning. Of several processes only the
     first writes.
     """
-    if model.gates:
+    gates: dict[str, Any] = dict(model.gates.items())
+    if gates:
         now = Fingerprints(model).gate_origin
-        stale = [side for side, gate in model.gates.items() if _fitted_to(gate) != now]
+        stale = [side for side, gate in gates.items() if gate.fitted_to != now]
         if stale:
             drop_gates(model, f"the adapters have changed since gates {stale} were fitted", path)
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+    if not is_writer():
         return
     target = Path(path) / GATE_FILE
     if not model.gates:
@@ -55,7 +54,7 @@ def save_gates(model: DualLoraModel, path: str | Path) -> None:
         return
     tensors = {
         f"{side}.{key}": tensor.detach().cpu().contiguous()
-        for side, gate in model.gates.items()
+        for side, gate in gates.items()
         for key, tensor in gate.state_dict().items()
     }
     metadata = {
@@ -63,14 +62,14 @@ def save_gates(model: DualLoraModel, path: str | Path) -> None:
         "gate_format": GATE_FORMAT,
         "backbone": model.config.backbone,
         "hidden_size": str(model.hidden_size),
-        "sides": json.dumps({side: _gate(gate).hidden_size for side, gate in model.gates.items()}),
-        **next(_fitted_to(gate) for gate in model.gates.values()),
+        "sides": json.dumps({side: gate.hidden_size for side, gate in gates.items()}),
+        **next(gate.fitted_to for gate in gates.values()),
     }
     with written_aside(target) as aside:
         save_file(tensors, aside, metadata=metadata)
 
 
-def load_gates(model: DualLoraModel, path: str | Path) -> None:
+def load_gates(model: DualLoraInference, path: str | Path) -> None:
     """Give the model the gates stored in a checkpoint folder; none stored leaves it without.
 
     A gate whose thoughts came from other reasoning weights still loads, with a warning.
@@ -89,15 +88,11 @@ def load_gates(model: DualLoraModel, path: str | Path) -> None:
     _check_origin(file, metadata, model, now)
     sides: dict[str, int] = json.loads(metadata["sides"])
     gates = {side: Gate(model.hidden_size, size) for side, size in sides.items()}
-    own = {
-        f"{s}.{key}": value for s, gate in gates.items() for key, value in gate.state_dict().items()
-    }
-    _check_tensors(file, tensors, own)
+    fitting = torch.nn.ModuleDict(gates)
+    remedy = f"delete the file and {_refit(path)}"
+    check_fit(file, "its gates", tensors, fitting.state_dict(), remedy, dtype=torch.float32)
+    fitting.load_state_dict(tensors)
     for side, gate in gates.items():
-        prefix = f"{side}."
-        gate.load_state_dict(
-            {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-        )
         gate.fitted_to = {name: metadata[name] for name in now}
         model.gates[side] = gate.to(model.device)
     if metadata["reasoning"] != now["reasoning"]:
@@ -109,7 +104,7 @@ def load_gates(model: DualLoraModel, path: str | Path) -> None:
         )
 
 
-def drop_gates(model: DualLoraModel, reason: str, path: str | Path = "MODEL") -> None:
+def drop_gates(model: DualLoraInference, reason: str, path: str | Path = "MODEL") -> None:
     """Remove the model's gates and thresholds with one warning; without gates do nothing.
 
     Args:
@@ -117,11 +112,10 @@ def drop_gates(model: DualLoraModel, reason: str, path: str | Path = "MODEL") ->
         reason: Why they do not fit any more.
         path: Folder to name in the advice to refit.
     """
-    if not model.gates:
-        return
-    model.gates.clear()
-    forget_thresholds(model.config)
-    warn_dropped(reason, path)
+    if model.gates:
+        model.gates.clear()
+        forget_thresholds(model.config)
+        warn_dropped(reason, path)
 
 
 def forget_thresholds(config: TwnConfig) -> None:
@@ -132,7 +126,7 @@ def forget_thresholds(config: TwnConfig) -> None:
 
 def warn_dropped(reason: str, path: str | Path) -> None:
     """Log, on the first process, that a gate was left behind and how to fit it anew."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if is_writer():
         logger.warning("the routing gate is dropped: %s; afterwards %s", reason, _refit(path))
 
 
@@ -140,16 +134,8 @@ def _refit(path: str | Path) -> str:
     return f"fit it anew: accelerate launch recipes/gate_embed.py --model {path}"
 
 
-def _gate(module: Any) -> Gate:
-    return module
-
-
-def _fitted_to(module: Any) -> dict[str, str]:
-    return _gate(module).fitted_to
-
-
 def _check_origin(
-    file: Path, metadata: Mapping[str, str], model: DualLoraModel, now: Mapping[str, str]
+    file: Path, metadata: Mapping[str, str], model: DualLoraInference, now: Mapping[str, str]
 ) -> None:
     needed = ("gate_format", "backbone", "hidden_size", "sides", *now)
     absent = [name for name in needed if name not in metadata]
@@ -163,33 +149,12 @@ def _check_origin(
             f"{GATE_FORMAT} and sides among {list(SIDES)}; delete the file and "
             + _refit(file.parent)
         )
-    if (
-        metadata["hidden_size"] != str(model.hidden_size)
-        or metadata["embedding"] != now["embedding"]
-    ):
+    own = {"hidden_size": str(model.hidden_size), "embedding": now["embedding"]}
+    if any(metadata[name] != value for name, value in own.items()):
         raise ValueError(
             f"{file} was fitted to backbone {metadata['backbone']!r} (width "
             f"{metadata['hidden_size']}, embedding side {metadata['embedding'][:12]}); expected "
             f"the loaded {model.config.backbone!r} (width {model.hidden_size}, embedding side "
             f"{now['embedding'][:12]}); load the model it was fitted to, or delete the file and "
             + _refit(file.parent)
-        )
-
-
-def _check_tensors(file: Path, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    missing, unexpected = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or unexpected:
-        raise KeyError(
-            f"{file}: missing tensors {missing}, unexpected tensors {unexpected}; expected exactly "
-            f"the {len(own)} tensors of its gates; delete the file and " + _refit(file.parent)
-        )
-    misshapen = [
-        f"{key}: file {tuple(tensors[key].shape)} {tensors[key].dtype}, gate {tuple(value.shape)}"
-        for key, value in own.items()
-        if tensors[key].shape != value.shape or tensors[key].dtype != value.dtype
-    ]
-    if misshapen:
-        raise ValueError(
-            f"{file} has other tensors than its gates: {misshapen}; expected equal shapes in "
-            "float32; delete the file and " + _refit(file.parent)
         )

@@ -19,8 +19,9 @@ from twn_rl.modeling.adapters import (
     use_adapter,
 )
 from twn_rl.modeling.backbone import Backbone, load_backbone
-from twn_rl.modeling.checkpoint import load_model, save_model
-from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.checkpoint import freeze_unless, load_weights, save_model
+from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
+from twn_rl.modeling.gate_files import GATE_FILE, forget_thresholds, load_gates, warn_dropped
 from twn_rl.modeling.generation import Batch, DualLoraInference
 from twn_rl.modeling.kv_prefix import read_rows
 from twn_rl.modeling.prompt_features import prepare_prompts
@@ -88,8 +89,42 @@ class DualLoraModel(DualLoraInference):
         dtype: str | torch.dtype | None = None,
         is_trainable: bool = False,
     ) -> "DualLoraModel":
-        """Return the model stored by `save_pretrained`; see `checkpoint.load_model`."""
-        return load_model(cls, path, backbone=backbone, dtype=dtype, is_trainable=is_trainable)
+        """Return the model stored in `path`; its vectors are those of the model that was saved.
+
+        Args:
+            path: Folder written by `save_pretrained`.
+            backbone: Backbone to use instead of the one named in the config.
+            dtype: Parameter type when loading the backbone.
+            is_trainable: Leave both adapters trainable; otherwise everything is frozen. Stored
+                gates stay behind with a warning: training changes what they are about.
+
+        Raises:
+            FileNotFoundError: If `path` holds no config or no weights.
+            KeyError: If adapter keys or gate tensors are missing or unexpected, all named.
+            ValueError: If shapes do not fit the backbone, no backbone is known, or a gate was
+                fitted to another model.
+        """
+        path = Path(path)
+        if not (path / CONFIG_FILE).is_file():
+            raise FileNotFoundError(
+                f"{path / CONFIG_FILE} does not exist; expected a folder written by "
+                "save_pretrained; check the path"
+            )
+        config = TwnConfig.load(path)
+        source = backbone if backbone is not None else config.backbone
+        if not source:
+            raise ValueError(
+                f"{CONFIG_FILE} names no backbone; expected a name or a path; pass backbone=..."
+            )
+        model = cls.from_backbone(source, config, dtype=dtype)
+        load_weights(model, path)
+        if not is_trainable:
+            load_gates(model, path)
+        elif (path / GATE_FILE).is_file():
+            forget_thresholds(model.config)
+            warn_dropped(f"{path} is loaded to be trained", "OUTPUT_DIR")
+        freeze_unless(model, is_trainable)
+        return model
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write adapters and settings; see `checkpoint.save_model`."""
