@@ -24,8 +24,8 @@ from twn_rl.data.record import Item
 from twn_rl.inference.batches import in_batches
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import evaluating
 
 # Arm, arm it is compared with, whether both give the same vectors.
 COMPARISONS = (

@@ -25,8 +25,8 @@ from twn_rl.evaluation.retrieval_pools import collect_candidates
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.modeling.adapters import REASONING_ADAPTER, use_adapter
 from twn_rl.modeling.config import LoraSettings, TwnConfig
+from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import evaluating
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "recipes" / "configs"

@@ -25,8 +25,8 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.metrics.negatives import margin_gains
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate import Gate
+from twn_rl.modeling.kv_prefix import Prefix
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import think_open_ids, think_probability
 from twn_rl.rewards import REWARDS
 from twn_rl.training.adaptive import (
     ADAPTIVE_COLUMNS,
@@ -147,9 +147,9 @@ def test_a_direct_rollout_gets_the_mean_of_its_own_group_and_none_without_though
 def test_the_probability_is_a_softmax_over_the_two_decisions():
     model = small_model()
     logits = torch.randn(5, len(model.tokenizer))
-    opening = think_open_ids(model.backbone, model.renderer)[0]
+    opening = model.think_open_ids[0]
     both = logits[:, [opening, model.backbone.eos_token_id]].softmax(1)
-    got = think_probability(model.backbone, model.renderer, logits)
+    got = model.think_probability(Prefix(None, logits, logits, logits))
     torch.testing.assert_close(got, both[:, 0])
 
 
@@ -194,7 +194,7 @@ def test_groups_that_only_think_get_a_direct_answer_of_one_token(
     assert direct == [False, False, False, True] * 2  # a random policy never ends at once here
     assert output["completion_mask"].sum(1).tolist() == [len(ids) for ids in completions]
     assert output["is_pinned"][torch.tensor(direct)].all()
-    opening = think_open_ids(model.backbone, model.renderer)[0]
+    opening = model.think_open_ids[0]
     assert {ids[0] for ids in completions} == {eos, opening}
     mean = trainer._metrics["train"]
     assert mean["rollouts/think_rate"] == [1.0]
@@ -399,7 +399,7 @@ def test_a_think_rate_takes_the_likeliest_of_the_policy(records: RecordSet) -> N
 def test_thoughts_of_a_policy_that_decides_are_opened_for_it(records: RecordSet) -> None:
     model = deciding_model()
     batch = model.collate([record.query for record in records])
-    opening = think_open_ids(model.backbone, model.renderer)
+    opening = model.think_open_ids
     written = model.reason(batch, max_think_tokens=4)
     assert all(ids[: len(opening)] == opening for ids in written)
     model.config.thinking_decision = "gate"

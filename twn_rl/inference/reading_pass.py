@@ -19,9 +19,9 @@ from twn_rl.inference.details import Ledger, timed
 from twn_rl.inference.shortlist import Shortlist
 from twn_rl.inference.thought_pool import Chunk
 from twn_rl.inference.way import Way
+from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.limits import PromptLimits
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import evaluating
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
-"""Items and completions -> padded tensors, with one processor call. Knows no model weights."""
+"""Items and completions -> padded tensors, with one processor call."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,18 +13,6 @@ from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.limits import PromptLengthError, PromptLimits, item_name
 
 Completion = str | Sequence[int] | None
-
-
-def prompt_texts(backbone: Backbone, renderer: Renderer, items: Sequence[Item]) -> list[str]:
-    """Return the prompt of each item, rendered by the backbone's chat template."""
-    return [
-        backbone.processor.apply_chat_template(
-            renderer.messages(item, is_multimodal=backbone.is_multimodal),
-            tokenize=False,
-            add_generation_prompt=True,
-        )
-        for item in items
-    ]
 
 
 def collate_prompts(
@@ -84,30 +73,55 @@ def fit_prompts(
 def cut_item(
     backbone: Backbone, renderer: Renderer, item: Item, tokens: int, limits: PromptLimits
 ) -> Item:
-    """Return an item, its pictures opened, with as much of its text as the limits leave room for.
+    """Return an opened item with its text cut at its end, between tokens, so that its prompt fits.
 
-    Args:
-        backbone: Whose processor to use.
-        renderer: How items become messages.
-        item: The item.
-        tokens: Tokens of its prompt.
-        limits: What to cut to.
+    As many of the text's last tokens go as its prompt of `tokens` has too many. What is kept
+    depends on the item alone, never on its batch.
 
     Raises:
-        PromptLengthError: If it does not fit without its text either.
+        PromptLengthError: If it does not fit without its text either, or is nothing without it.
     """
+    while limits.max_length is not None and tokens > limits.max_length:
+        shorter = _shorter(backbone, item, tokens - limits.max_length)
+        if shorter is None:
+            raise PromptLengthError(tokens, limits.max_length)
+        item = shorter
+        tokens = int(collate_opened(backbone, renderer, [item])["attention_mask"].sum())
+    return item
 
-    def count_tokens(shorter: Item) -> int:
-        return int(collate_opened(backbone, renderer, [shorter])["attention_mask"].sum())
 
-    return limits.cut(backbone, item, tokens, count_tokens)
+def _shorter(backbone: Backbone, item: Item, excess_tokens: int) -> Item | None:
+    """Return the item with about `excess_tokens` less text, or None if there is no text to cut."""
+    if not item.text:
+        return None
+    if backbone.tokenizer.is_fast:
+        encoded = backbone.tokenizer(
+            item.text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        ends = [end for _, end in encoded["offset_mapping"]]
+        end = ends[-1 - excess_tokens] if excess_tokens < len(ends) else 0
+    else:
+        ids = backbone.tokenizer(item.text, add_special_tokens=False)["input_ids"]
+        end = len(backbone.tokenizer.decode(ids[: max(0, len(ids) - excess_tokens)]))
+    text = item.text[: min(end, len(item.text) - 1)]
+    if text.strip():
+        return replace(item, text=text)
+    # An instruction by itself is nothing to be embedded.
+    return replace(item, text=None) if item.images or item.video else None
 
 
 def collate_opened(
     backbone: Backbone, renderer: Renderer, items: Sequence[Item]
 ) -> dict[str, Tensor]:
     """Return left-padded prompts of items as they are, their pictures opened; no limits."""
-    texts = prompt_texts(backbone, renderer, items)
+    texts = [
+        backbone.processor.apply_chat_template(
+            renderer.messages(item, is_multimodal=backbone.is_multimodal),
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        for item in items
+    ]
     return _process(backbone, texts, [renderer.images(item) for item in items])
 
 

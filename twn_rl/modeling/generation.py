@@ -1,22 +1,27 @@
 """What both adapters do without gradient: read prompts once, write thoughts, read states out.
 
-Knows neither losses nor files; `model.DualLoraModel` adds training, loading and saving.
+`model.DualLoraModel` adds training, loading and saving.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from twn_rl.data.chat import Think
+from twn_rl.data.chat import Think, parse_think
 from twn_rl.data.record import Item
-from twn_rl.modeling import collator as batching
-from twn_rl.modeling import thoughts
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
 from twn_rl.modeling.backbone import Backbone
+from twn_rl.modeling.collator import (
+    Completion,
+    collate_completions,
+    collate_prompts,
+    completion_ids,
+)
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.decoding import decode, dice
 from twn_rl.modeling.kv_prefix import Prefix, read_rows, read_tail
@@ -26,6 +31,18 @@ from twn_rl.modeling.readout import Tail, without_checkpointing
 
 # Tensors, and `mm_encoder_outputs` once pictures are encoded.
 Batch = Mapping[str, Any]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off in the body and restore every module's mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 class DualLoraInference(nn.Module):
@@ -85,7 +102,13 @@ class DualLoraInference(nn.Module):
     @property
     def suppressed_token_ids(self) -> list[int]:
         """Ids the policy must never write, for `generation_kwargs={"suppress_tokens": ...}`."""
-        return thoughts.suppressed_token_ids(self.backbone, self.renderer)
+        think_tags = self.renderer.think_open, self.renderer.think_close
+        return self.backbone.suppressed_token_ids(keep=think_tags)
+
+    @property
+    def think_open_ids(self) -> list[int]:
+        """Ids a thought opens with; the first of them is the decision to think."""
+        return self.completion_ids(self.renderer.think_open)
 
     @property
     def is_policy_deciding(self) -> bool:
@@ -95,7 +118,7 @@ class DualLoraInference(nn.Module):
     def collate(
         self,
         items: Sequence[Item],
-        completions: Sequence[batching.Completion] | None = None,
+        completions: Sequence[Completion] | None = None,
         *,
         max_length: int | None = None,
     ) -> dict[str, Tensor]:
@@ -111,23 +134,23 @@ class DualLoraInference(nn.Module):
             are given, `completion_ids`, `completion_mask` (N, C). Masks are 1 on real tokens.
         """
         limits = self.limits if max_length is None else replace(self.limits, max_length=max_length)
-        batch = batching.collate_prompts(self.backbone, self.renderer, items, limits=limits)
+        batch = collate_prompts(self.backbone, self.renderer, items, limits=limits)
         if completions is not None:
             if len(completions) != len(items):
                 raise ValueError(
                     f"{len(completions)} completions for {len(items)} items; expected one each; "
                     "use None for items without a thought"
                 )
-            batch |= batching.collate_completions(self.backbone, completions)
+            batch |= collate_completions(self.backbone, completions)
         return batch
 
-    def collate_completions(self, completions: Sequence[batching.Completion]) -> dict[str, Tensor]:
-        """Return right-padded `completion_ids`, `completion_mask` (N, C); see `batching`."""
-        return batching.collate_completions(self.backbone, completions)
+    def collate_completions(self, completions: Sequence[Completion]) -> dict[str, Tensor]:
+        """Return right-padded `completion_ids`, `completion_mask` (N, C); see `collator`."""
+        return collate_completions(self.backbone, completions)
 
     def completion_ids(self, text: str, *, add_eos: bool = False) -> list[int]:
         """Return the ids of a completion; an SFT target ends with the end of turn."""
-        ids = batching.completion_ids(self.backbone, text)
+        ids = completion_ids(self.backbone, text)
         return [*ids, self.backbone.eos_token_id] if add_eos else ids
 
     def prepare(self, batch: Batch) -> Prompts:
@@ -159,7 +182,7 @@ class DualLoraInference(nn.Module):
     def read_out(
         self,
         prefix: Prefix,
-        completions: Sequence[batching.Completion] | None = None,
+        completions: Sequence[Completion] | None = None,
         *,
         is_latent: bool = False,
     ) -> Tensor:
@@ -200,13 +223,22 @@ class DualLoraInference(nn.Module):
             return read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
 
     def think_probability(self, prefix: Prefix) -> Tensor:
-        """Return (N,) how likely the policy opens a thought, from `start_reasoning`."""
+        """Return (N,) float32 how likely the policy opens a thought, from `start_reasoning`.
+
+        P(open) / (P(open) + P(end of turn)) of the first token of a completion: the decision of
+        MMEmb-R1 (arXiv 2604.06156) without a token of its own, so that backbone and tokenizer stay
+        as they are. Tokens that are neither do not count.
+        """
         assert prefix.logits is not None
-        return thoughts.think_probability(self.backbone, self.renderer, prefix.logits)
+        opening, ending = self.think_open_ids[0], self.backbone.eos_token_id
+        return (prefix.logits[:, opening].float() - prefix.logits[:, ending].float()).sigmoid()
 
     def is_direct(self, ids: Sequence[int]) -> bool:
-        """Return whether a completion is the policy's decision to answer without a thought."""
-        return self.is_policy_deciding and thoughts.is_direct(self.backbone, ids)
+        """Return whether a completion is the policy's decision to answer without a thought.
+
+        It ends its turn at once. Only a policy that was taught to decide means it so.
+        """
+        return self.is_policy_deciding and list(ids[:1]) == [self.backbone.eos_token_id]
 
     def reason(
         self,
@@ -248,7 +280,6 @@ class DualLoraInference(nn.Module):
             prompts = batch if isinstance(batch, Prompts) else self.prepare(batch)
             prefix = self.start_reasoning(prompts, rows)
         budget = max_think_tokens or self.config.max_think_tokens
-        opening = thoughts.think_open_ids(self.backbone, self.renderer)
         with self._inference():
             uniforms = dice(len(prefix), seeds, num_thoughts, budget) if do_sample else None
             with use_adapter(self.peft_model, REASONING_ADAPTER):
@@ -257,19 +288,30 @@ class DualLoraInference(nn.Module):
                     prefix.select([row for row in range(len(prefix)) for _ in range(num_thoughts)]),
                     max_new_tokens=budget,
                     suppress_tokens=self.suppressed_token_ids,
-                    opening=opening if self.is_policy_deciding else (),
+                    opening=self.think_open_ids if self.is_policy_deciding else (),
                     uniforms=uniforms,
                     temperature=temperature,
                     top_p=top_p,
                 )
 
     def think(self, ids: Sequence[int]) -> Think:
-        """Return what a generated completion thought, or why it is not a thought."""
-        return thoughts.parse_completion(self.backbone, self.renderer, ids)
+        """Return what a generated completion thought, or why it is not a thought.
+
+        Without an end of turn its problem is "truncated".
+        """
+        text = self.tokenizer.decode(self._before_eos(ids), skip_special_tokens=False)
+        think = parse_think(text, self.renderer)
+        if self.backbone.eos_token_id in ids or not think.is_complete:
+            return think
+        return Think(text=think.text, is_complete=False, problem="truncated")
 
     def completion_for_embedding(self, ids: Sequence[int]) -> list[int]:
         """Return a completion without end of turn, or [] (no-think) if it is malformed."""
-        return thoughts.completion_for_embedding(self.backbone, self.renderer, ids)
+        return self._before_eos(ids) if self.think(ids).is_complete else []
+
+    def _before_eos(self, ids: Sequence[int]) -> list[int]:
+        eos = self.backbone.eos_token_id
+        return list(takewhile(lambda token_id: token_id != eos, map(int, ids)))
 
     @property
     def has_one_reader(self) -> bool:
@@ -284,7 +326,7 @@ class DualLoraInference(nn.Module):
     def _inference(self) -> Iterator[None]:
         """Switch gradient, dropout and recomputation off in the body."""
         model = self.peft_model
-        with torch.no_grad(), without_checkpointing(model), thoughts.evaluating(model):
+        with torch.no_grad(), without_checkpointing(model), evaluating(model):
             yield
 
     def _tail(self, is_latent: bool) -> Tail:

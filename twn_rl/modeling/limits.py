@@ -1,13 +1,12 @@
-"""How much of an item a model is shown: pictures scaled down, text cut. Knows no chat template.
+"""How much of an item a model is shown: pictures scaled down, text cut.
 
 Stored with the model, so that training, target banks, rollouts, gates, evaluation and serving see
-the same prompt. `batching` applies the limits; content keys are of the item before that.
+the same prompt. `collator` applies the limits; content keys are of the item before that.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -116,30 +115,6 @@ class PromptLimits:
         """Return whether a prompt of so many tokens must be cut."""
         return self.max_length is not None and tokens > self.max_length
 
-    def cut(
-        self, backbone: Backbone, item: Item, tokens: int, count_tokens: Callable[[Item], int]
-    ) -> Item:
-        """Return the item with its text cut at its end, between tokens, so that its prompt fits.
-
-        As many of the text's last tokens go as the prompt has too many. What is kept depends on the
-        item alone, never on its batch.
-
-        Args:
-            backbone: Whose tokens.
-            item: The item, its pictures opened.
-            tokens: Tokens of its prompt.
-            count_tokens: Item -> tokens of its prompt.
-
-        Raises:
-            PromptLengthError: If it does not fit without its text either, or is nothing without it.
-        """
-        while self.max_length is not None and tokens > self.max_length:
-            shorter = _shorter(backbone, item, tokens - self.max_length)
-            if shorter is None:
-                raise PromptLengthError(tokens, self.max_length)
-            item, tokens = shorter, count_tokens(shorter)
-        return item
-
     def count_prompts(self, prompts: int, cut_texts: int, example: str = "") -> None:
         """Count prompts, and warn of the first one that was cut, unless `example` is empty."""
         if cut_texts and example and not self.counts.totals()["cut_texts"]:
@@ -150,26 +125,6 @@ class PromptLimits:
             )
         self.counts.add("prompts", prompts)
         self.counts.add("cut_texts", cut_texts)
-
-
-def _shorter(backbone: Backbone, item: Item, excess_tokens: int) -> Item | None:
-    """Return the item with about `excess_tokens` less text, or None if there is no text to cut."""
-    if not item.text:
-        return None
-    if backbone.tokenizer.is_fast:
-        encoded = backbone.tokenizer(
-            item.text, add_special_tokens=False, return_offsets_mapping=True
-        )
-        ends = [end for _, end in encoded["offset_mapping"]]
-        end = ends[-1 - excess_tokens] if excess_tokens < len(ends) else 0
-    else:
-        ids = backbone.tokenizer(item.text, add_special_tokens=False)["input_ids"]
-        end = len(backbone.tokenizer.decode(ids[: max(0, len(ids) - excess_tokens)]))
-    text = item.text[: min(end, len(item.text) - 1)]
-    if text.strip():
-        return replace(item, text=text)
-    # An instruction by itself is nothing to be embedded.
-    return replace(item, text=None) if item.images or item.video else None
 
 
 def item_name(item: Item) -> str:

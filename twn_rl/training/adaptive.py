@@ -19,7 +19,6 @@ from torch import Tensor
 from twn_rl.metrics.negatives import margin_gains
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import is_direct, think_open_ids
 from twn_rl.training.grpo import EmbedGRPOConfig, EmbedGRPOTrainer
 from twn_rl.training.settings import at_least
 from twn_rl.training.similarity_columns import SCORING_COLUMNS
@@ -109,11 +108,11 @@ class AdaptiveGRPOTrainer(EmbedGRPOTrainer):
         as it is in serving.
         """
         backbone, policy = self.dual_model.backbone, self.model
-        direct = [is_direct(backbone, ids) for ids in completions]
+        direct = [self.dual_model.is_direct(ids) for ids in completions]
         self.log_means({"rollouts/think_rate": [float(not ended) for ended in direct]})
         if not policy.training:  # pyright: ignore[reportOptionalMemberAccess]
             return {"is_pinned": torch.zeros(len(completions), dtype=torch.bool)}
-        opening = think_open_ids(backbone, self.dual_model.renderer)
+        opening = self.dual_model.think_open_ids
         is_open = [ids[0] == opening[0] for ids in completions]
         flags = self.everywhere(torch.tensor([direct, is_open]).T.contiguous())
         pins = pinned_modes(flags[:, 0], num_generations, self.args.pinned_generations)

@@ -17,8 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from twn_rl.data.record import Record
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, adapter_parameters
+from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import evaluating
 from twn_rl.runtime.zero import forget_moments, gathered
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.chunking import Chunk

@@ -13,8 +13,8 @@ from torch import Tensor
 from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives
 from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.thoughts import evaluating
 from twn_rl.runtime.processes import Processes
 from twn_rl.training.similarity_columns import similarity_columns
 from twn_rl.training.target_bank import TargetBank
