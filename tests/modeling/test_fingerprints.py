@@ -71,7 +71,7 @@ def test_token_tables_count_but_for_the_random_rows_of_new_tokens(make_model) ->
 
 
 def test_another_precision_gives_other_vectors_and_keeps_the_gate(make_model) -> None:
-    moved = changed(make_model("llama"), lambda model: model.backbone.model.to(torch.bfloat16))
+    moved = changed(make_model("llama"), lambda model: model.backbone.model.bfloat16())
     assert moved == {"vectors", "thoughts", "everything"}
 
 
@@ -131,8 +131,12 @@ def test_with_kv_detach_the_reasoner_is_part_of_the_vectors_until_a_snapshot_is(
 
 
 def test_what_a_gate_was_fitted_to_is_as_checkpoints_hold_it() -> None:
-    lora = {"reasoning_lora": LoraSettings(r=2), "embedding_lora": LoraSettings(r=3)}
-    model = DualLoraModel.from_backbone(make_llama(), TwnConfig(**lora, num_readout_tokens=3))
+    config = TwnConfig(
+        num_readout_tokens=3,
+        reasoning_lora=LoraSettings(r=2),
+        embedding_lora=LoraSettings(r=3),
+    )
+    model = DualLoraModel.from_backbone(make_llama(), config)
     with torch.no_grad():
         for parameter in model.parameters():
             count = parameter.numel()
