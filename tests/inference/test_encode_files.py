@@ -24,7 +24,7 @@ from twn_rl.data.record import Item, Record, RecordError
 from twn_rl.data.record_files import write_records
 from twn_rl.inference.encode_file import encode_file, fingerprints
 from twn_rl.inference.encode_settings import EncodeSettings
-from twn_rl.inference.item_rows import ItemFile
+from twn_rl.inference.item_rows import ItemFile, Side
 from twn_rl.inference.vector_files import VectorFileError, VectorWriter, open_vectors, read_details
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
@@ -37,8 +37,12 @@ class TinyEmbedder:
     """`ThinkingEmbedder`'s methods over a random Idefics3; remembers what it was asked for."""
 
     def __init__(self, *, seed: int = 0, stop_after: int | None = None) -> None:
-        lora = {"reasoning_lora": LoraSettings(r=2, alpha=4), "embedding_lora": LoraSettings(r=3)}
-        config = TwnConfig(**lora, num_readout_tokens=3, max_think_tokens=4)
+        config = TwnConfig(
+            reasoning_lora=LoraSettings(r=2, alpha=4),
+            embedding_lora=LoraSettings(r=3),
+            num_readout_tokens=3,
+            max_think_tokens=4,
+        )
         self.model = DualLoraModel.from_backbone(make_idefics3(), config, seed=seed)
         awaken(self.model, seed)
         self.model.eval()
@@ -198,7 +202,7 @@ def test_parquet_rows_of_texts_are_read_in_batches(embedder, tmp_path):
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
     source = ItemFile(tmp_path / "in.parquet", side="document", limit=280)
     assert source.describe()["rows"] == 280
-    assert [row.item.text for row in source] == [row["text"] for row in rows[:280]]
+    assert [row.item and row.item.text for row in source] == [row["text"] for row in rows[:280]]
     assert [row.id for row in source.rows(270)] == [f"r{i}" for i in range(270, 280)]
 
 
@@ -299,7 +303,7 @@ def test_changed_settings_input_or_model_are_refused_and_named(tmp_path):
     encode(embedder, source, tmp_path / "out.npy")
     before = (tmp_path / "out.npy").read_bytes()
 
-    def refused(pattern, *, model=embedder, settings=SHARDS, side="document"):
+    def refused(pattern, *, model=embedder, settings=SHARDS, side: Side = "document"):
         with pytest.raises(VectorFileError, match=pattern) as raised:
             encode(model, ItemFile(source, side=side), tmp_path / "out.npy", settings)
         assert "--overwrite" in str(raised.value)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,7 @@ def test_a_damaged_row_is_named_or_counted(tmp_path: Path, bad: Any) -> None:
 def test_a_killed_pass_makes_only_what_is_missing(tmp_path: Path) -> None:
     ids, made = [f"r{n}" for n in range(5)], []
 
-    def make(positions: list[int]) -> list[dict[str, Any]]:
+    def make(positions: Sequence[int]) -> list[dict[str, Any]]:
         made.extend(positions)
         if len(made) == 4:
             raise KeyboardInterrupt
@@ -299,6 +300,7 @@ def test_the_margin_is_that_of_vectors_embedded_by_hand(
         key = record.positive.content_key()
         others = sorted(float(vector @ t) for k, t in targets.items() if k != key)
         margins.append(float(vector @ targets[key]) - sum(others[-2:]) / 2)
+    assert match is not None
     assert match.with_cot == pytest.approx(margins[0], abs=1e-4)
     assert match.without == pytest.approx(margins[1], abs=1e-4)
     assert match.worth == pytest.approx(margins[0] - margins[1], abs=1e-4)
@@ -338,7 +340,8 @@ def test_yes_minus_no_is_asked_of_the_bare_backbone_with_negatives_as_control(
         logits[record.positive, text] - sum(logits[n, text] for n in negatives) / 2
         for text in (cot, None)
     ]
-    assert match == Match(*(pytest.approx(value, abs=1e-4) for value in expected))
+    assert match is not None
+    assert [match.with_cot, match.without] == pytest.approx(expected, abs=1e-4)
 
 
 def test_records_without_negatives_are_controlled_by_other_positives_of_their_pool(
@@ -426,7 +429,7 @@ class Lengths:
         self.plan: dict[str, Any] = {"evaluator": "lengths"}
         self.seen: list[tuple[int, str]] = []
 
-    def matches(self, pairs):
+    def matches(self, pairs: Sequence[tuple[int, str]]) -> list[Match | None]:
         self.seen.extend(pairs)
         return [Match(float(len(cot.split())), 1.0) for _, cot in pairs]
 

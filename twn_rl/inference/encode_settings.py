@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 from twn_rl.inference.item_rows import Side
 from twn_rl.inference.options import ThinkMode
+from twn_rl.runtime.problems import Problems
 
 
 @dataclass(frozen=True)
@@ -34,24 +35,18 @@ class EncodeSettings:
 
     def __post_init__(self) -> None:
         """Collect every problem of the settings into one error."""
-        checks = {
-            f"think = {self.think!r}, expected one of {get_args(ThinkMode)} or none": self.think
-            in (*get_args(ThinkMode), None),
-            f"think_rate = {self.think_rate}, expected in [0, 1] or none": self.think_rate is None
-            or 0.0 <= self.think_rate <= 1.0,
-            f"think_threshold = {self.think_threshold}, expected in [0, 1] or none": (
-                self.think_threshold is None or 0.0 <= self.think_threshold <= 1.0
-            ),
-            f"max_think_tokens = {self.max_think_tokens}, expected >= 1 or none": (
-                self.max_think_tokens is None or self.max_think_tokens >= 1
-            ),
-            f"batch_size = {self.batch_size}, expected >= 1": self.batch_size >= 1,
-            f"shard_size = {self.shard_size}, expected >= 1": self.shard_size >= 1,
-            f"on_bad_row = {self.on_bad_row!r}, expected 'raise' or 'skip'": self.on_bad_row
-            in ("raise", "skip"),
-        }
-        if problems := [problem for problem, is_fine in checks.items() if not is_fine]:
-            raise ValueError("; ".join(problems) + "; change these settings")
+        problems = Problems()
+        modes, errors = (*get_args(ThinkMode), None), ("raise", "skip")
+        problems.unless(
+            self.think in modes, f"think = {self.think!r}, expected one of {modes[:-1]} or none"
+        )
+        problems.expect(self, "in [0, 1] or None", "think_rate", "think_threshold")
+        problems.expect(self, "None or >= 1", "max_think_tokens")
+        problems.expect(self, ">= 1", "batch_size", "shard_size")
+        problems.unless(
+            self.on_bad_row in errors, f"on_bad_row = {self.on_bad_row!r}, expected one of {errors}"
+        )
+        problems.refuse("EncodeSettings", "change these settings")
 
     def think_mode(self, side: Side) -> ThinkMode:
         """Return when items of this side think."""
