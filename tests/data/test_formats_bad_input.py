@@ -271,7 +271,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     monkeypatch.delitem(sys.modules, "twn_rl.data.parquet", raising=False)
     assert _main(root, "mmeb", source) == 1
     assert "module pyarrow is missing" in caplog.text
-    assert "install twn-rl[" in caplog.text
+    assert 'pip install "twn-rl[eval]"' in caplog.text
     monkeypatch.undo()
     importlib.import_module("twn_rl.data.parquet")
 
