@@ -119,7 +119,7 @@ def plan(script: SelectionArguments, seed: Seed) -> Iterator[Stage]:
         }
         # Worth and vectors that an earlier judge gave are no longer true.
         judged = (thoughts_folder(seed.root, "selected"),) if arm == JUDGE else ()
-        yield Stage("sft_embed", model, taught, outdates=judged)
+        yield Stage("sft_embed", model, taught, removes=judged)
         yield evaluation(model, seed, MODES, num_thoughts=2)
 
 

@@ -80,7 +80,8 @@ class Stage:
         target: Folder it writes.
         settings: Its flags by name; None leaves one out, a list gives several words.
         is_cheap: Run a finished stage of other flags again; otherwise it is kept with a warning.
-        outdates: Folders that rest on what it writes: removed after each run.
+        outdates: Folders that rest on what it writes: their stages run again after each run.
+        removes: Folders that cannot go on from what it writes: removed after each run.
     """
 
     recipe: str
@@ -88,6 +89,7 @@ class Stage:
     settings: dict[str, Any]
     is_cheap: bool = False
     outdates: Sequence[Path] = ()
+    removes: Sequence[Path] = ()
 
     @property
     def flags(self) -> list[str]:
@@ -146,7 +148,9 @@ class Stage:
                 f"{self.recipe} for {self.target} ended with status {status}; expected 0; see "
                 f"{where}"
             )
-        for folder in self.outdates:
+        for finished in (file for folder in self.outdates for file in folder.rglob(FINISHED_FILE)):
+            finished.unlink()
+        for folder in self.removes:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = time.perf_counter() - started
         write_json(self.finished_file, {"command": command, "seconds": seconds})
