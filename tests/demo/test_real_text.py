@@ -298,18 +298,18 @@ def test_planted_thoughts_are_wrong_and_what_is_made_of_them_is_counted() -> Non
     rows = evaluators.plant(records)
     assert [row["id"] for row in rows] == list(words)
     for row in rows:
-        own, near, foreign = (candidate["cot"] for candidate in row["candidates"])
+        own, near, foreign = (candidate["cot"] for candidate in row["drafts"])
         assert own == f"kind: thing; word: {row['id']}"
         assert near != own
         assert near.startswith("kind: thing; word: ")
         assert foreign != own
-    assert rows[0]["candidates"][1]["cot"] == "kind: thing; word: funnel"
+    assert rows[0]["drafts"][1]["cot"] == "kind: thing; word: funnel"
     with pytest.raises(ValueError, match="expected two or more records"):
         evaluators.plant(records[:1])
 
     worth = {"own": [1.0, 0.2, 3.0], "near_miss": [0.5, -1.0, 0.0], "foreign": [-1.0, -2.0, None]}
     for position, row in enumerate(rows):
-        for candidate in row["candidates"]:
+        for candidate in row["drafts"]:
             value = worth[candidate["source"]][position]
             candidate |= {"worth": value, "problem": "too_long" if value is None else None}
     assert evaluators.measured(rows, 0.0) == pytest.approx(
@@ -321,7 +321,7 @@ def test_planted_thoughts_are_wrong_and_what_is_made_of_them_is_counted() -> Non
             "auc_foreign": 1.0,
         }
     )
-    nothing = [{**row, "candidates": row["candidates"][:1]} for row in rows]
+    nothing = [{**row, "drafts": row["drafts"][:1]} for row in rows]
     assert evaluators.measured(nothing, 0.0)["rejected_foreign"] is None
 
 

@@ -293,7 +293,7 @@ def test_limits_are_fingerprinted_only_where_there_are_some(make_model: Any) -> 
         found = Fingerprints(make_model("llama", **settings))
         return [found.vectors, found.thoughts, found.gate_origin["embedding"]]
 
-    off = {"max_length": None, "max_image_pixels": None}
+    off: dict[str, Any] = {"max_length": None, "max_image_pixels": None}
     assert TwnConfig(**off).limit_settings == {}, "what was stored before there were limits fits"
     plain = fingerprints(**off)
     assert plain == fingerprints(**off)
