@@ -31,10 +31,8 @@ def written_aside(path: str | Path) -> Iterator[Path]:
         yield aside
         aside.replace(path)
     finally:
-        if aside.is_dir():
-            shutil.rmtree(aside, ignore_errors=True)
         with suppress(OSError):  # on a read-only disk
-            aside.unlink(missing_ok=True)
+            _remove(aside)
 
 
 @contextmanager
@@ -58,7 +56,7 @@ def owned(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
     try:
         begun = f".{glob.escape(path.name)}.*.tmp"
         for left in (*path.parent.glob(begun), *path.glob(".*.tmp")):
-            left.unlink()
+            _remove(left)
         yield
     finally:
         lock.unlink(missing_ok=True)
@@ -123,6 +121,14 @@ def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | N
 def digest(content: Any) -> str:
     """Return the sha256 of anything JSON can hold, in the order it is given."""
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _lock(path: Path) -> int | None:
