@@ -5,6 +5,7 @@ see the same pixels: orientation applied, transparency laid over white, RGB.
 """
 
 import hashlib
+import io
 import math
 import re
 import struct
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageOps
 
 ImageSource = Image.Image | str | Path
@@ -31,7 +33,13 @@ _DECODE_ERRORS = (
     zlib.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
 )
+# Pictures of photographs and screens; no format that runs a program or that hides others in it.
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 
 
 class ImageError(ValueError):
@@ -138,7 +146,7 @@ def open_image(source: ImageSource, data_root: str | Path | None = None) -> Imag
             reason="missing_image",
         )
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
             width, height = image.size
             limit = Image.MAX_IMAGE_PIXELS
             if limit is not None and width * height > limit:
@@ -147,7 +155,23 @@ def open_image(source: ImageSource, data_root: str | Path | None = None) -> Imag
     except _DECODE_ERRORS as error:
         raise ImageError(
             f"image = {str(path)!r} cannot be decoded ({error}); expected a complete image of "
-            "sane size; replace the file or leave the row out",
+            f"sane size, one of {', '.join(IMAGE_FORMATS)}; replace the file or leave the row out",
+            reason="unreadable_image",
+        ) from error
+
+
+def image_of_bytes(content: bytes) -> Image.Image:
+    """Return a picture in memory; its pixels are decoded when `open_image` is given it.
+
+    Raises:
+        ImageError: If this is no picture of a known format, or an implausibly large one.
+    """
+    try:
+        return Image.open(io.BytesIO(content), formats=IMAGE_FORMATS)
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            f"picture of {len(content)} bytes cannot be read ({error}); expected an image file, "
+            f"one of {', '.join(IMAGE_FORMATS)}; replace it or leave the row out",
             reason="unreadable_image",
         ) from error
 
@@ -230,7 +254,7 @@ def _pixel_digest(image: Image.Image) -> str:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
+    upright = _of_8_bits(ImageOps.exif_transpose(image))
     if upright.mode == "RGB" and not upright.has_transparency_data:
         upright.load()
         return upright
@@ -239,3 +263,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, "white")
         return Image.alpha_composite(white, rgba).convert("RGB")
     return upright.convert("RGB")
+
+
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """Return a deeper greyscale picture in 8 bits; Pillow itself would cut off what is above 255.
+
+    Integers count as 8 or 16 bits, whichever holds them, floats as shares of 1 or as 0 to 255;
+    what fits neither is stretched between its own extremes.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("its pixels are not all finite")
+    low, high = 0.0, 65_535.0
+    if not image.mode.startswith("I;16"):
+        ranges = (255.0, 65_535.0) if image.mode == "I" else (1.0, 255.0)
+        fitting = [top for top in ranges if values.min() >= 0 and values.max() <= top]
+        low, high = (0.0, fitting[0]) if fitting else (values.min(), values.max())
+    scaled = (values - low) * (255 / ((high - low) or 1.0))
+    return Image.fromarray(scaled.round().astype(np.uint8))

@@ -6,7 +6,6 @@ A cell is a path, a `{"bytes", "path"}` pair as `datasets` writes it, bare bytes
 import base64
 import binascii
 import hashlib
-import io
 import os
 import re
 from collections import Counter
@@ -16,9 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from twn_rl.data.images import resolve_inside
+from twn_rl.data.images import image_of_bytes, resolve_inside
 from twn_rl.data.record import RecordError, bad_type, named_in_errors
 from twn_rl.runtime.whole_files import written_aside
 
@@ -129,16 +126,8 @@ class Pictures:
 
     def _save(self, content: bytes, field: str) -> str:
         """Write an embedded picture under the name of its content, once."""
-        try:
-            with Image.open(io.BytesIO(content)) as image:
-                suffix = "jpg" if image.format == "JPEG" else str(image.format).lower()
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise RecordError(
-                f"embedded picture of {len(content)} bytes cannot be read ({error}); expected an "
-                "image file; replace it or leave the row out",
-                reason="unreadable_image",
-                field=field,
-            ) from error
+        with named_in_errors(field), image_of_bytes(content) as image:
+            suffix = "jpg" if image.format == "JPEG" else str(image.format).lower()
         digest = hashlib.sha256(content).hexdigest()
         # Two levels, because file systems and people suffer from a million files in one folder.
         name = f"{self.image_dir}/{digest[:2]}/{digest}.{suffix}"

@@ -5,7 +5,6 @@ where the official code unpacks it.
 """
 
 import hashlib
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from twn_rl.data.formats.input_files import DataFile, Row, read_rows, required
-from twn_rl.data.images import ImageError, resolve_inside
+from twn_rl.data.images import image_of_bytes, resolve_inside
 from twn_rl.data.record import Item, RecordError, bad_type
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData, TaskQuery
 from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder, located
@@ -89,7 +88,7 @@ class PageCorpus:
         cell = data.get("image")
         content = cell.get("bytes") if isinstance(cell, Mapping) else cell
         if isinstance(content, bytes) and content:
-            return _open(content)
+            return image_of_bytes(content)
         key = _id(data, _CORPUS_ID)
         name = f"{key}.png"
         if self.has_long_names:
@@ -174,15 +173,3 @@ def _id(data: Mapping[str, Any], names: Sequence[str]) -> str:
         reason="missing_field",
         field=names[0],
     )
-
-
-def _open(content: bytes) -> Image.Image:
-    """Return a page whose pixels are decoded when they are needed."""
-    try:
-        return Image.open(io.BytesIO(content))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            f"page of {len(content)} bytes cannot be read ({error}); expected an image file; "
-            "download the corpus again",
-            reason="unreadable_image",
-        ) from error

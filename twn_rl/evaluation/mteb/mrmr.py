@@ -10,7 +10,6 @@ their names. Rows without numbered pictures have "image".
 
 from __future__ import annotations
 
-import io
 import logging
 import re
 from collections import Counter
@@ -27,7 +26,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from twn_rl.data.formats.marks import strip_marks
-from twn_rl.data.images import ImageError, open_image
+from twn_rl.data.images import ImageError, image_of_bytes, open_image
 from twn_rl.evaluation.mteb.tasks import HIT, NDCG, Entry, OwnRetrieval, SplitData, own_metadata
 
 logger = logging.getLogger(__name__)
@@ -228,9 +227,8 @@ class _ParquetPictures:
         cell = _cell(path, column, int(row))
         data = (cell or {}).get("bytes")
         try:
-            with Image.open(io.BytesIO(data or b"")) as image:
-                return open_image(image)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return open_image(image_of_bytes(data or b""))
+        except ImageError as error:
             raise ImageError(
                 f"{path} row {row}: {column} cannot be decoded ({error}); expected the bytes of a "
                 "complete picture; download the file again",
