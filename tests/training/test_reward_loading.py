@@ -213,3 +213,31 @@ def test_none_passes_and_tensors_become_floats():
 
 def test_an_empty_batch_gives_no_rewards():
     assert CheckedReward(nearby)([], target_rank=[]) == []
+
+
+def test_what_a_reward_does_to_its_columns_stays_with_it():
+    def greedy(completions, *, positive_similarity, negative_similarities, **kwargs):
+        positive_similarity.clear()
+        for negatives in negative_similarities:
+            negatives.append(9.0)
+        return [0.0] * len(completions)
+
+    columns = {"positive_similarity": [0.75], "negative_similarities": [[0.25]]}
+    assert CheckedReward(greedy)(["a"], **columns) == [0.0]
+    assert columns == {"positive_similarity": [0.75], "negative_similarities": [[0.25]]}
+
+
+def test_a_reward_that_ends_the_process_is_an_error_and_not_the_end_of_the_run():
+    def leaves(completions, **kwargs):
+        raise SystemExit(0)
+
+    with pytest.raises(RewardError, match="'leaves' raised SystemExit"):
+        CheckedReward(leaves)(["a"])
+
+
+def test_a_value_whose_sum_overflows_is_an_error():
+    def huge(completions, **kwargs):
+        return [1e308 for _ in completions]
+
+    with pytest.raises(RewardError, match=r"1e\+308 for row 0, expected a finite number of at"):
+        CheckedReward(huge)(["a", "b"])

@@ -237,6 +237,10 @@ def _check_columns(name: str, function: Reward, available_columns: Collection[st
         )
 
 
+# Sums and squares of rewards stay finite in float32.
+LARGEST_REWARD = 1e15
+
+
 class CheckedReward:
     """A reward whose exceptions, wrong lengths and non-finite values name the reward and the row.
 
@@ -262,8 +266,8 @@ class CheckedReward:
                 is neither `None` nor a finite number.
         """
         try:
-            output = self.reward_func(completions=completions, **columns)
-        except Exception as error:
+            output = self.reward_func(completions=completions, **_copied(columns))
+        except (Exception, SystemExit) as error:  # no reward ends a run as if it were done
             raise self._explained(error, completions, columns) from error
         if not isinstance(output, Iterable) or isinstance(output, str | bytes):
             raise RewardError(
@@ -287,16 +291,16 @@ class CheckedReward:
             number = float(value)
         except (TypeError, ValueError):
             number = math.nan
-        if not math.isfinite(number):
+        if not abs(number) <= LARGEST_REWARD:  # not for NaN either
             raise RewardError(
                 f"reward '{self.__name__}' gave {reprlib.repr(value)} for row {row}, expected a "
-                "finite number or None (not applicable); correct the reward. "
-                f"{self._row(row, completions, columns)}"
+                f"finite number of at most {LARGEST_REWARD:g} in size or None (not applicable); "
+                f"correct the reward. {self._row(row, completions, columns)}"
             )
         return number
 
     def _explained(
-        self, error: Exception, completions: Sequence[Any], columns: dict[str, Any]
+        self, error: BaseException, completions: Sequence[Any], columns: dict[str, Any]
     ) -> RewardError:
         """Return the error with the first row that raises by itself."""
         start = f"reward '{self.__name__}' raised {type(error).__name__}: {error}"
@@ -309,8 +313,8 @@ class CheckedReward:
                 for name, column in columns.items()
             }
             try:
-                self.reward_func(completions=completions[row : row + 1], **own)
-            except Exception as row_error:
+                self.reward_func(completions=completions[row : row + 1], **_copied(own))
+            except (Exception, SystemExit) as row_error:
                 return RewardError(
                     f"{start}. Alone, row {row} raises {type(row_error).__name__}: {row_error}; "
                     "expected a float or None. Correct the reward or the data. "
@@ -328,3 +332,13 @@ class CheckedReward:
         cells |= {name: columns[name][row] for name in read if row < len(columns[name])}
         shown = ", ".join(f"{name} = {reprlib.repr(cell)}" for name, cell in cells.items())
         return f"Row {row}: {shown}"
+
+
+def _copied(columns: dict[str, Any]) -> dict[str, Any]:
+    """Return columns whose lists a reward may change without changing what the next one reads."""
+    return {
+        name: [list(value) if isinstance(value, list) else value for value in column]
+        if isinstance(column, list)
+        else column
+        for name, column in columns.items()
+    }
