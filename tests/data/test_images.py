@@ -93,6 +93,8 @@ def test_every_allowed_format_is_read() -> None:
         assert open_image(image_of_bytes(content)).size == (24, 24)
 
 
+# Pillow warns of damaged metadata and goes on.
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_damage_is_an_image_error_or_a_picture(data: Any) -> None:
