@@ -271,15 +271,15 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
     Integers count as 8 or 16 bits, whichever holds them, floats as shares of 1 or as 0 to 255;
     what fits neither is stretched between its own extremes.
     """
-    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    is_16_bits = image.mode.startswith("I;16")
+    if image.mode not in ("I", "F") and not is_16_bits:
         return image
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
         raise ValueError("its pixels are not all finite")
-    low, high = 0.0, 65_535.0
-    if not image.mode.startswith("I;16"):
-        ranges = (255.0, 65_535.0) if image.mode == "I" else (1.0, 255.0)
-        fitting = [top for top in ranges if values.min() >= 0 and values.max() <= top]
-        low, high = (0.0, fitting[0]) if fitting else (values.min(), values.max())
+    tops = (65_535.0,) if is_16_bits else (255.0, 65_535.0) if image.mode == "I" else (1.0, 255.0)
+    low, high = values.min(), values.max()
+    if low >= 0 and high <= tops[-1]:
+        low, high = 0.0, next(top for top in tops if high <= top)
     scaled = (values - low) * (255 / ((high - low) or 1.0))
     return Image.fromarray(scaled.round().astype(np.uint8))
