@@ -23,6 +23,7 @@ from twn_rl.data.verification import CACHE_SUFFIX
 from twn_rl.demo import questions
 from twn_rl.demo.questions import SCENE_RETRIEVAL, Question, TeacherNoise
 from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts, draw_tile
+from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
     _write_pictures(directory)
     for split in SPLITS:
         write_records(files[split], list(_split_records(directory, split, settings)))
-    stamp.write_text(wanted, encoding="utf-8")
+    write_text(stamp, wanted)
     return files
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.whole_files import write_json, write_text
 from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     resolved = {type(a).__name__: _plain(a) for a in arguments}
     text = yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True)
-    (directory / "run.yaml").write_text(text, encoding="utf-8")
+    write_text(directory / "run.yaml", text)
     environment = {
         "command": sys.argv,
         "git_commit": _git_commit(),
@@ -49,7 +50,7 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
         "num_processes": join_processes().num_processes,
         "distributed_type": join_processes().distributed_type,
     }
-    (directory / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+    write_json(directory / "environment.json", environment, indent=1)
 
 
 def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:

@@ -20,6 +20,7 @@ from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
 from twn_rl.demo.wordnet.database import Nouns, Synset
 from twn_rl.runtime.problems import Problems
+from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
@@ -276,7 +277,7 @@ def write_reverse_dictionary(
             "%s: %d records, %.1f negatives each, %d without any", split, len(records), mean, alone
         )
     text = json.dumps(asdict(settings), indent=1) + "\n"
-    (directory / SETTINGS_FILE).write_text(text, encoding="utf-8")
+    write_text(directory / SETTINGS_FILE, text)
     return files
 
 
