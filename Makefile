@@ -11,17 +11,18 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # The test workers and the processes they start share the machine's cores: one thread each.
-test unit: export OMP_NUM_THREADS ?= 1
+test unit hostile: export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test unit lint types format docs clean .venv
+.PHONY: help env demo ablation test unit hostile lint types format docs clean .venv
 
 help:
 	@echo "make demo      train the embedded default on this machine and draw the report"
 	@echo "make ablation  SFT only against SFT + GRPO, several seeds, table and plot"
 	@echo "make test      lint, types and every test"
 	@echo "make unit      the quick tests only"
+	@echo "make hostile   hostile inputs and faults, all of them, with the table"
 	@echo "make format    let ruff format and mend what it can"
 	@echo "make docs      build the documentation into site/"
 	@echo "make clean     remove $(VENV), $(OUTPUTS) and caches"
@@ -53,6 +54,9 @@ test: lint types
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
+
+hostile: $(STAMP)
+	$(BIN)/python -m pytest tests/hostile --campaign -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 format: $(STAMP)
 	$(BIN)/ruff format .

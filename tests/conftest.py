@@ -30,6 +30,22 @@ from twn_rl.modeling.backbone import Backbone, from_parts
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Declare the switch of `make hostile`."""
+    parser.addoption("--campaign", action="store_true", help="run tests marked campaign, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the long campaigns unless they are asked for."""
+    if config.getoption("campaign"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("campaign")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 WORDS = (  # noqa: SIM905 -- one string keeps the list readable
     "find the picture of a camel pizza zebra tree above below left right top bottom center it is "
     "one two three in row column which object answer Assistant: User: System:"
