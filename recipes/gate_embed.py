@@ -41,7 +41,7 @@ from twn_rl.evaluation.gate_threshold import (
 from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments, parse_arguments
-from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.modeling.gate_files import save_gates, set_threshold
@@ -143,48 +143,49 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
     set_seed(script.seed)
     path, processes = Path(script.model), join_processes()
 
-    # Data first: bad records must show before a model is loaded.
-    records = {
-        name: data.load(name)  # pyright: ignore[reportArgumentType]
-        for name in (script.split, script.validation_split)
-    }
+    with owned_run(path):
+        # Data first: bad records must show before a model is loaded.
+        records = {
+            name: data.load(name)  # pyright: ignore[reportArgumentType]
+            for name in (script.split, script.validation_split)
+        }
 
-    # Model: every process has the whole of it.
-    model = DualLoraModel.from_pretrained(path).to(processes.device)
-    if processes.is_main_process:
-        save_run(path / FOLDER, script, rule, data)
+        # Model: every process has the whole of it.
+        model = DualLoraModel.from_pretrained(path).to(processes.device)
+        if processes.is_main_process:
+            save_run(path / FOLDER, script, rule, data)
 
-    # Labels
-    labels = {
-        (side, name): measure_gains(
-            model,
-            records[name],
-            side,
-            path / FOLDER / "labels" / side / name,
-            script.label_settings(),
-            processes=processes,
-            rebuild=script.rebuild_labels,
-        )
-        for side in script.sides
-        for name in records
-    }
+        # Labels
+        labels = {
+            (side, name): measure_gains(
+                model,
+                records[name],
+                side,
+                path / FOLDER / "labels" / side / name,
+                script.label_settings(),
+                processes=processes,
+                rebuild=script.rebuild_labels,
+            )
+            for side in script.sides
+            for name in records
+        }
 
-    # Fit, threshold, save
-    if processes.is_main_process:
-        found: dict[str, ChosenThreshold] = {}
-        for side in script.sides:
-            train, validation = (labels[side, name] for name in records)
-            gate, found[side] = fit_side(script, rule, train, validation)
-            gate.fitted_to = Fingerprints(model).gate_origin
-            model.gates[side] = gate
-            set_threshold(model.config, side, found[side].chosen.threshold)
-            log_choice(side, found[side], rule.metric)
-        write_thresholds(path / FOLDER, found, rule.metric)
-        write_text(path / FOLDER / "labels.md", label_tables(found))
-        save_gates(model, path)
-        model.config.save(path)
-        logger.info("Gate saved to %s", path)
-    processes.wait_for_everyone()
+        # Fit, threshold, save
+        if processes.is_main_process:
+            found: dict[str, ChosenThreshold] = {}
+            for side in script.sides:
+                train, validation = (labels[side, name] for name in records)
+                gate, found[side] = fit_side(script, rule, train, validation)
+                gate.fitted_to = Fingerprints(model).gate_origin
+                model.gates[side] = gate
+                set_threshold(model.config, side, found[side].chosen.threshold)
+                log_choice(side, found[side], rule.metric)
+            write_thresholds(path / FOLDER, found, rule.metric)
+            write_text(path / FOLDER / "labels.md", label_tables(found))
+            save_gates(model, path)
+            model.config.save(path)
+            logger.info("Gate saved to %s", path)
+        processes.wait_for_everyone()
     return path
 
 

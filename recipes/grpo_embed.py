@@ -27,7 +27,7 @@ from typing import Any
 from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
-from twn_rl.launch.run_folder import set_up_logging, train_and_save
+from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_embed, sft_embed
@@ -108,29 +108,30 @@ def main(
     parameters: Any = script.reward_parameters
     rewards = load_rewards(script.rewards, REWARDS, parameters, available_columns=available)
 
-    # Model and adapters
-    ensure_warm_start(script, data, training)
-    set_seed(training.seed)
-    model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
+    with owned_run(output):
+        # Model and adapters
+        ensure_warm_start(script, data, training)
+        set_seed(training.seed)
+        model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
 
-    # Data: every target of the RL records is embedded once.
-    records = data.load("rl")
-    scorer = make_scorer(model, records, training, output)
+        # Data: every target of the RL records is embedded once.
+        records = data.load("rl")
+        scorer = make_scorer(model, records, training, output)
 
-    # Trainer
-    watch = CollapseWatch(stop_on_collapse=script.stop_on_collapse)
-    callbacks = [watch, MetricsWriter(output / "metrics.jsonl")]
-    trainer = trainer_class(model, rewards, training, records, scorer, callbacks=callbacks)
+        # Trainer
+        watch = CollapseWatch(stop_on_collapse=script.stop_on_collapse)
+        callbacks = [watch, MetricsWriter(output / "metrics.jsonl")]
+        trainer = trainer_class(model, rewards, training, records, scorer, callbacks=callbacks)
 
-    # Train and save
-    train_and_save(trainer, output, script, data, training)
+        # Train and save
+        train_and_save(trainer, output, script, data, training)
 
-    # Evaluate
-    if script.evaluate:
-        evaluation = eval_embed.EvalScriptArguments(
-            model=str(output), before=script.warm_start, num_thoughts=2
-        )
-        eval_embed.main(evaluation, data)
+        # Evaluate
+        if script.evaluate:
+            evaluation = eval_embed.EvalScriptArguments(
+                model=str(output), before=script.warm_start, num_thoughts=2
+            )
+            eval_embed.main(evaluation, data)
     return output
 
 

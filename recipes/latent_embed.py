@@ -25,7 +25,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.launch.run_folder import set_up_logging, train_and_save
+from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -78,27 +78,30 @@ def main(
             f"num_reason_tokens = {model_args.num_reason_tokens}; expected K >= 1 reason tokens; "
             "set it, or pass --direct_only true for the baseline without them"
         )
-    records = data.load(script.split)  # pyright: ignore[reportArgumentType]
-    model = model_args.build(training.seed)
-    set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
+    with owned_run(output):
+        records = data.load(script.split)  # pyright: ignore[reportArgumentType]
+        model = model_args.build(training.seed)
+        set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
 
-    # Trainer
-    callbacks = [MetricsWriter(output / "metrics.jsonl")]
-    is_direct = script.direct_only
-    trainer = LatentTrainer(model, training, records, direct_only=is_direct, callbacks=callbacks)
+        # Trainer
+        callbacks = [MetricsWriter(output / "metrics.jsonl")]
+        is_direct = script.direct_only
+        trainer = LatentTrainer(
+            model, training, records, direct_only=is_direct, callbacks=callbacks
+        )
 
-    # Train and save
-    train_and_save(trainer, output, script, model_args, data, training)
+        # Train and save
+        train_and_save(trainer, output, script, model_args, data, training)
 
-    # Check: from other queries' states the decoder must fail
-    if not script.direct_only and script.check_records and data.has(script.check_split):  # pyright: ignore[reportArgumentType]
-        held_out = data.load(script.check_split)  # pyright: ignore[reportArgumentType]
-        count = min(script.check_records, len(held_out))
-        check = trainer.check_reconstruction([held_out[i] for i in range(count)])
-        trainer.log(dict(check))
-        if join_processes().is_main_process:
-            write_text(output / CHECK_FILE, json.dumps(check, indent=1) + "\n")
-        logger.info("Reconstruction of %d held-out targets: %s", count, check)
+        # Check: from other queries' states the decoder must fail
+        if not script.direct_only and script.check_records and data.has(script.check_split):  # pyright: ignore[reportArgumentType]
+            held_out = data.load(script.check_split)  # pyright: ignore[reportArgumentType]
+            count = min(script.check_records, len(held_out))
+            check = trainer.check_reconstruction([held_out[i] for i in range(count)])
+            trainer.log(dict(check))
+            if join_processes().is_main_process:
+                write_text(output / CHECK_FILE, json.dumps(check, indent=1) + "\n")
+            logger.info("Reconstruction of %d held-out targets: %s", count, check)
     return output
 
 

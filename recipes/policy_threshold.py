@@ -29,7 +29,7 @@ from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.routing import RoutedQuery, routed_queries, routing_curve
 from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments, parse_arguments
-from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
 
@@ -57,25 +57,26 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
     set_up_logging()
     set_seed(script.seed)
     path = Path(script.model)
-    records = data.load(script.validation_split)  # pyright: ignore[reportArgumentType]
-    if join_processes().is_main_process:
-        model = DualLoraModel.from_pretrained(path).to(join_processes().device)
-        save_run(path / FOLDER, script, rule, data)
-        settings = EvaluationSettings(
-            split=script.validation_split,
-            modes=("never", "always", MODE),
-            batch_size=script.batch_size,
-            seed=script.seed,
-        )
-        rows = evaluate(model, records, settings).queries
-        found = choose(routed_queries(rows, MODE)[script.validation_split], rule)
-        write_thresholds(path / FOLDER, {MODE: found}, rule.metric)
-        log_choice(MODE, found, rule.metric)
-        assert found.chosen.threshold is not None
-        model.config.policy_threshold = found.chosen.threshold
-        model.config.save(path)
-        logger.info("policy_threshold = %.3f saved to %s", found.chosen.threshold, path)
-    join_processes().wait_for_everyone()
+    with owned_run(path):
+        records = data.load(script.validation_split)  # pyright: ignore[reportArgumentType]
+        if join_processes().is_main_process:
+            model = DualLoraModel.from_pretrained(path).to(join_processes().device)
+            save_run(path / FOLDER, script, rule, data)
+            settings = EvaluationSettings(
+                split=script.validation_split,
+                modes=("never", "always", MODE),
+                batch_size=script.batch_size,
+                seed=script.seed,
+            )
+            rows = evaluate(model, records, settings).queries
+            found = choose(routed_queries(rows, MODE)[script.validation_split], rule)
+            write_thresholds(path / FOLDER, {MODE: found}, rule.metric)
+            log_choice(MODE, found, rule.metric)
+            assert found.chosen.threshold is not None
+            model.config.policy_threshold = found.chosen.threshold
+            model.config.save(path)
+            logger.info("policy_threshold = %.3f saved to %s", found.chosen.threshold, path)
+        join_processes().wait_for_everyone()
     return path
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.launch.run_folder import set_up_logging, train_and_save
+from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.monitor import MetricsWriter
@@ -54,25 +54,28 @@ def main(
     set_seed(training.seed)
     output = Path(training.output_dir or "outputs/sft")
 
-    # Data first: bad records must show before a backbone is loaded.
-    records = data.load(script.split)  # pyright: ignore[reportArgumentType]
+    with owned_run(output):
+        # Data first: bad records must show before a backbone is loaded.
+        records = data.load(script.split)  # pyright: ignore[reportArgumentType]
 
-    # Model and adapters
-    if script.checkpoint is None:
-        model = model_args.build(training.seed)
-    else:
-        model = DualLoraModel.from_pretrained(script.checkpoint, is_trainable=True)
-    names = [REASONING_ADAPTER] + ([EMBEDDING_ADAPTER] if script.train_adapters == "both" else [])
-    set_trainable(model.peft_model, names)
-    if script.train_adapters != "both":
-        training.contrastive_from = 1.0
+        # Model and adapters
+        if script.checkpoint is None:
+            model = model_args.build(training.seed)
+        else:
+            model = DualLoraModel.from_pretrained(script.checkpoint, is_trainable=True)
+        names = [REASONING_ADAPTER] + (
+            [EMBEDDING_ADAPTER] if script.train_adapters == "both" else []
+        )
+        set_trainable(model.peft_model, names)
+        if script.train_adapters != "both":
+            training.contrastive_from = 1.0
 
-    # Trainer
-    callbacks = [MetricsWriter(output / "metrics.jsonl")]
-    trainer = SftTrainer(model, training, records, callbacks=callbacks)
+        # Trainer
+        callbacks = [MetricsWriter(output / "metrics.jsonl")]
+        trainer = SftTrainer(model, training, records, callbacks=callbacks)
 
-    # Train and save
-    train_and_save(trainer, output, script, model_args, data, training)
+        # Train and save
+        train_and_save(trainer, output, script, model_args, data, training)
     return output
 
 

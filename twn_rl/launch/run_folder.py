@@ -7,6 +7,8 @@ import logging
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from twn_rl.runtime.processes import join_processes
-from twn_rl.runtime.whole_files import write_json, write_text
+from twn_rl.runtime.processes import gather_objects, join_processes
+from twn_rl.runtime.whole_files import owned, write_json, write_text
 from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,27 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
         "distributed_type": join_processes().distributed_type,
     }
     write_json(directory / "environment.json", environment, indent=1)
+
+
+@contextmanager
+def owned_run(output: str | Path) -> Iterator[None]:
+    """Let no other run write to the folder of this one while the body runs; all processes enter.
+
+    Raises:
+        ValueError: On every process, if another run has it: which, and since when.
+        OSError: Likewise, if the folder cannot be written to.
+    """
+    problem: Exception | None = None
+    with ExitStack() as held:
+        if join_processes().is_main_process:
+            try:
+                held.enter_context(owned(Path(output).absolute()))
+            except (ValueError, OSError) as error:
+                problem = error
+        problem = gather_objects(problem)[0]
+        if problem is not None:
+            raise problem
+        yield
 
 
 def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:

@@ -3,14 +3,18 @@
 They are written under another name first, and read as absent if damaged.
 """
 
+import errno
 import fcntl
 import glob
 import hashlib
 import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,21 +43,32 @@ def written_aside(path: str | Path) -> Iterator[Path]:
 def owned(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
     """Let no other run write to `path`, a file or a folder, while the body runs.
 
-    The lock is a file beside `path`, which goes with the body. That of a killed run is free, and
-    what it had only begun to write is removed.
+    The lock is a file beside `path`, which goes with the body and says who has it. That of a killed
+    run is free, and what it had only begun to write is removed.
 
     Raises:
-        ValueError: As `error`, if another run has it.
+        ValueError: As `error`, if another run has it: which, and since when.
+        OSError: If nothing can be written there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
-    descriptor = _lock(lock)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock)
+        if path.is_dir() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "no right to write", str(path))
+    except OSError as problem:
+        raise OSError(
+            problem.errno,
+            f"{path} cannot be written: {problem.strerror}; expected a folder that this user may "
+            "write to; change its rights or choose another output. Nothing was changed",
+        ) from problem
     if descriptor is None:
         raise error(
-            f"{path} is being written by another run; expected one at a time; wait for it or "
-            "choose another output"
+            f"{path} is being written by another run{_owner(lock)}; expected one at a time; wait "
+            "for it or choose another output"
         )
     try:
+        _sign(descriptor)
         begun = f".{glob.escape(path.name)}.*.tmp"
         for left in (*path.parent.glob(begun), *path.glob(".*.tmp")):
             _remove(left)
@@ -145,6 +160,24 @@ def _lock(path: Path) -> int | None:
         except FileNotFoundError:
             pass
         os.close(descriptor)  # its last owner has just removed the file that was locked
+
+
+def _sign(descriptor: int) -> None:
+    """Write into a lock who has it, for whom it keeps out."""
+    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    signed = {"pid": os.getpid(), "host": platform.node(), "since": now, "command": sys.argv[0]}
+    with suppress(OSError):  # on a full disk the lock holds without a name
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(signed).encode(), 0)
+
+
+def _owner(lock: Path) -> str:
+    """Return who has a lock, and since when; nothing if it has just been taken."""
+    signed = read_json(lock)
+    if not isinstance(signed, dict) or not {"pid", "host", "since", "command"} <= set(signed):
+        return ""
+    name = ascii(Path(str(signed["command"])).name)[1:-1]
+    return f" ({name}, process {signed['pid']} on {signed['host']}, since {signed['since']})"
 
 
 def _sync(file: Any) -> None:
