@@ -37,7 +37,7 @@ from transformers import set_seed
 
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
-from twn_rl.evaluation.results import Evaluation, merge_evaluations
+from twn_rl.evaluation.results import REPORTED_SPLITS, Evaluation, merge_evaluations
 from twn_rl.evaluation.routing import (
     DECIDERS,
     describe_routing,
@@ -57,7 +57,6 @@ from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
-REPORTED_SPLITS = ("test", "ood")
 # The model before RL shares the frozen embedding adapter: only its own thoughts differ.
 BEFORE_MODES = ("never", "always")
 PLAIN_MODES = (
@@ -201,7 +200,8 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
         from twn_rl.evaluation.mteb.tasks import EMOJI_SCENES
 
     output = script.output / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
-    names = script.splits if script.benchmark == EMOJI_SCENES and data.is_demo() else []
+    is_demo = script.benchmark == EMOJI_SCENES and data.is_demo()
+    names = [name for name in script.splits if is_demo and data.has(name)]  # pyright: ignore[reportArgumentType]
     splits = {name: data.load(name) for name in names}  # pyright: ignore[reportArgumentType]
     save_run(output, script, data)
     settings = BenchmarkSettings(

@@ -14,7 +14,7 @@
 All methods see the same records of a seed; both kinds of RL start from the same warm start. The
 thresholds of gate and policy are chosen on the validation split by the same rule. Writes
 comparison.json ({method: {column: {mean, std, values}}}), comparison.md and comparison.png: hit@1
-by hops in and out of domain, think rate and tokens, milliseconds a query, trained parameters and
+by hops and split, think rate and tokens, milliseconds a query, trained parameters and
 training time. Milliseconds are measured last, all methods of a seed in turn in one process, with
 nothing else running. Finished stages are kept: the same command goes on where it was stopped. About
 25 minutes a seed on one CPU core.

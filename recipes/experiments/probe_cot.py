@@ -39,7 +39,8 @@ class ProbeScriptArguments:
         default=None, metadata={"help": "Where table and numbers go; default: MODEL/probe_cot."}
     )
     splits: list[str] = field(
-        default_factory=lambda: ["test", "ood"], metadata={"help": "Splits to probe on."}
+        default_factory=lambda: ["test", "unseen_pairs", "ood"],
+        metadata={"help": "Splits to probe on, where they are."},
     )
     max_think_tokens: int | None = field(
         default=None, metadata={"help": "Longest CoT in tokens; default: the model's."}

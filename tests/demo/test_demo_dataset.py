@@ -1,16 +1,19 @@
 """The emoji records: splits, held-out pairs, vocabulary, reuse, and independence of the noise."""
 
 import random
+from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records
 from twn_rl.demo.dataset import DEFAULT_MIX, RL_MIX, SPLITS, DemoSettings, ask, write_demo
 from twn_rl.demo.questions import ANSWER, HELD_OUT_PAIRS, RETRIEVE, TeacherNoise, is_round_trip
-from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts
+from twn_rl.demo.scenes import GREY_STYLE, PLACES, STYLES, Scene, concepts
 from twn_rl.demo.tiny_vlm import make_tokenizer
 
 SIZES = {
@@ -18,7 +21,9 @@ SIZES = {
     "num_rl": 120,
     "num_validation": 24,
     "num_test": 60,
-    "num_ood": 120,
+    "num_unseen_pairs": 120,
+    "num_three_hops": 40,
+    "num_unseen_style": 40,
 }
 Splits = dict[str, RecordSet]
 
@@ -34,7 +39,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Splits:
 
 
 def pairs(records: RecordSet) -> set[tuple[str, ...]]:
-    return {tuple(r.metadata["relations"]) for r in records if r.metadata["hops"] == 2}
+    return {p for r in records for p in pairwise(r.metadata["relations"])}
 
 
 def name_of(item: Item) -> str:
@@ -49,22 +54,45 @@ def test_every_split_has_its_size_and_loads_without_a_bad_record(demo: Splits) -
         assert len({record.id for record in records}) == len(records)
 
 
-def test_held_out_pairs_are_asked_out_of_domain_only(demo: Splits) -> None:
-    for split in ("train", "rl", "validation", "test"):
+def test_held_out_pairs_are_asked_in_one_split_only(demo: Splits) -> None:
+    for split in SPLITS:
         assert pairs(demo[split])
-        assert not pairs(demo[split]) & set(HELD_OUT_PAIRS)
-    assert pairs(demo["ood"])
-    assert pairs(demo["ood"]) <= set(HELD_OUT_PAIRS)
+        if split == "unseen_pairs":
+            assert pairs(demo[split]) <= set(HELD_OUT_PAIRS)
+        else:
+            assert not pairs(demo[split]) & set(HELD_OUT_PAIRS)
 
 
 def test_round_trips_are_never_asked(demo: Splits) -> None:
     assert not any(is_round_trip(pair) for records in demo.values() for pair in pairs(records))
 
 
-def test_out_of_domain_is_drawn_in_the_other_style(demo: Splits) -> None:
+def test_three_hops_are_asked_in_their_own_split_only(demo: Splits) -> None:
+    for split, records in demo.items():
+        hops = {record.metadata["hops"] for record in records}
+        assert hops == {3} if split == "three_hops" else 3 not in hops
+    for record in demo["three_hops"]:
+        steps = str(record.query.text).count(" the one ") + 1
+        assert steps == len(record.metadata["relations"]) == 3
+        # The start, three places, the answer.
+        assert record.metadata["gold_cot"].count(" ; ") == 4
+
+
+def test_every_split_is_drawn_in_its_style(demo: Splits) -> None:
+    other = {"unseen_pairs": STYLES[1], "unseen_style": GREY_STYLE}
     for split, records in demo.items():
         styles = {record.metadata["style"] for record in records}
-        assert styles == {STYLES[1] if split == "ood" else STYLES[0]}
+        assert styles == {other.get(split, STYLES[0])}
+
+
+def test_the_unseen_style_has_no_colour_and_the_others_have(demo: Splits) -> None:
+    def has_colour(split: str) -> bool:
+        folder = demo[split].data_root / "images" / "scenes" / split
+        with Image.open(folder / "00000.png") as picture:
+            red, green, blue = picture.split()
+        return not red.tobytes() == green.tobytes() == blue.tobytes()
+
+    assert {split for split in SPLITS if not has_colour(split)} == {"unseen_style"}
 
 
 def test_the_positive_is_never_a_negative_and_negatives_are_distinct(demo: Splits) -> None:
@@ -97,13 +125,16 @@ def test_targets_that_are_pictures_of_one_object_have_a_caption(demo: Splits) ->
 def test_records_of_an_older_layout_are_written_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = DemoSettings(num_train=2, num_rl=2, num_validation=2, num_test=2, num_ood=2)
+    settings = DemoSettings(num_train=2, num_rl=2, num_validation=2, num_test=2)
     monkeypatch.setattr("twn_rl.demo.dataset.LAYOUT", 1)
     train = write_demo(tmp_path / "data", settings)["train"]
     monkeypatch.undo()
     train.write_text("old")
+    former = tmp_path / "data" / "ood.jsonl"
+    former.write_text("old")
     write_demo(tmp_path / "data", settings)
     assert train.read_text() != "old"
+    assert not former.exists()
 
 
 def test_metadata_tells_which_cots_are_wrong(demo: Splits) -> None:
@@ -181,6 +212,22 @@ def test_the_same_seed_gives_the_same_records_and_another_seed_others(
     roots = [data["rl"].data_root for data in (demo, again, other)]
     drawn = [(root / picture).read_bytes() for root in roots]
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_the_records_are_those_that_published_figures_were_measured_on(demo: Splits) -> None:
+    """A change of these digests is another data set: figures in the docs must be measured anew."""
+    digests = {}
+    for split in ("train", "rl", "validation", "test", "unseen_pairs"):
+        text = (demo[split].data_root / f"{split}.jsonl").read_text(encoding="utf-8")
+        # The split of unseen pairs was called ood then.
+        digests[split] = sha256(text.replace("unseen_pairs", "ood").encode()).hexdigest()[:16]
+    assert digests == {
+        "train": "87a9c2c4ffb3233e",
+        "rl": "74067b3befa243a2",
+        "validation": "426bab496676a3c1",
+        "test": "e693edc4d00b7c2c",
+        "unseen_pairs": "08d825ba82fe396a",
+    }
 
 
 def test_noise_changes_the_cots_and_nothing_else(demo: Splits, tmp_path: Path) -> None:

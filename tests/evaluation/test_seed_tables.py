@@ -80,7 +80,10 @@ def test_evaluated_arms_become_numbers_tables_and_a_picture(tmp_path: Path) -> N
 
 def test_the_table_has_one_row_per_headline_key() -> None:
     headline = [
-        f"{split}/{group}/{mode}" for split in ("test", "ood") for group in GROUPS for mode in MODES
+        f"{split}/{group}/{mode}"
+        for split in ("test", "unseen_pairs")
+        for group in GROUPS
+        for mode in MODES
     ]
     others = ["test/find/always/hit@1", "test/hop2/shuffled/hit@1", "test/hop2/always/hit@1_low"]
     metrics = dict.fromkeys([*(f"{key}/hit@1" for key in headline), *others], 0.5)
@@ -103,7 +106,7 @@ def test_the_plot_is_a_picture_with_one_panel_a_split(tmp_path: Path) -> None:
     summary = summary_of(TWO_ARMS)
     plot_summary(summary, tmp_path / "one.png")
     for metrics in summary.values():
-        metrics["ood/hop2/always/hit@1"] = metrics[ALWAYS]
+        metrics["unseen_pairs/hop2/always/hit@1"] = metrics[ALWAYS]
     plot_summary(summary, tmp_path / "two.png")
     with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "two.png") as two:
         assert one.format == two.format == "PNG"
@@ -169,11 +172,16 @@ def test_a_method_is_measured_in_the_mode_in_which_it_serves() -> None:
 
 def test_the_table_of_methods_has_a_row_a_method_and_marks_what_was_not_measured() -> None:
     gate = {**served_metrics(AUTO, "auto"), **COSTS}
-    latent = {"ood/hop1/hit@1": 1.0, **COSTS, "milliseconds": 1.0, "trainable_parameters": 7.0}
+    latent = {
+        "unseen_pairs/hop1/hit@1": 1.0,
+        **COSTS,
+        "milliseconds": 1.0,
+        "trainable_parameters": 7.0,
+    }
     header, _, *rows = method_table(summary_of({"gate": [gate], "latent": [latent]})).splitlines()
     assert header == (
         "| method | test hop2 | test all | test think tokens | ms a query | trained parameters "
-        "| training minutes | ood hop1 |"
+        "| training minutes | unseen_pairs hop1 |"
     )
     assert rows == [
         "| gate | 40.0 ± 0.0 | 20.0 ± 0.0 | 4.0 ± 0.0 | 2.0 ± 0.0 | 1,500 | 1.5 ± 0.0 | - |",

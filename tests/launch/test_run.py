@@ -212,6 +212,9 @@ def test_given_files_are_loaded_by_split(tmp_path: Path) -> None:
     assert data.load("test")[0].id == "test.jsonl"
     assert data.has("test")
     assert not data.has("ood")
+    assert not data.has("three_hops")
+    with pytest.raises(ValueError, match="only the emoji scenes have"):
+        data.load("three_hops")
     with pytest.raises(ValueError, match=r"validation_file = None.*--validation_file"):
         data.load("validation")
 
@@ -240,7 +243,10 @@ def test_one_given_file_of_any_split_switches_the_demo_off(tmp_path: Path, split
 def test_without_files_the_demo_is_written_at_the_asked_scale(tmp_path: Path) -> None:
     data = DataArguments(demo_dir=str(tmp_path / "demo"), demo_scale=0.001, teacher_swap_rate=0.0)
     assert data.is_demo()
-    assert data.has("ood")
+    assert data.has("three_hops")
+    assert not data.has("ood")
+    with pytest.raises(ValueError, match="called ood is unseen_pairs"):
+        data.load("ood")
     records = data.load("validation")
     assert len(records) == 8
     assert "swap" not in {record.metadata["teacher_mistake"] for record in data.load("rl")}

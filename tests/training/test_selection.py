@@ -12,7 +12,7 @@ import torch
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record_files import RecordSet, load_records
-from twn_rl.demo.dataset import DemoSettings, noisy_teachers, write_demo
+from twn_rl.demo.dataset import SPLITS, DemoSettings, noisy_teachers, write_demo
 from twn_rl.demo.questions import TeacherNoise
 from twn_rl.modeling.adapters import active_adapter
 from twn_rl.training.thought_selection.choosing import (
@@ -257,7 +257,7 @@ def test_the_adapter_writes_the_same_drafts_whatever_the_batch(
 
 
 def test_noisy_teachers_speak_about_the_records_of_the_split(tmp_path: Path) -> None:
-    sizes = {f"num_{split}": 12 for split in ("train", "rl", "validation", "test", "ood")}
+    sizes = {f"num_{split}": 12 for split in SPLITS}
     settings = DemoSettings(noise=TeacherNoise(0, 0), **sizes)
     for split, path in write_demo(tmp_path / "data", settings).items():
         gold = {r.id: [r.metadata["gold_cot"]] * 2 for r in load_records(path)}

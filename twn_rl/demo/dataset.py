@@ -1,8 +1,10 @@
 """Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures.
 
-Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test`` and ``ood``. All but
-``ood`` are drawn in Fluent artwork and never ask the held-out relation pairs; ``ood`` is drawn in
-Noto artwork and its two-hop questions ask held-out pairs only.
+Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test``, and three that
+differ from what is trained on: ``unseen_pairs`` (Noto artwork, which the backbone knows and the
+adapters do not, and of the two-hop questions the held-out pairs only), ``three_hops`` (nothing but
+the number of hops) and ``unseen_style`` (nothing but artwork without colour, which the backbone has
+not seen either).
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import logging
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -22,14 +24,13 @@ from twn_rl.data.record_files import write_records
 from twn_rl.data.verification import CACHE_SUFFIX
 from twn_rl.demo import questions
 from twn_rl.demo.questions import SCENE_RETRIEVAL, Question, TeacherNoise
-from twn_rl.demo.scenes import PLACES, STYLES, Scene, concepts, draw_tile
+from twn_rl.demo.scenes import GREY_STYLE, PLACES, STYLES, Scene, concepts, draw_tile
 from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
 # Raised when records of equal settings get other fields, so that older folders are written anew.
-LAYOUT = 2
-SPLITS = ("train", "rl", "validation", "test", "ood")
+LAYOUT = 3
 QUESTIONS_PER_SCENE = 4
 # Kind of question -> share of the records. Easy kinds (no walk over the grid) are 65 % by default.
 DEFAULT_MIX = {
@@ -45,6 +46,38 @@ RL_MIX = {"hop0": 0.10, "hop1": 0.40, "hop2": 0.50}
 
 
 @dataclass(frozen=True)
+class SplitPlan:
+    """What a split asks about and how it is drawn.
+
+    Attributes:
+        mix: Kind of question -> share of the records.
+        style: Artwork of its scenes and picture targets.
+        held_out: Whether hops over held-out pairs of relations are asked, or never.
+        dice: Name its draws start from; None is its own.
+    """
+
+    mix: Mapping[str, float] = field(default_factory=lambda: DEFAULT_MIX)
+    style: str = STYLES[0]
+    held_out: bool = False
+    dice: str | None = None
+
+
+PLANS = {
+    "train": SplitPlan(),
+    "rl": SplitPlan(mix=RL_MIX),
+    "validation": SplitPlan(),
+    "test": SplitPlan(),
+    # The dice keep the name of the first published figures, and so the questions.
+    "unseen_pairs": SplitPlan(style=STYLES[1], held_out=True, dice="ood"),
+    "three_hops": SplitPlan(mix={"hop3": 1.0}),
+    "unseen_style": SplitPlan(style=GREY_STYLE),
+}
+SPLITS = tuple(PLANS)
+# Files of earlier layouts, which are replaced.
+FORMER_SPLITS = ("ood",)
+
+
+@dataclass(frozen=True)
 class DemoSettings:
     """What the generator writes; equal settings give byte-identical records."""
 
@@ -53,7 +86,9 @@ class DemoSettings:
     num_rl: int = 1600
     num_validation: int = 300
     num_test: int = 1000
-    num_ood: int = 600
+    num_unseen_pairs: int = 600
+    num_three_hops: int = 300
+    num_unseen_style: int = 400
     noise: TeacherNoise = field(default_factory=TeacherNoise)
 
     def size(self, split: str) -> int:
@@ -80,7 +115,7 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
 
 
 def _refuse_foreign(directory: Path, stamp: Path) -> None:
-    files = [f"{split}.jsonl" for split in SPLITS]
+    files = [f"{split}.jsonl" for split in (*SPLITS, *FORMER_SPLITS)]
     known = {stamp.name, "images", *files, *(f"{file}{CACHE_SUFFIX}" for file in files)}
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
     if foreign:
@@ -91,7 +126,7 @@ def _refuse_foreign(directory: Path, stamp: Path) -> None:
 
 
 def _write_pictures(directory: Path) -> None:
-    for style in STYLES:
+    for style in dict.fromkeys(plan.style for plan in PLANS.values()):
         folder = directory / "images" / "emoji" / style
         folder.mkdir(parents=True, exist_ok=True)
         for name in concepts():
@@ -106,7 +141,7 @@ def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, 
     """
     cots: dict[str, list[str]] = {}
     for i, kind, scene, draw in _draws(split, settings):
-        question = ask(kind, scene, draw, held_out=split == "ood")
+        question = ask(kind, scene, draw, held_out=PLANS[split].held_out)
         dice = [random.Random(f"{settings.seed}/{split}/{i}/teacher{n}") for n in range(count)]
         cots[_identity(split, i)] = [
             questions.teach(scene, question, settings.noise, die)[0] for die in dice
@@ -116,14 +151,14 @@ def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, 
 
 def _draws(split: str, settings: DemoSettings) -> Iterator[tuple[int, str, Scene, random.Random]]:
     """Yield number, kind of question, scene and dice of every record of a split."""
-    style = STYLES[1] if split == "ood" else STYLES[0]
-    rng = random.Random(f"{settings.seed}/{split}")
-    mix = RL_MIX if split == "rl" else DEFAULT_MIX
-    kinds = rng.choices(list(mix), weights=list(mix.values()), k=settings.size(split))
-    scene = Scene.sample(rng, style)
+    plan = PLANS[split]
+    rng = random.Random(f"{settings.seed}/{plan.dice or split}")
+    weights = list(plan.mix.values())
+    kinds = rng.choices(list(plan.mix), weights=weights, k=settings.size(split))
+    scene = Scene.sample(rng, plan.style)
     for i, kind in enumerate(kinds):
         if i % QUESTIONS_PER_SCENE == 0:
-            scene = Scene.sample(rng, style)
+            scene = Scene.sample(rng, plan.style)
         yield i, kind, scene, random.Random(rng.getrandbits(64))
 
 
@@ -140,7 +175,7 @@ def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[
         if i % QUESTIONS_PER_SCENE == 0:
             picture = f"images/scenes/{split}/{i // QUESTIONS_PER_SCENE:05d}.png"
             scene.draw().save(directory / picture, compress_level=1)
-        question = ask(kind, scene, draw, held_out=split == "ood")
+        question = ask(kind, scene, draw, held_out=PLANS[split].held_out)
         cot, mistake = question.gold_cot, None
         if kind == SCENE_RETRIEVAL:  # no mistakes, so no dice are thrown for them
             targets = _scene_targets(scene, picture, records[-400:], draw)

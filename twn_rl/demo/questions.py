@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from twn_rl.demo.scenes import GRID, PLACES, ROW_WORDS, STEPS, Scene, concepts, step
 
-# Two-hop relation pairs never asked in training; the out-of-domain split asks only these.
+# Pairs of successive relations never asked in training; only the split of unseen pairs asks them.
 HELD_OUT_PAIRS = (("left", "above"), ("above", "left"), ("right", "below"), ("below", "right"))
 # Relations that a biased teacher swaps in the hop that decides the answer.
 SWAPPED_RELATIONS = {"right": "below", "below": "right"}
@@ -75,7 +76,11 @@ def is_round_trip(pair: tuple[str, ...]) -> bool:
 
 
 def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
-    """Ask for the object ``hops`` steps away from a named one (0: at a named cell)."""
+    """Ask for the object ``hops`` steps away from a named one (0: at a named cell).
+
+    No step undoes the one before. With ``held_out`` every question of two hops or more has a pair
+    of successive relations in ``HELD_OUT_PAIRS``, otherwise none has.
+    """
     if hops == 0:
         cell = rng.randrange(GRID * GRID)
         answer = scene.objects[cell]
@@ -84,7 +89,10 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
     while True:
         cell = rng.randrange(GRID * GRID)
         relations = tuple(rng.choice(list(STEPS)) for _ in range(hops))
-        if hops == 2 and (is_round_trip(relations) or (relations in HELD_OUT_PAIRS) != held_out):
+        successive = list(pairwise(relations))
+        if any(is_round_trip(pair) for pair in successive):
+            continue
+        if successive and held_out != any(pair in HELD_OUT_PAIRS for pair in successive):
             continue
         cells = walk(cell, relations)
         if cells is not None:

@@ -11,7 +11,10 @@ from pathlib import Path
 from PIL import Image
 
 ARTWORK_DIR = Path(__file__).parent / "artwork"
+# What the backbone was pretrained on.
 STYLES = ("fluent", "noto")
+# The first of them without colour, which it has never seen: every pixel has its luminance.
+GREY_STYLE = "grey"
 TILE_PIXELS = 32
 GRID = 3
 ROW_WORDS = ("top", "middle", "bottom")
@@ -34,19 +37,26 @@ def concepts() -> dict[str, str]:
 @lru_cache(maxsize=256)
 def emoji(name: str, style: str) -> Image.Image:
     """Return the RGBA artwork of one object, at most 64 pixels on its longer side."""
-    with Image.open(ARTWORK_DIR / style / f"{name}.webp") as image:
-        return image.convert("RGBA")
+    folder = STYLES[0] if style == GREY_STYLE else style
+    with Image.open(ARTWORK_DIR / folder / f"{name}.webp") as image:
+        artwork = image.convert("RGBA")
+    return artwork.convert("LA").convert("RGBA") if style == GREY_STYLE else artwork
 
 
 def draw_tile(
     name: str, style: str, *, rng: random.Random | None = None, pixels: int = TILE_PIXELS
 ) -> Image.Image:
-    """Draw one object on a pastel (``rng``) or white tile; ``rng`` also jitters scale and place."""
+    """Draw one object on a pastel (``rng``) or white tile; ``rng`` also jitters scale and place.
+
+    In `GREY_STYLE` the pastel is grey, too.
+    """
     if rng is None:
         background, scale = (255, 255, 255), 0.94
     else:
         background = tuple(rng.randint(222, 255) for _ in range(3))
         scale = rng.uniform(0.78, 0.98)
+        if style == GREY_STYLE:
+            background = (background[0],) * 3
     side = max(8, round(pixels * scale))
     artwork = emoji(name, style)
     ratio = side / max(artwork.size)

@@ -14,6 +14,9 @@ from twn_rl.runtime.whole_files import write_json_lines, write_text
 METRICS_FILE = "metrics.json"
 QUERIES_FILE = "per_query.jsonl"
 TARGETS_FILE = "targets.json"
+# Splits to report on, those of them that there are: the emoji scenes have all but the last, which
+# is what given files may bring.
+REPORTED_SPLITS = ("test", "unseen_pairs", "three_hops", "unseen_style", "ood")
 # Metrics whose uncertainty is reported.
 INTERVAL_METRICS = ("hit@1", "mrr", "ndcg@5")
 

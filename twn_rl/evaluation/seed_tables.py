@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from twn_rl.evaluation.results import METRICS_FILE
+from twn_rl.evaluation.results import METRICS_FILE, REPORTED_SPLITS
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.text_tables import markdown_table
 from twn_rl.runtime.whole_files import write_json, write_text
@@ -18,9 +18,8 @@ from twn_rl.runtime.whole_files import write_json, write_text
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-GROUPS = ("hop0", "hop1", "hop2", "all")
+GROUPS = ("hop0", "hop1", "hop2", "hop3", "all")
 MODES = ("never", "always", "auto", "policy", "sampled", "gold")
-SPLITS = ("test", "ood")
 # What thinking costs: metric -> modes in which the numbers are not the same for every arm.
 COST_MODES = {
     "think_tokens": ("always", "auto", "policy", "sampled"),
@@ -118,7 +117,7 @@ def served_metrics(metrics: Mapping[str, float], mode: str) -> dict[str, float]:
     shown += [("all", "think_rate"), ("all", "think_tokens")]
     found = {
         f"{split}/{group}/{metric}": metrics[key]
-        for split in SPLITS
+        for split in REPORTED_SPLITS
         for group, metric in shown
         if (key := f"{split}/{group}/{mode}/{metric}") in metrics
     }
@@ -174,8 +173,8 @@ def _text(key: str, cell: Cell | None) -> str:
 def _title(key: str) -> str:
     """Return what a reader would call a column of `method_table`.
 
-    >>> _title("test/hop2/hit@1"), _title("ood/all/think_tokens"), _title("milliseconds")
-    ('test hop2', 'ood think tokens', 'ms a query')
+    >>> _title("test/hop2/hit@1"), _title("test/all/think_tokens"), _title("milliseconds")
+    ('test hop2', 'test think tokens', 'ms a query')
     """
     if key in COST_TITLES:
         return COST_TITLES[key]
@@ -226,7 +225,7 @@ def plot_methods(
     summary: Summary,
     path: Path,
     *,
-    quality: Sequence[str] = ("test/all/hit@1", "test/hop2/hit@1", "ood/all/hit@1"),
+    quality: Sequence[str] = ("test/all/hit@1", "test/hop2/hit@1", "unseen_pairs/all/hit@1"),
 ) -> None:
     """Draw quality against milliseconds a query, one panel a quality key, std error bars."""
     shown = [key for key in quality if any(key in metrics for metrics in summary.values())]

@@ -18,7 +18,7 @@ import twn_rl
 from twn_rl.data.chat import Renderer
 from twn_rl.data.mixture import Mixture, is_mixture, load_mixture
 from twn_rl.data.record_files import RecordSet, load_records
-from twn_rl.demo.dataset import DemoSettings, write_demo
+from twn_rl.demo.dataset import SPLITS, DemoSettings, write_demo
 from twn_rl.demo.questions import TeacherNoise
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.modeling.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
@@ -27,7 +27,9 @@ from twn_rl.runtime.processes import join_processes
 
 RECIPES = Path(twn_rl.__file__).parent / "recipes"
 
-Split = Literal["train", "rl", "validation", "test", "ood"]
+# Splits that may be given as files, and those that the emoji scenes alone have.
+FileSplit = Literal["train", "rl", "validation", "test", "ood"]
+Split = Literal[FileSplit, "unseen_pairs", "three_hops", "unseen_style"]
 
 
 @dataclass
@@ -130,17 +132,28 @@ class DataArguments:
 
     def is_demo(self) -> bool:
         """Tell whether the embedded default is used."""
-        return not any(getattr(self, f"{split}_file") for split in get_args(Split))
+        return not any(getattr(self, f"{split}_file") for split in get_args(FileSplit))
 
     def load(self, split: Split) -> RecordSet | Mixture:
         """Return the verified records of a split, or of the mixture that a YAML file describes.
 
         Raises:
-            ValueError: If files are given, but none for this split.
+            ValueError: If files are given, but none for this split; or if the emoji scenes have
+                no such split.
         """
         if self.is_demo():
+            if split not in SPLITS:
+                raise ValueError(
+                    f"split = {split!r}; expected one of the emoji scenes' {SPLITS}; what was "
+                    "called ood is unseen_pairs"
+                )
             path = self._write_demo()[split]
         else:
+            if split not in get_args(FileSplit):
+                raise ValueError(
+                    f"split = {split!r} with record files; expected one of {get_args(FileSplit)}; "
+                    "only the emoji scenes have the others"
+                )
             path = self._given(split)
             if path is None:
                 raise ValueError(
@@ -159,10 +172,10 @@ class DataArguments:
 
     def has(self, split: Split) -> bool:
         """Tell whether `load(split)` would find records."""
-        return self.is_demo() or self._given(split) is not None
+        return split in SPLITS if self.is_demo() else self._given(split) is not None
 
     def _given(self, split: Split) -> str | None:
-        path = getattr(self, f"{split}_file")
+        path = getattr(self, f"{split}_file", None)
         return self.train_file if path is None and split == "rl" else path
 
     def of_seed(self, root: Path, seed: int) -> DataArguments:
