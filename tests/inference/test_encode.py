@@ -249,10 +249,12 @@ def test_several_thoughts_give_the_mean_of_their_vectors(taught):
 
     seed, details = next((seed, found) for seed in range(50) if is_mixed(found := sampled(seed)))
     prefix = model.read(model.prepare(model.collate(items)))
+    close = model.tokenizer.convert_tokens_to_ids("</think>")
     assert [len(row) for row in details.problems] == [5] * len(items)
     for row in range(len(items)):
         rows = list(zip(details.thought_ids[row], details.problems[row], strict=True))
         usable = [ids for ids, problem in rows if problem is None]
+        assert all(ids.index(close) == len(ids) - 1 for ids in usable), "embeds what came after it"
         states = model.read_out(prefix.select([row] * max(1, len(usable))), usable or None)
         expected = normalize(normalize(states, dim=-1).mean(0), dim=0)
         np.testing.assert_allclose(details.embeddings[row], expected, **NEAR)
@@ -284,7 +286,8 @@ def test_given_thoughts_are_embedded_and_nothing_is_written(taught, monkeypatch,
         embedder.encode_query(items, think="always", return_details=True),
     )
     monkeypatch.setattr(model, "reason", lambda *_, **__: pytest.fail("nothing is to be written"))
-    given = ["zebra left", None, "", written.thought_ids[3][0], False]
+    behind = model.completion_ids("pizza one")  # nobody embeds what stands behind a thought
+    given = ["zebra left", None, "", [*written.thought_ids[3][0], *behind], False]
     details = embedder.encode_query(items, think=given, return_details=True, batch_size=2)
     texts = ["<think> zebra left </think>", None, "<think> </think>", THOUGHTS[3], None]
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import make_llama
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item
@@ -143,6 +144,31 @@ def test_a_rendered_thought_reads_back(make_model, name):
     assert think.is_complete
     assert think.text == "camel is top"
     assert model.completion_for_embedding([*ids, 5]) == ids[:-1]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_is_written_behind_a_thought_is_not_embedded(make_model, make_items, name):
+    model, item = make_model(name), make_items(name)[1]
+    thought = model.completion_ids(model.renderer.completion("camel is top"))
+    behind = model.completion_ids("pizza zebra tree")
+    found = model.completion_for_embedding([*thought, *behind, model.backbone.eos_token_id])
+    assert found == thought
+    with torch.no_grad():
+        pair = model.embed(model.collate([item, item], [thought, [*thought, *behind]]))
+    assert not torch.allclose(pair[0], pair[1], atol=1e-3), "it would have changed the vector"
+
+
+def test_a_mark_that_ends_within_a_token_is_cut_there():
+    backbone = make_llama()
+    backbone.tokenizer.add_tokens(["[", "]", "]pizza", "a", "b"])
+    backbone.model.resize_token_embeddings(len(backbone.tokenizer))
+    renderer = Renderer(think_open="[", think_close="]")
+    model = DualLoraModel.from_backbone(backbone, TwnConfig(renderer=renderer))
+    ids = [backbone.tokenizer.convert_tokens_to_ids(token) for token in ("[", "a", "]pizza", "b")]
+    close = backbone.tokenizer.convert_tokens_to_ids("]")
+    found = model.completion_for_embedding([*ids, model.backbone.eos_token_id])
+    assert found == [*ids[:2], close]
+    assert model.until_close(ids[:2]) == ids[:2]
 
 
 @pytest.mark.parametrize(

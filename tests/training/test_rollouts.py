@@ -136,6 +136,18 @@ def test_failed_thinks_have_exactly_the_columns_of_no_thinking(
     assert all(a != b for a, b, ok in zip(think, plain, COMPLETE, strict=True) if ok)
 
 
+def test_what_stands_behind_a_thought_earns_nothing(
+    model: DualLoraModel, scorer: RolloutScorer
+) -> None:
+    thought = write(model, "<think> camel left </think>")
+    longer = write(model, "<think> camel left </think> pizza zebra tree")
+    columns = scorer.columns([0, 0], [thought, longer])
+    for name in ("positive_similarity", "negative_similarities", "target_rank"):
+        assert columns[name][0] == columns[name][1], name
+    assert columns["think_tokens"] == [len(thought) - 1, len(longer) - 1]  # it still costs
+    assert columns["is_think_complete"] == [True, True]
+
+
 class Counting:
     """Counts the vectors that `model.embed` and `model.read_out` make, and prompts read."""
 

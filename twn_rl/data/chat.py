@@ -150,7 +150,7 @@ def parse_think(completion: str, renderer: Renderer) -> Think:
     """Return the think span of `completion`; never raises, never repairs.
 
     The span must open the completion (leading white space aside), close once, hold text and no
-    second marker. Text after the closing marker is ignored.
+    second marker. Text after the closing marker is ignored, and never embedded.
 
     >>> parse_think("<think> left of the camel </think>", Renderer())
     Think(text='left of the camel', is_complete=True, problem=None)

@@ -28,7 +28,8 @@ class EncodeDetails:
         embeddings: What the call returns without `return_details`.
         thoughts: Texts of the thoughts of each input, malformed ones included; [] where it did not
             think.
-        thought_ids: Their token ids, end of turn left out.
+        thought_ids: Their token ids, end of turn left out, and what was written behind the mark
+            that closes a thought: it is not embedded.
         thought_embeddings: Vectors (n, D) with each of its n thoughts alone, in the form of
             `embeddings`; the no-think vector for one that was left out.
         problems: Beside each thought None, or why it was left out ("truncated", "no_open", ...).

@@ -159,13 +159,14 @@ class ThoughtPool:
             span = renderer.completion(thought) if thought else empty
             return _Thought(model.completion_ids(span), thought)
         ids = [token for token in thought if token != eos]
-        return _Thought(ids, model.think([*ids, eos]).text)
+        return _Thought(model.until_close(ids), model.think([*ids, eos]).text)
 
     def _written(self, ids: list[int]) -> _Thought:
         """Return a thought the model wrote."""
         think, eos = self.model.think(ids), self.model.backbone.eos_token_id
-        ids = [token for token in ids if token != eos]
-        return _Thought(ids, think.text, think.problem, written_tokens=len(ids))
+        written = [token for token in ids if token != eos]
+        embedded = self.model.until_close(written) if think.is_complete else written
+        return _Thought(embedded, think.text, think.problem, written_tokens=len(written))
 
     def _without_cached(self, chunk: Chunk, rows: Sequence[int]) -> Sequence[int]:
         """Embed the rows whose thoughts are on disk; return the others."""

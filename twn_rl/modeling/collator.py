@@ -1,5 +1,6 @@
 """Items and completions -> padded tensors, with one processor call."""
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -164,3 +165,25 @@ def completion_ids(backbone: Backbone, completion: Completion) -> list[int]:
         encoded = backbone.tokenizer(completion, add_special_tokens=False)
         return list(encoded["input_ids"])
     return [int(token_id) for token_id in completion]
+
+
+def cut_behind(backbone: Backbone, ids: Sequence[int], mark: str) -> list[int]:
+    """Return ids up to the first `mark`, which stays; all of them if it is not in their text.
+
+    What a policy writes behind its thought is not the thought, and must not reach a vector. A token
+    that holds the end of the mark and more is replaced by those of the mark's end.
+    """
+    ids = [int(token_id) for token_id in ids]
+
+    def text_of(count: int) -> str:
+        return backbone.tokenizer.decode(ids[:count], skip_special_tokens=False)
+
+    counts = range(len(ids) + 1)
+    count = bisect_left(counts, True, key=lambda count: mark in text_of(count))
+    if count == len(counts):
+        return ids
+    text = text_of(count)
+    end = text.index(mark) + len(mark)
+    if end == len(text):
+        return ids[:count]
+    return [*ids[: count - 1], *completion_ids(backbone, text[len(text_of(count - 1)) : end])]

@@ -21,6 +21,8 @@ from twn_rl.runtime.whole_files import digest
 from twn_rl.runtime.zero import gathered
 
 _PROBE_VALUES = 16
+# What of a completion is embedded; vectors stored when all of it was are made anew.
+_EMBEDDED = "up to the closing mark"
 
 
 class Fingerprints:
@@ -40,7 +42,7 @@ class Fingerprints:
         """
         readout = {"interface": self.config.interface, **self.config.readout_settings}
         reader = self._adapter(self.model.prefill_adapter) if self._is_detached else None
-        return digest([self.backbone, self.prompts, readout, self.embedding, reader])
+        return digest([self.backbone, self.prompts, readout, self.embedding, reader, _EMBEDDED])
 
     @cached_property
     def thoughts(self) -> str:

@@ -21,6 +21,7 @@ from twn_rl.modeling.collator import (
     collate_completions,
     collate_prompts,
     completion_ids,
+    cut_behind,
 )
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.decoding import decode, dice
@@ -306,8 +307,12 @@ class DualLoraInference(nn.Module):
         return Think(text=think.text, is_complete=False, problem="truncated")
 
     def completion_for_embedding(self, ids: Sequence[int]) -> list[int]:
-        """Return a completion without end of turn, or [] (no-think) if it is malformed."""
-        return self._before_eos(ids) if self.think(ids).is_complete else []
+        """Return a completion up to the mark that closes its thought, or [] if it is malformed."""
+        return self.until_close(self._before_eos(ids)) if self.think(ids).is_complete else []
+
+    def until_close(self, ids: Sequence[int]) -> list[int]:
+        """Return ids up to the mark that closes a thought; all of them if there is none."""
+        return cut_behind(self.backbone, ids, self.renderer.think_close)
 
     def _before_eos(self, ids: Sequence[int]) -> list[int]:
         eos = self.backbone.eos_token_id
