@@ -78,6 +78,39 @@ class EncodeDetails:
             seconds=[0.0] * count,
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[EncodeDetails], empty: EncodeDetails) -> EncodeDetails:
+        """Return the details of several calls, whose vectors are arrays, as those of one call.
+
+        Args:
+            parts: Details of consecutive inputs.
+            empty: Details of no inputs, for the form of the vectors if there are no parts.
+        """
+        whole = cls.of(0)
+        whole.embeddings = np.concatenate([part.embeddings for part in (empty, *parts)])
+        for part in parts:
+            first = len(whole.thoughts)
+            for name in _PER_INPUT:
+                getattr(whole, name).extend(getattr(part, name))
+            whole.fallbacks += [first + position for position in part.fallbacks]
+            whole.truncated += [first + position for position in part.truncated]
+            whole.errors |= {first + position: text for position, text in part.errors.items()}
+            whole.cot_cache_hits += part.cot_cache_hits
+            whole.rereads += part.rereads
+            for name, seconds in part.timings.items():
+                whole.timings[name] = whole.timings.get(name, 0.0) + seconds
+        return whole
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a dict for each input: its "sentence_embedding" and its entry of each list."""
+        return [
+            {
+                "sentence_embedding": vector,
+                **{name: getattr(self, name)[position] for name in _PER_INPUT[:-1]},
+            }
+            for position, vector in enumerate(self.embeddings)
+        ]
+
     @property
     def has_thought(self) -> list[bool]:
         """Whether each vector was read with at least one thought."""
@@ -106,6 +139,19 @@ class EncodeDetails:
             )
         if self.rereads:
             logger.info("%d inputs were read twice: prefix_cache_gib was full", self.rereads)
+
+
+# What has an entry for each input.
+_PER_INPUT = (
+    "thoughts",
+    "thought_ids",
+    "problems",
+    "think_tokens",
+    "gate_probabilities",
+    "policy_probabilities",
+    "seconds",
+    "thought_embeddings",
+)
 
 
 def _first(positions: list[int]) -> str:

@@ -13,38 +13,54 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from twn_rl.data.record import Item
 from twn_rl.inference.chooser import make_chooser
 from twn_rl.inference.details import EncodeDetails, Ledger
-from twn_rl.inference.inputs import InputError, InputRules, as_list, is_single, parse_input
+from twn_rl.inference.inputs import (
+    InputError,
+    InputRules,
+    as_list,
+    is_single,
+    parse_input,
+    warn_of_file_names,
+)
 from twn_rl.inference.options import EncodeOptions, QueryOptions, Side, SidedOptions, takes
+from twn_rl.inference.process_pool import encode_in_pool
 from twn_rl.inference.reading_pass import ReadingPass
+from twn_rl.inference.served_model import DOCUMENT_PROMPTS, QUERY_PROMPTS, ServedModel
 from twn_rl.inference.thought_cache import CotCache
 from twn_rl.inference.thought_pool import ThoughtCache
-from twn_rl.inference.vector_forms import as_float_rows
 from twn_rl.inference.way import Way
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.fingerprints import Fingerprints
-from twn_rl.modeling.limits import prompt_room
 from twn_rl.modeling.model import DualLoraModel
 
 # What reading depends on, and what is done to all ways at once.
-_READING_OPTIONS = ("batch_size", "max_think_tokens", "on_bad_input", "prompt", "show_progress_bar")
+_ONE_PLACE = ("device", "pool")
+_READING_OPTIONS = (
+    "batch_size", "max_think_tokens", "on_bad_input", "prompt", "show_progress_bar", *_ONE_PLACE,
+)  # fmt: skip
 
 
-class ThinkingEmbedder:
+class ThinkingEmbedder(ServedModel):
     """Embeds texts, pictures and both, in sentence-transformers' manner.
 
     Calls from several threads take turns.
 
     Attributes:
-        model: The model underneath.
         cot_cache: Thoughts on disk, or None.
     """
 
-    def __init__(self, model: DualLoraModel, *, cot_cache_dir: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        model: DualLoraModel,
+        *,
+        cot_cache_dir: str | Path | None = None,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        truncate_dim: int | None = None,
+    ) -> None:
         """Serve a model that is in memory.
 
         Args:
@@ -52,15 +68,30 @@ class ThinkingEmbedder:
             cot_cache_dir: Folder to keep thoughts in, so that the same input is thought about
                 once. They are kept by content, reasoning adapter and decoding settings, so several
                 models may share a folder.
+            prompts: Name -> instruction, see `ServedModel`.
+            default_prompt_name: Which of them `encode` uses if it is given none.
+            truncate_dim: How many numbers of a vector to keep; None keeps all.
         """
-        self.model = model
+        super().__init__(model, prompts, default_prompt_name, truncate_dim)
         self.cot_cache: CotCache | None = None
         self._cache: ThoughtCache | None = None
-        self._max_seq_length: int | None = None
         self._turn = threading.RLock()
         if cot_cache_dir is not None:
             self.cot_cache = CotCache(cot_cache_dir)
             self._cache = ThoughtCache(self.cot_cache, Fingerprints(model).thoughts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Other processes get what they need to make locks and connections of their own.
+        state = {name: value for name, value in vars(self).items() if name != "_turn"}
+        folder = self.cot_cache.path.parent if self.cot_cache else None
+        return {**state, "cot_cache": folder, "_cache": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._turn = threading.RLock()
+        if state["cot_cache"] is not None:
+            self.cot_cache = CotCache(state["cot_cache"])
+            self._cache = ThoughtCache(self.cot_cache, Fingerprints(self.model).thoughts)
 
     @classmethod
     def from_pretrained(
@@ -87,13 +118,19 @@ class ThinkingEmbedder:
 
     @takes(QueryOptions)
     def encode_query(self, inputs: Any, options: EncodeOptions) -> Any:
-        """Return vectors of what searches; gate or policy decides who thinks. See `encode`."""
-        return self._encode(inputs, "query", options)
+        """Return vectors of what searches; gate or policy decides who thinks. See `encode`.
+
+        Without a prompt, the one named "query" is used.
+        """
+        return self._encode(inputs, "query", options, QUERY_PROMPTS)
 
     @takes(EncodeOptions)
     def encode_document(self, inputs: Any, options: EncodeOptions) -> Any:
-        """Return vectors of what is found; nobody thinks unless asked for. See `encode`."""
-        return self._encode(inputs, "document", options)
+        """Return vectors of what is found; nobody thinks unless asked for. See `encode`.
+
+        Without a prompt, the one named "document", "passage" or "corpus" is used.
+        """
+        return self._encode(inputs, "document", options, DOCUMENT_PROMPTS)
 
     @takes(SidedOptions)
     def encode(self, inputs: Any, options: SidedOptions) -> Any:
@@ -136,26 +173,39 @@ class ThinkingEmbedder:
         Args:
             inputs: A list, see `encode`.
             ways: Name -> options, which must agree in what reading depends on: `batch_size`,
-                `max_think_tokens`, `on_bad_input`, `prompt` and `show_progress_bar`.
+                `max_think_tokens`, `on_bad_input`, `prompt` and `show_progress_bar`. They name
+                neither `device` nor `pool`.
             side: See `SidedOptions`.
 
         Raises:
             InputError: For an input that cannot be embedded, with its position.
             ValueError: For options that contradict each other or the model.
         """
+        completed = [self.completed(options) for options in ways.values()]
         for name in _READING_OPTIONS:
-            values = {way: getattr(options, name) for way, options in ways.items()}
-            if len(set(values.values())) != 1:
+            values = [getattr(options, name) for options in completed]
+            if len({str(value) for value in values}) != 1 or (name in _ONE_PLACE and values[0]):
                 raise ValueError(
-                    f"{name} by way = {values}; expected at least one way and the same in all of "
-                    "them, inputs are read once; change these options"
+                    f"{name} by way = {dict(zip(ways, values, strict=True))}; expected at least "
+                    "one way and the same in all of them, inputs are read once, in this process; "
+                    "change these options"
                 )
-        every = [replace(options, return_details=True) for options in ways.values()]
+        every = [replace(options, return_details=True) for options in completed]
         return dict(zip(ways, self._details(inputs, side, every), strict=True))
 
-    def _encode(self, inputs: Any, side: Side, options: EncodeOptions) -> Any:
-        (details,) = self._details(inputs, side, [options])
-        return details if options.return_details else details.embeddings
+    def _encode(
+        self, inputs: Any, side: Side, options: EncodeOptions, prompt_names: Sequence[str] = ()
+    ) -> Any:
+        options = self.completed(options, prompt_names)
+        values = as_list(inputs) if options.output_value is None else inputs
+        if options.is_spread:
+            details = encode_in_pool(self, values, side, options)
+        else:
+            (details,) = self._details(values, side, [options])
+        if options.return_details or options.output_value is not None:
+            return details if options.return_details else details.embeddings
+        rows = details.rows()
+        return rows[0] if is_single(inputs) else rows
 
     def _details(
         self, inputs: Any, side: Side, every: Sequence[EncodeOptions]
@@ -170,6 +220,9 @@ class ThinkingEmbedder:
                     "lower it or leave it out"
                 )
         with self._turn:
+            place = every[0].device
+            if place is not None and not isinstance(place, list):  # a list has gone to a pool
+                self.to(place)
             is_strict = every[0].on_bad_input == "raise"
             ledgers = [Ledger(len(values), width, is_strict=is_strict) for _ in every]
             items = self._items(values, every[0].prompt, ledgers)
@@ -187,73 +240,6 @@ class ThinkingEmbedder:
             ledger.finish(options, is_single=single, device=self.device)
         return [ledger.details for ledger in ledgers]
 
-    def similarity(self, queries: Any, documents: Any) -> Tensor:
-        """Return cosine similarities (N, M) of float vectors (N, D) and (M, D); one may be (D,)."""
-        rows = [_unit(vectors) for vectors in (queries, documents)]
-        return rows[0] @ rows[1].to(rows[0].device).T
-
-    def similarity_pairwise(self, queries: Any, documents: Any) -> Tensor:
-        """Return the cosine similarity (N,) of each query to the document in the same place."""
-        rows = [_unit(vectors) for vectors in (queries, documents)]
-        if len(rows[0]) != len(rows[1]):
-            raise ValueError(
-                f"{len(rows[0])} queries and {len(rows[1])} documents; expected as many of both; "
-                "use similarity for all pairs"
-            )
-        return (rows[0] * rows[1].to(rows[0].device)).sum(dim=1)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model runs."""
-        return self.model.device
-
-    @property
-    def modalities(self) -> list[str]:
-        """What an input may hold."""
-        pictures = ["image", "video"] if self.model.backbone.is_multimodal else []
-        return ["text", *pictures, "message"]
-
-    def supports(self, modality: str) -> bool:
-        """Return whether an input may hold "text", "image", "video" or be a "message"."""
-        return modality in self.modalities
-
-    @property
-    def reserved_tokens(self) -> frozenset[str]:
-        """Tokens that no text may hold: placeholders of pictures, read-outs, reason tokens."""
-        backbone = self.model.backbone
-        tail_ids = [*self.model.readout_ids, *self.model.reason_ids]
-        tail = backbone.tokenizer.convert_ids_to_tokens(tail_ids)
-        return frozenset(backbone.placeholder_tokens() | set(tail))
-
-    def get_embedding_dimension(self) -> int:
-        """Return the width D of a vector."""
-        return self.model.hidden_size
-
-    @property
-    def max_seq_length(self) -> int | None:
-        """Longest prompt in tokens; longer texts are cut. None if nothing names a limit.
-
-        By default the model's `max_length`, but at most the backbone's context, less the model's
-        longest thought and the read-outs.
-        """
-        if self._max_seq_length is not None:
-            return self._max_seq_length
-        return self._longest_prompt(self.model.config.max_length)
-
-    @max_seq_length.setter
-    def max_seq_length(self, tokens: int | None) -> None:
-        if tokens is not None and tokens < 1:
-            raise ValueError(
-                f"max_seq_length = {tokens}; expected at least 1, or None for the model's "
-                "max_length; set another number"
-            )
-        self._max_seq_length = tokens
-
-    def _longest_prompt(self, asked: int | None, max_think_tokens: int | None = None) -> int | None:
-        """Return what was asked for, but at most what the backbone's context leaves."""
-        room = prompt_room(self.model.backbone, self.model.config, max_think_tokens)
-        return min((limit for limit in (asked, room) if limit is not None), default=None)
-
     def _items(
         self, values: list[Any], prompt: str | None, ledgers: Sequence[Ledger]
     ) -> list[Item | None]:
@@ -262,6 +248,7 @@ class ThinkingEmbedder:
             is_multimodal=self.model.backbone.is_multimodal,
             reserved_tokens=self.reserved_tokens,
         )
+        warn_of_file_names(values)
         items: list[Item | None] = []
         for position, value in enumerate(values):
             try:
@@ -271,7 +258,3 @@ class ThinkingEmbedder:
                     ledger.refuse(error)
                 items.append(None)
         return items
-
-
-def _unit(vectors: Any) -> Tensor:
-    return torch.nn.functional.normalize(as_float_rows(vectors), dim=-1)

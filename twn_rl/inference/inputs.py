@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from twn_rl.data.images import ImageSource, open_image
 from twn_rl.data.record import Item
 
 _DICT_KEYS = ("text", "image", "images", "video", "instruction")
+_PICTURE_NAME = re.compile(
+    r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|ppm|mp4|avi|mov|mkv|webm)", re.IGNORECASE
+)
 _ACCEPTED = "a string, a PIL image, a pathlib.Path of a picture, a dict, chat messages or an Item"
+
+logger = logging.getLogger(__name__)
 
 
 class InputError(ValueError):
@@ -28,6 +36,10 @@ class InputError(ValueError):
         """Compose the message."""
         super().__init__(f"input {position}: {problem}")
         self.position, self.problem = position, problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions pickle their message only.
+        return InputError, (self.position, self.problem)
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ def is_single(inputs: Any) -> bool:
     """
     if isinstance(inputs, str | bytes | Path | Image.Image | Mapping | Item):
         return True
-    return _is_conversation(inputs)
+    return getattr(inputs, "ndim", 0) == 3 or _is_conversation(inputs)
 
 
 def as_list(inputs: Any) -> list[Any]:
@@ -65,7 +77,7 @@ def as_list(inputs: Any) -> list[Any]:
         TypeError: If they have no fixed order and length.
     """
     if is_single(inputs):
-        return [inputs]
+        return [[inputs] if _is_message(inputs) else inputs]
     # Columns of data frames and data sets have no common class, but a length and an order.
     if hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):
         return list(inputs)
@@ -103,10 +115,14 @@ def _item(value: Any) -> Item:
         return Item(text=value)
     if isinstance(value, Image.Image | Path):
         return Item(images=(value,))
+    if _is_message(value):
+        return _from_messages([value])
     if isinstance(value, Mapping):
         return _from_dict(value)
     if _is_conversation(value):
         return _from_messages(value)
+    if hasattr(value, "ndim"):
+        return Item(images=(picture_of(value),))
     raise TypeError(_wrong("value", value, _ACCEPTED))
 
 
@@ -118,11 +134,15 @@ def _from_dict(value: Mapping[str, Any]) -> Item:
         )
     if value.get("image") is not None and value.get("images") is not None:
         raise ValueError("both image and images are given; expected one; put all into images")
-    image, images = value.get("image"), value.get("images")
+    image, images, text = value.get("image"), value.get("images"), value.get("text")
+    if isinstance(text, list | tuple):  # as sentence-transformers has several texts of one input
+        text = "\n".join(_optional_text(part, "text") or "" for part in text)
+    if image is not None:
+        images = image if isinstance(image, list | tuple) else [image]
     return Item(
         instruction=_optional_text(value.get("instruction"), "instruction"),
-        text=_optional_text(value.get("text"), "text"),
-        images=_sources([image] if image is not None else images, "images"),
+        text=_optional_text(text, "text"),
+        images=_sources(images, "images"),
         video=_sources(value.get("video"), "video"),
     )
 
@@ -206,12 +226,39 @@ def _check(item: Item, rules: InputRules) -> None:
 
 
 def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) > 0
-        and isinstance(value[0], Mapping)
-        and "role" in value[0]
-    )
+    return isinstance(value, list | tuple) and len(value) > 0 and _is_message(value[0])
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, Mapping) and "role" in value
+
+
+def picture_of(array: Any) -> Image.Image:
+    """Return the picture of bytes (H, W, 3) or (3, H, W), an array or a tensor.
+
+    Raises:
+        TypeError: For other shapes and types: what their numbers mean is not known.
+    """
+    pixels = np.asarray(array.cpu() if hasattr(array, "cpu") else array)
+    if pixels.ndim == 3 and pixels.shape[-1] != 3 and pixels.shape[0] == 3:
+        pixels = np.moveaxis(pixels, 0, -1)
+    if pixels.ndim != 3 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8:
+        raise TypeError(
+            f"an array of shape {pixels.shape} and type {pixels.dtype}; expected a picture as "
+            "uint8 (height, width, 3) or (3, height, width); convert it, or pass a PIL image"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
+
+
+def warn_of_file_names(values: Sequence[Any]) -> None:
+    """Warn if strings look like pictures' files, which sentence-transformers would open."""
+    alike = [v for v in values if isinstance(v, str) and _PICTURE_NAME.fullmatch(v)]
+    if alike:
+        logger.warning(
+            "%d of %d inputs are strings that look like names of pictures (%.80r): a string is "
+            "always text here; pass pathlib.Path(name) or {'image': name} for the picture",
+            *(len(alike), len(values), alike[0]),
+        )
 
 
 def _optional_text(value: Any, name: str) -> str | None:
@@ -223,8 +270,11 @@ def _optional_text(value: Any, name: str) -> str | None:
 def _sources(value: Any, name: str) -> tuple[ImageSource, ...]:
     if value is None:
         return ()
+    if getattr(value, "ndim", 0) == 4:
+        value = list(value)  # frames of a video, (T, H, W, 3) or (T, 3, H, W)
     if not isinstance(value, list | tuple):
         raise TypeError(_wrong(name, value, "a list of PIL images or paths"))
+    value = [picture_of(source) if hasattr(source, "ndim") else source for source in value]
     for index, source in enumerate(value):
         if not isinstance(source, Image.Image | Path | str) or not str(source):
             raise TypeError(_wrong(f"{name}[{index}]", source, "a PIL image or a path"))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
+
+import torch
 
 from twn_rl.modeling.config import ThinkingDecision
 from twn_rl.runtime.problems import Problems
+
+if TYPE_CHECKING:
+    from twn_rl.inference.process_pool import EncodePool
 
 ThinkMode = Literal["auto", "always", "never", "latent"]
 Side = Literal["query", "document"]
@@ -25,11 +30,31 @@ Inputs = TypeVar("Inputs")
 Result = TypeVar("Result")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EncodeOptions:
-    """Settings of one call; the names are those of sentence-transformers where it has them.
+    """Settings of one call; names, order and defaults are those of sentence-transformers.
+
+    Those it has come first and may be passed by position, ours by keyword only. What differs:
+    vectors are of unit length unless `normalize_embeddings` is False, and bytes of "int8" and
+    "uint8" are scaled for each vector by itself.
 
     Attributes:
+        prompt_name: Which of the model's `prompts` to use; `prompt` wins over it.
+        prompt: Instruction for inputs that bring none.
+        batch_size: Inputs a forward, and thoughts written together.
+        show_progress_bar: None shows it if the log level is INFO or lower; a text is its title.
+        output_value: "sentence_embedding", or None: a dict for each input with its
+            "sentence_embedding" and the details of the same position. There are no token
+            embeddings: read-outs make the vector.
+        precision: Other than "float32" or None: see `twn_rl.inference.vector_forms.quantize`.
+        convert_to_numpy: Return an array; otherwise a list of tensors.
+        convert_to_tensor: Return a tensor on the model's device; wins over `convert_to_numpy`.
+        device: Moves the model there first; a list embeds in a process for each of its devices.
+        normalize_embeddings: Return unit vectors.
+        truncate_dim: Keep the first numbers only (and normalise again); None keeps as many as the
+            model's `truncate_dim`, by default all.
+        pool: Processes to embed in, of `start_multi_process_pool`.
+        chunk_size: Inputs a process takes at a time; None makes ten shares for each process.
         think: "auto" asks the gate or the policy, "always", "never", "latent" thinks in the model's
             reason tokens and writes nothing. Or a list with one entry per input: a bool, or the
             thought to embed the input with: its text, or token ids as `EncodeDetails.thought_ids`
@@ -49,14 +74,6 @@ class EncodeOptions:
         num_thoughts: Sampled thoughts per input; the vector is the mean of their vectors.
         seed: Decides sampled thoughts, together with the content of the input alone; or one seed
             per input, which then decides by itself.
-        prompt: Instruction for inputs that bring none.
-        batch_size: Inputs a forward, and thoughts written together.
-        show_progress_bar: None shows it if the log level is INFO or lower; a text is its title.
-        convert_to_numpy: Return an array; otherwise a list of tensors.
-        convert_to_tensor: Return a tensor on the model's device; wins over `convert_to_numpy`.
-        normalize_embeddings: Return unit vectors.
-        truncate_dim: Keep the first numbers only (and normalise again); None keeps all.
-        precision: Other than "float32": see `twn_rl.inference.vector_forms.quantize`.
         on_bad_input: "raise", or "skip": an input that cannot be embedded gets a zero vector, and
             the details name position and reason.
         prefix_cache_gib: With `think_rate`, memory for what was read of inputs that may be chosen;
@@ -64,6 +81,20 @@ class EncodeOptions:
         return_details: Return `EncodeDetails` instead of the bare vectors.
     """
 
+    prompt_name: str | None = None
+    prompt: str | None = None
+    batch_size: int = 32
+    show_progress_bar: bool | str | None = None
+    output_value: Literal["sentence_embedding"] | None = "sentence_embedding"
+    precision: Precision | None = "float32"
+    convert_to_numpy: bool = True
+    convert_to_tensor: bool = False
+    device: str | torch.device | list[str | torch.device] | None = None
+    normalize_embeddings: bool = True
+    truncate_dim: int | None = None
+    pool: EncodePool | None = None
+    chunk_size: int | None = None
+    _: KW_ONLY
     think: Think = "never"
     think_decision: ThinkingDecision | None = None
     think_rate: float | None = None
@@ -74,14 +105,6 @@ class EncodeOptions:
     top_p: float = 1.0
     num_thoughts: int = 1
     seed: int | Sequence[int] = 0
-    prompt: str | None = None
-    batch_size: int = 32
-    show_progress_bar: bool | str | None = None
-    convert_to_numpy: bool = True
-    convert_to_tensor: bool = False
-    normalize_embeddings: bool = True
-    truncate_dim: int | None = None
-    precision: Precision = "float32"
     on_bad_input: Literal["raise", "skip"] = "raise"
     prefix_cache_gib: float = 2.0
     return_details: bool = False
@@ -107,10 +130,15 @@ class EncodeOptions:
             "think='auto'",
         )
         problems.one_of(self, (None, *get_args(ThinkingDecision)), "think_decision")
-        problems.one_of(self, get_args(Precision), "precision")
+        problems.one_of(self, (None, *get_args(Precision)), "precision")
+        problems.one_of(self, ("sentence_embedding", None), "output_value")
         problems.one_of(self, ("raise", "skip"), "on_bad_input")
         problems.expect(self, "None or in [0, 1]", "think_rate", "think_threshold")
-        problems.expect(self, "None or >= 1", "max_think_tokens", "truncate_dim")
+        problems.expect(self, "None or >= 1", "max_think_tokens", "truncate_dim", "chunk_size")
+        problems.unless(
+            self.think_rate is None or not self.is_spread,
+            "think_rate in several processes, expected it in one: it is a share of the whole call",
+        )
         problems.expect(self, "> 0", "temperature")
         problems.expect(self, "in (0, 1]", "top_p")
         problems.expect(self, ">= 1", "num_thoughts", "batch_size")
@@ -120,6 +148,11 @@ class EncodeOptions:
             "temperature, top_p or num_thoughts are set, expected do_sample=True with them",
         )
         problems.refuse("encode", "change these arguments")
+
+    @property
+    def is_spread(self) -> bool:
+        """Whether several processes embed."""
+        return self.pool is not None or isinstance(self.device, list)
 
     @property
     def is_auto(self) -> bool:

@@ -22,7 +22,7 @@ def normalize_rows(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return (vectors / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
-def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]:
+def quantize(vectors: NDArray[np.float32], precision: Precision | None) -> NDArray[Any]:
     """Return vectors (N, D) in fewer bits; each depends on itself alone, never on the others.
 
     "int8" scales each vector's largest number to 127, which cosine similarity does not notice, and
@@ -34,7 +34,7 @@ def quantize(vectors: NDArray[np.float32], precision: Precision) -> NDArray[Any]
     >>> quantize(np.array([[1, -1, 1, 1, -1, -1, -1, 1]], np.float32), "ubinary").tolist()
     [[177]]
     """
-    if precision == "float32":
+    if precision in (None, "float32"):
         return vectors
     if precision in ("int8", "uint8"):
         largest = np.abs(vectors).max(axis=1, keepdims=True)
@@ -62,6 +62,13 @@ def in_form(
     vectors = states[:, : options.truncate_dim]
     vectors = normalize_rows(vectors) if options.normalize_embeddings else vectors
     rows = np.ascontiguousarray(quantize(vectors, options.precision))
+    return as_asked(rows, options, is_single=is_single, device=device)
+
+
+def as_asked(
+    rows: NDArray[Any], options: EncodeOptions, *, is_single: bool = False, device: torch.device
+) -> Any:
+    """Return finished rows as an array, a tensor, a list of tensors, or the one row there is."""
     if options.convert_to_tensor or not options.convert_to_numpy:
         tensor = torch.from_numpy(rows).to(device)
         if is_single:
