@@ -126,13 +126,13 @@ def test_instructions_come_from_the_task_and_reach_documents_only_where_worded()
 
 def test_batches_become_items_with_pictures_frames_and_repaired_texts() -> None:
     usage, shown = Usage(), picture(0)
-    reader = Reader("do", {"<image>"}, {"ref": shown}.__getitem__, usage)
-    items = reader.items({"text": ["a <image> b", " ", ""], "image": [shown, [], ["ref", shown]]})
+    reader = Reader("do", {"ref": shown}.__getitem__, usage)
+    items = reader.items({"text": ["a \x00 b", " ", ""], "image": [shown, [], ["ref", shown]]})
     assert [item.text for item in items] == ["a   b", BLANK_TEXT, None]
     assert [len(item.images) for item in items] == [1, 0, 2]
     assert items[2].images == (shown, shown)
     assert {item.instruction for item in items} == {"do"}
-    assert (usage.blank, usage.placeholders_removed) == (1, 1)
+    assert (usage.blank, usage.characters_removed) == (1, 1)
     frames = torch.randint(0, 255, (3, 3, 8, 6), dtype=torch.uint8)
     (item,) = reader.items({"video": [frames]})
     pictures = [frame for frame in item.video if isinstance(frame, Image.Image)]

@@ -448,7 +448,7 @@ def test_bad_inputs_raise_with_their_position_or_are_skipped_and_named(
     embedder = ThinkingEmbedder(make_model())
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    inputs = ["camel", broken, picture(1), None, "<image> pizza", "tree"]
+    inputs = ["camel", broken, picture(1), None, "\x00 pizza", "tree"]
     with pytest.raises(InputError, match="input 3: value = None"):
         embedder.encode(inputs)
     with pytest.raises(InputError, match=r"input 1: .*cannot be decoded"):

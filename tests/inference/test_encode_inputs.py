@@ -14,7 +14,7 @@ from twn_rl.inference.shortlist import Shortlist
 from twn_rl.inference.thought_cache import CACHE_FILE, CotCache, cache_key
 from twn_rl.modeling.limits import PromptLimits
 
-RULES = InputRules(reserved_tokens=frozenset({"<image>"}))
+RULES = InputRules()
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_a_conversation_is_one_input_and_a_list_of_them_several():
         ({"image": "data:image/png;base64,AAAA"}, "is a URL"),
         (Path("nowhere/camel.png"), "does not exist"),
         ({"image": "a" * 5000}, "File name too long|does not exist"),
-        ("a <image> b", r"holds \['<image>'\]"),
-        ({"text": "a", "instruction": "<image>"}, r"holds \['<image>'\]"),
+        ("a \x00 b", r"holds U\+0000; expected text without NUL"),
+        ({"text": "a", "instruction": "\ud800"}, r"holds U\+D800"),
         ([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "roles ="),
         ([{"role": "user", "content": "a"}, "b"], "roles ="),
         ([{"role": "system", "content": "a"}], "roles ="),

@@ -234,6 +234,9 @@ def test_a_tokenizer_without_offsets_cuts_too() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(LLAMA.tokenizer, name)
 
+        def __len__(self) -> int:
+            return len(LLAMA.tokenizer)
+
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             assert "return_offsets_mapping" not in kwargs
             return LLAMA.tokenizer(*args, **kwargs)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from twn_rl.data.images import ImageSource
+from twn_rl.data.markup import THINK_MARKERS, Markup
 from twn_rl.data.record import Item
 
 # For text-only tokenizers that ship no chat template of their own.
@@ -35,8 +36,8 @@ class Renderer:
     """
 
     system_prompt: str | None = None
-    think_open: str = "<think>"
-    think_close: str = "</think>"
+    think_open: str = THINK_MARKERS[0]
+    think_close: str = THINK_MARKERS[1]
 
     def __post_init__(self) -> None:
         """Refuse markers that `parse_think` could not tell apart."""
@@ -51,18 +52,25 @@ class Renderer:
                 "each other; expected two distinct markers; change one"
             )
 
-    def messages(self, item: Item, is_multimodal: bool = True) -> list[dict[str, Any]]:
+    def messages(
+        self, item: Item, is_multimodal: bool = True, *, markup: Markup | None = None
+    ) -> list[dict[str, Any]]:
         """Return the chat messages of `item`: an optional system message and one user message.
+
+        Think markers in its texts are shown as text, and so is other markup that is given.
 
         Args:
             item: What to show the model.
             is_multimodal: Give contents as lists of image and text parts (processors); otherwise
                 as plain strings (tokenizers).
+            markup: What else means something to the model, `Backbone.markup`; None for a model
+                whose tokens are not known.
 
         Raises:
             ValueError: If the item has images and `is_multimodal` is False, or has no content.
         """
         text = "\n".join(part for part in (item.instruction, item.text) if part)
+        text = (markup or Markup([self.think_open, self.think_close])).as_text(text)
         image_count = len(self.images(item))
         if not text and not image_count:
             raise ValueError(

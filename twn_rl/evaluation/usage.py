@@ -30,7 +30,7 @@ class Usage:
         fallbacks: Inputs that were to think but have their no-think vector.
         cut: Inputs whose text was cut to the backbone's context.
         blank: Inputs without any content, embedded as a full stop.
-        placeholders_removed: Inputs whose text held reserved tokens, taken out.
+        characters_removed: Inputs whose text held NUL or half a surrogate pair, taken out.
         seconds: Time in `encode`, summed over processes.
         mean_pairwise_cosine: Largest of all calls; 1 when all vectors are one. None if unknown.
         effective_rank: Smallest of all calls; 1 when all vectors are one. None if unknown.
@@ -42,7 +42,7 @@ class Usage:
     fallbacks: int = 0
     cut: int = 0
     blank: int = 0
-    placeholders_removed: int = 0
+    characters_removed: int = 0
     seconds: float = 0.0
     mean_pairwise_cosine: float | None = None
     effective_rank: float | None = None

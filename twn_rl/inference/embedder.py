@@ -246,7 +246,6 @@ class ThinkingEmbedder(ServedModel):
         rules = InputRules(
             instruction=prompt,
             is_multimodal=self.model.backbone.is_multimodal,
-            reserved_tokens=self.reserved_tokens,
         )
         warn_of_file_names(values)
         items: list[Item | None] = []

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from twn_rl.data.images import ImageSource, open_image
+from twn_rl.data.markup import unusable_character
 from twn_rl.data.record import Item
 
 _DICT_KEYS = ("text", "image", "images", "video", "instruction")
@@ -49,12 +50,10 @@ class InputRules:
     Attributes:
         instruction: For inputs that bring none of their own.
         is_multimodal: Whether pictures are allowed.
-        reserved_tokens: Token strings that no text may hold, such as picture placeholders.
     """
 
     instruction: str | None = None
     is_multimodal: bool = True
-    reserved_tokens: frozenset[str] = frozenset()
 
 
 def is_single(inputs: Any) -> bool:
@@ -213,11 +212,11 @@ def _check(item: Item, rules: InputRules) -> None:
             "use a vision-language backbone or drop the pictures"
         )
     for text in (item.instruction, item.text, rules.instruction):
-        found = sorted(token for token in rules.reserved_tokens if token in (text or ""))
+        found = unusable_character(text or "")
         if found:
             raise ValueError(
-                f"text = {str(text)[:80]!r} holds {found}; expected no placeholders of pictures "
-                "or read-outs; remove them, pictures are passed as images"
+                f"text = {str(text)[:80]!r} holds {found}; expected text without NUL and without "
+                "halves of surrogate pairs; remove it, or decode the text anew"
             )
     for source in sources:
         # Found now, a missing file does not cost what other inputs were computed for.

@@ -159,14 +159,6 @@ class ServedModel:
         is_one = isinstance(modality, str)
         return all(part in self.modalities and (is_one or part != "message") for part in asked)
 
-    @property
-    def reserved_tokens(self) -> frozenset[str]:
-        """Tokens that no text may hold: placeholders of pictures, read-outs, reason tokens."""
-        backbone = self.model.backbone
-        tail_ids = [*self.model.readout_ids, *self.model.reason_ids]
-        tail = backbone.tokenizer.convert_ids_to_tokens(tail_ids)
-        return frozenset(backbone.placeholder_tokens() | set(tail))
-
     def get_embedding_dimension(self) -> int:
         """Return the width D of a vector, `truncate_dim` applied."""
         return min(self.model.hidden_size, self.truncate_dim or self.model.hidden_size)

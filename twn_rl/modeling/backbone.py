@@ -5,7 +5,7 @@ Knows no adapters and no read-out; nothing here depends on what the model will b
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +21,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE
+from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE, Renderer
+from twn_rl.data.markup import KNOWN_TOKENS, Markup
 
-# Placeholders that some tokenizers do not flag as special.
-PLACEHOLDER_TOKENS = (
-    "<image>",
-    "<video>",
-    "<fake_token_around_image>",
-    "<global-img>",
-    "<end_of_utterance>",
-    "<start_of_turn>",
-    "<end_of_turn>",
-    "<|im_start|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-    *(f"<row_{row}_col_{col}>" for row in range(1, 7) for col in range(1, 7)),
-)
 _CONFIG_TOKEN_PREFIXES = ("image", "video", "vision", "audio", "boi", "eoi")
 _CONFIG_TOKEN_SUFFIXES = ("_token_id", "_token_index")
 
@@ -60,6 +42,7 @@ class Backbone:
         uses_mrope: Whether positions are 3-D (Qwen-VL family) and come from `get_rope_index`.
         name: Name or path it was loaded from; empty if built in code.
         revision: Commit it was loaded at.
+        picture_tokens: Tokens that the model's config names as places of pictures and videos.
         blank_picture: Processor's tensors of a blank picture, made when first needed.
     """
 
@@ -72,7 +55,9 @@ class Backbone:
     uses_mrope: bool
     name: str = ""
     revision: str | None = None
+    picture_tokens: frozenset[str] = frozenset()
     blank_picture: dict[str, Any] | None = None
+    _markups: dict[Any, Markup] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def inner_model(self) -> nn.Module:
@@ -96,20 +81,38 @@ class Backbone:
                 token is always allowed.
         """
         vocabulary = self.tokenizer.get_vocab()
-        added = self.tokenizer.added_tokens_decoder.items()
-        suppressed = {token_id for token_id, token in added if token.special}
-        suppressed |= {vocabulary[token] for token in PLACEHOLDER_TOKENS if token in vocabulary}
-        suppressed |= set(self.tokenizer.all_special_ids)
-        suppressed |= _config_token_ids(self.model.config)
+        suppressed = set(self.tokenizer.all_special_ids)
+        suppressed |= {vocabulary[token] for token in self._special_tokens()}
         text_config = self.model.config.get_text_config(decoder=True)
         suppressed |= set(range(len(self.tokenizer), text_config.vocab_size))
         allowed = {vocabulary[token] for token in keep if token in vocabulary}
         return sorted(suppressed - allowed - {self.eos_token_id})
 
-    def placeholder_tokens(self) -> set[str]:
-        """Return the tokens that stand for pictures; a text with one would ask for a picture."""
-        ids = _config_token_ids(self.model.config) if self.is_multimodal else set()
-        return set(self.tokenizer.convert_ids_to_tokens(sorted(ids))) - {None}
+    def markup(self, renderer: Renderer) -> Markup:
+        """Return what gives prompts their structure, and stays text where people wrote it.
+
+        These are special tokens, known ones of other families that the tokenizer has, what the
+        config names, added tokens that the chat template writes, read-outs, and think markers.
+        """
+        key = len(self.tokenizer), renderer.think_open, renderer.think_close
+        if key not in self._markups:
+            template = str(getattr(self.processor, "chat_template", None) or "")
+            added = {str(token) for token in self.tokenizer.added_tokens_decoder.values()}
+            written = {token for token in added if token in template}
+            backend = getattr(self.tokenizer, "backend_tokenizer", None)
+            normalizer = getattr(backend, "normalizer", None)
+            self._markups[key] = Markup(
+                [renderer.think_open, renderer.think_close, *written, *self._special_tokens()],
+                getattr(normalizer, "normalize_str", None),
+            )
+        return self._markups[key]
+
+    def _special_tokens(self) -> set[str]:
+        vocabulary = self.tokenizer.get_vocab()
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {str(token) for token in added if token.special}
+        special |= {*self.tokenizer.all_special_tokens, *KNOWN_TOKENS, *self.picture_tokens}
+        return special & set(vocabulary)
 
 
 def _config_token_ids(config: Any) -> set[int]:
@@ -210,6 +213,7 @@ def from_parts(model: PreTrainedModel, processor: Any) -> Backbone:
                 "backbone's own template, which places its image tokens; use a chat model"
             )
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    picture_ids = sorted(_config_token_ids(model.config)) if is_multimodal else []
     return Backbone(
         model=model,
         processor=processor,
@@ -219,6 +223,7 @@ def from_parts(model: PreTrainedModel, processor: Any) -> Backbone:
         hidden_size=model.config.get_text_config(decoder=True).hidden_size,
         uses_mrope=hasattr(getattr(model, model.base_model_prefix, model), "get_rope_index"),
         name=getattr(model, "name_or_path", "") or "",
+        picture_tokens=frozenset(tokenizer.convert_ids_to_tokens(picture_ids)) - {None},
     )
 
 

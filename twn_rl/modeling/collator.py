@@ -115,9 +115,10 @@ def collate_opened(
     backbone: Backbone, renderer: Renderer, items: Sequence[Item]
 ) -> dict[str, Tensor]:
     """Return left-padded prompts of items as they are, their pictures opened; no limits."""
+    markup = backbone.markup(renderer)
     texts = [
         backbone.processor.apply_chat_template(
-            renderer.messages(item, is_multimodal=backbone.is_multimodal),
+            renderer.messages(item, is_multimodal=backbone.is_multimodal, markup=markup),
             tokenize=False,
             add_generation_prompt=True,
         )

@@ -93,6 +93,7 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
     renderer, limits, is_multimodal = model.renderer, model.limits, model.backbone.is_multimodal
     # Datasets pickles what `render` holds to name itself: the weights must not be among it.
     weightless = replace(model.backbone, model=cast(Any, None))
+    markup = model.backbone.markup(renderer)
     # TRL asks for a query once a rollout; measuring it again would process its pictures again.
     kept_characters: dict[int, int] = {}
 
@@ -107,7 +108,8 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
 
     def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         queries = [fitted(index) for index in batch["record_index"]]
-        rendered = {**batch, "prompt": [renderer.messages(q, is_multimodal) for q in queries]}
+        prompts = [renderer.messages(q, is_multimodal, markup=markup) for q in queries]
+        rendered = {**batch, "prompt": prompts}
         if is_multimodal:
             rendered["images"] = [renderer.images(query) for query in queries]
         return rendered

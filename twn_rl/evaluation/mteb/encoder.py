@@ -139,7 +139,6 @@ class MtebEncoder(AbsEncoder):
         usage = Usage()
         reader = Reader(
             task_instruction(task_metadata, prompt_type),
-            self.embedder.reserved_tokens,
             self.open_picture,
             usage,
         )

@@ -6,7 +6,7 @@ images, lists of images or references, videos as tensors of frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mteb.types import PromptType
 from PIL import Image
 
 from twn_rl.data.images import ImageSource
+from twn_rl.data.markup import unusable_character, without_unusable
 from twn_rl.data.record import Item
 from twn_rl.evaluation.usage import Usage
 
@@ -46,13 +47,11 @@ class Reader:
 
     Attributes:
         instruction: For every input.
-        reserved: Tokens that no text may hold; replaced by spaces.
         open_picture: Reference -> picture, for tasks that name pictures instead of holding them.
         usage: Where repaired inputs are counted.
     """
 
     instruction: str | None
-    reserved: Collection[str]
     open_picture: Callable[[str], ImageSource] | None
     usage: Usage
 
@@ -74,7 +73,7 @@ class Reader:
         return [self._item(*cells) for cells in zip(texts, images, videos, strict=True)]
 
     def _item(self, text: Any, image: Any, video: Any) -> Item:
-        text = self._without_placeholders("" if text is None else str(text))
+        text = self._usable("" if text is None else str(text))
         pictures = image if isinstance(image, list | tuple) else [image]
         images = tuple(self._picture(cell) for cell in pictures if cell is not None)
         frames = () if video is None else tuple(_frames(video))
@@ -83,12 +82,10 @@ class Reader:
             self.usage.blank += 1
         return Item(self.instruction, text if text.strip() else None, images, frames)
 
-    def _without_placeholders(self, text: str) -> str:
-        found = [token for token in self.reserved if token in text]
-        for token in found:
-            text = text.replace(token, " ")
-        self.usage.placeholders_removed += bool(found)
-        return text
+    def _usable(self, text: str) -> str:
+        found = unusable_character(text)
+        self.usage.characters_removed += found is not None
+        return text if found is None else without_unusable(text)
 
     def _picture(self, cell: Any) -> ImageSource:
         return self.open_picture(cell) if self.open_picture and isinstance(cell, str) else cell
