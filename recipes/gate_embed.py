@@ -42,9 +42,10 @@ from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
+from twn_rl.modeling.checkpoint import save_decision
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
-from twn_rl.modeling.gate_files import save_gates, set_threshold
+from twn_rl.modeling.gate_files import set_threshold
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
@@ -182,8 +183,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
                 log_choice(side, found[side], rule.metric)
             write_thresholds(path / FOLDER, found, rule.metric)
             write_text(path / FOLDER / "labels.md", label_tables(found))
-            save_gates(model, path)
-            model.config.save(path)
+            save_decision(model, path)
             logger.info("Gate saved to %s", path)
         processes.wait_for_everyone()
     return path

@@ -15,11 +15,19 @@ FAMILIES = ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"]
 THOUGHT = "<think> camel is top left </think>"
 
 
+def accept_any_content(model):
+    """Do what the message about changed files says."""
+    settings = json.loads((model / "twn_config.json").read_text())
+    (model / "twn_config.json").write_text(json.dumps({**settings, "digests": {}}))
+
+
 def _edit(folder, change):
     path = folder / "adapter_model.safetensors"
     weights = load_file(path)
     change(weights)
     save_file(weights, path)
+    if (folder.parent / "twn_config.json").exists():
+        accept_any_content(folder.parent)
 
 
 @pytest.mark.parametrize("interface", ["reencode", "kv_detach"])

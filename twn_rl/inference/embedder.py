@@ -102,6 +102,7 @@ class ThinkingEmbedder(ServedModel):
         dtype: str | torch.dtype | None = None,
         backbone: str | Path | Backbone | None = None,
         cot_cache_dir: str | Path | None = None,
+        accept_other_backbone: bool = False,
     ) -> ThinkingEmbedder:
         """Return the embedder of a checkpoint folder.
 
@@ -111,9 +112,13 @@ class ThinkingEmbedder(ServedModel):
             dtype: Parameter type; None keeps the stored one.
             backbone: Backbone to use instead of the one the checkpoint names.
             cot_cache_dir: See the class.
+            accept_other_backbone: Load although the backbone's weights are not those the checkpoint
+                was trained on.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model = DualLoraModel.from_pretrained(path, backbone=backbone, dtype=dtype)
+        model = DualLoraModel.from_pretrained(
+            path, backbone=backbone, dtype=dtype, accept_other_backbone=accept_other_backbone
+        )
         return cls(model.to(device), cot_cache_dir=cot_cache_dir)
 
     @takes(QueryOptions)

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from twn_rl.modeling.adapters import adapter_parameters, stored_key
+from twn_rl.modeling.tensor_files import read_tensors
 from twn_rl.runtime.zero import gathered
 
 
@@ -80,14 +81,14 @@ def load_adapter(
     Raises:
         FileNotFoundError: If there are no safetensors.
         KeyError: If keys are missing or unexpected; the message lists them.
-        ValueError: If a shape differs; the message lists them.
+        ValueError: If a shape differs; the message lists them; or if the file is damaged.
     """
     path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; expected adapter weights as safetensors; check the folder"
         )
-    stored = load_file(path)
+    stored, _ = read_tensors(path)
     own = _stored_parameters(peft_model, name)
     if rename is not None:
         stored = {rename(key, own): tensor for key, tensor in stored.items()}

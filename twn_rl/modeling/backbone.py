@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE, Renderer
 from twn_rl.data.markup import KNOWN_TOKENS, Markup
+from twn_rl.modeling.tensor_files import damage_named
 
 _CONFIG_TOKEN_PREFIXES = ("image", "video", "vision", "audio", "boi", "eoi")
 _CONFIG_TOKEN_SUFFIXES = ("_token_id", "_token_index")
@@ -162,6 +163,9 @@ def load_backbone(
         attn_implementation: Attention kernel; None leaves the choice to transformers.
         with_weights: False reads none and leaves the model on the meta device, which is enough to
             render and tokenize.
+
+    Raises:
+        ValueError: If weights are missing, or a file of weights is damaged.
     """
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = AutoConfig.from_pretrained(name_or_path, **shared)
@@ -170,13 +174,21 @@ def load_backbone(
     processor_class = AutoProcessor if is_vlm else AutoTokenizer
     processor = processor_class.from_pretrained(name_or_path, **shared)
     if with_weights:
-        with whole_parameters():
-            model = model_class.from_pretrained(
+        with whole_parameters(), damage_named(name_or_path):
+            loaded: Any = model_class.from_pretrained(
                 name_or_path,
                 dtype=dtype or "auto",
                 use_safetensors=True,
                 attn_implementation=attn_implementation,
+                output_loading_info=True,
                 **shared,
+            )
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"backbone {name_or_path} lacks {len(missing)} weights of {type(model).__name__}, "
+                f"such as {missing[0]}; expected all: the missing ones would be random; download "
+                "it again, or name a backbone of this architecture"
             )
     else:
         with torch.device("meta"):

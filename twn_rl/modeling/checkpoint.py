@@ -1,26 +1,43 @@
-"""Checkpoint folders: writing them whole and reading their weights back exactly."""
+"""Checkpoint folders: one model each, saved as a whole and read back exactly.
 
+A model is written into `.saving/` first and then put in place file by file, its settings last. They
+name the digest of every file of weights, so that a kill in between leaves a model that can be read:
+the old one, or the new one from both folders.
+"""
+
+import logging
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
 from twn_rl.modeling.adapter_files import is_writer, load_adapter, save_adapter
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
+from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, save_gates
 from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.runtime.whole_files import file_digest, written_aside
+
+logger = logging.getLogger(__name__)
 
 REASONING_DIR = "reasoning"
 EMBEDDING_DIR = "embedding"
 ASIDE_DIR = ".saving"
 _FOLDERS = {REASONING_ADAPTER: REASONING_DIR, EMBEDDING_ADAPTER: EMBEDDING_DIR}
+_WEIGHTS = {name: f"{folder}/{SAFETENSORS_WEIGHTS_NAME}" for name, folder in _FOLDERS.items()}
 _PACKAGES = ("torch", "transformers", "peft")
 
 
 def save_model(model: DualLoraInference, path: str | Path) -> None:
     """Write `reasoning/`, `embedding/` (read-out rows inside), gates and `twn_config.json`.
 
-    A `gate.safetensors` that an earlier model left there is removed if this one has no gates. All
-    is written aside first: a full disk leaves the model that was there as it was.
+    A `gate.safetensors` that an earlier model left there is removed if this one has no gates. A
+    full disk leaves the model that was there as it was.
 
     Of several processes only the first writes; under ZeRO-3 all of them must call this.
 
@@ -29,36 +46,150 @@ def save_model(model: DualLoraInference, path: str | Path) -> None:
         path: Folder; created if needed.
     """
     path = Path(path)
+    with _saved_aside(model, path, keep={}) as aside:
+        for name, folder in _FOLDERS.items():
+            save_adapter(model.peft_model, name, aside / folder)
+        save_gates(model, aside)
+        model.config.versions = {package: version(package) for package in _PACKAGES}
+
+
+def save_decision(model: DualLoraInference, path: str | Path) -> None:
+    """Replace gates and thresholds of the model stored in `path`, which are otherwise its own."""
+    adapters = set(_WEIGHTS.values())
+    kept = {name: digest for name, digest in model.config.digests.items() if name in adapters}
+    with _saved_aside(model, Path(path), keep=kept) as aside:
+        save_gates(model, aside)
+
+
+@contextmanager
+def _saved_aside(model: DualLoraInference, path: Path, keep: dict[str, str]) -> Iterator[Path]:
+    """Give a folder to write to, and put what lies there in place, with the model's settings."""
     aside = path / ASIDE_DIR
     if is_writer():
+        if (aside / CONFIG_FILE).is_file():  # a kill left a whole model there
+            _publish(aside, path)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-    for name, folder in _FOLDERS.items():
-        save_adapter(model.peft_model, name, aside / folder)
-    save_gates(model, aside)
-    model.config.versions = {package: version(package) for package in _PACKAGES}
-    if is_writer():
-        model.config.save(aside)
-        _publish(aside, path)
+    try:
+        yield aside
+        if is_writer():
+            written = aside.rglob("*.safetensors")
+            new = {str(file.relative_to(aside)): file_digest(file) for file in written}
+            model.config.digests = {**keep, **dict(sorted(new.items()))}
+            model.config.save(aside)
+            _publish(aside, path)
+    finally:
+        if is_writer() and not (aside / CONFIG_FILE).exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _publish(aside: Path, path: Path) -> None:
-    """Put a model that has been written whole in the place of another one."""
+    """Put the files of a model in place, settings last; all stay in `aside` until the end."""
+    files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == CONFIG_FILE):
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+        with written_aside(path / file.relative_to(aside)) as new:
+            try:
+                os.link(file, new)
+            except OSError:  # some file systems have no links
+                shutil.copy2(file, new)
     if not (aside / GATE_FILE).exists():
         (path / GATE_FILE).unlink(missing_ok=True)
-    for new in sorted(aside.iterdir()):
-        old = path / new.name
-        if old.is_dir():
-            old.rename(path / f".{new.name}.old")
-        new.replace(old)
-        shutil.rmtree(path / f".{new.name}.old", ignore_errors=True)
-    aside.rmdir()
+    shutil.rmtree(aside)
 
 
-def load_weights(model: DualLoraInference, path: str | Path) -> None:
-    """Overwrite both adapters of `model` with those stored in `path`, every key accounted for."""
-    for name, folder in _FOLDERS.items():
-        load_adapter(model.peft_model, name, Path(path) / folder)
+def find_files(path: str | Path) -> tuple[TwnConfig, dict[str, Path]]:
+    """Return the settings of the model in a folder, and where each file of its weights is.
+
+    Raises:
+        FileNotFoundError: If there are no settings or no weights.
+        ValueError: If a file is not the one that was saved with the settings.
+    """
+    path = Path(path)
+    if not (path / CONFIG_FILE).is_file():
+        raise FileNotFoundError(
+            f"{path / CONFIG_FILE} does not exist; expected a folder written by "
+            "save_pretrained; check the path"
+        )
+    config = TwnConfig.load(path)
+    files, damaged = _find(path, config)
+    if damaged and (path / ASIDE_DIR / CONFIG_FILE).is_file():
+        newer = TwnConfig.load(path / ASIDE_DIR)
+        found, still_damaged = _find(path, newer)
+        if not still_damaged:
+            logger.warning("%s: a save was cut short; its model is read from %s", path, ASIDE_DIR)
+            return newer, found
+    if damaged:
+        raise ValueError(
+            f"{path}: {', '.join(damaged)} is not what was saved with {CONFIG_FILE}; expected the "
+            "files of one model; copy or train it again, or, if you changed it on purpose, set "
+            f'"digests" to {{}} in {CONFIG_FILE}'
+        )
+    return config, files
+
+
+def _find(path: Path, config: TwnConfig) -> tuple[dict[str, Path], list[str]]:
+    """Return where the files are that a model's settings name, and which are not those."""
+    files = {name: path / name for name in (*_WEIGHTS.values(), GATE_FILE)}
+    damaged = []
+    for name in [name for name in files if name in config.digests]:
+        digest = config.digests[name]
+        places = [place for place in (path / name, path / ASIDE_DIR / name) if place.is_file()]
+        whole = [place for place in places if file_digest(place) == digest]
+        if whole:
+            files[name] = whole[0]
+        elif places:
+            damaged.append(name)
+        else:
+            logger.warning("%s is missing", path / name)
+    if GATE_FILE not in config.digests and (path / ASIDE_DIR / CONFIG_FILE).is_file():
+        files[GATE_FILE] = path / ASIDE_DIR / GATE_FILE  # what lies in `path` is an older model's
+    return files, damaged
+
+
+def load_weights(
+    model: DualLoraInference, path: str | Path, files: dict[str, Path] | None = None
+) -> None:
+    """Overwrite both adapters of `model` with those stored in `path`, every key accounted for.
+
+    `files` are those of `find_files`; without them the folder is taken as it is.
+    """
+    for name, file in _WEIGHTS.items():
+        load_adapter(model.peft_model, name, (files or {}).get(file, Path(path) / file).parent)
+
+
+def check_backbone(
+    model: DualLoraInference, path: Path, expected: str | None, accept: bool
+) -> None:
+    """Refuse a model on another backbone than it was trained on.
+
+    Args:
+        model: The model, loaded.
+        path: Folder it was loaded from.
+        expected: The stored `Fingerprints.frozen`; None if the checkpoint is older than it.
+        accept: Take any backbone, with a warning where it is another one.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    own = Fingerprints(model).frozen
+    if expected is None:
+        logger.warning("%s does not say which backbone it was trained on: not checked", path)
+        return
+    if own == expected:
+        return
+    said = (
+        f"{path} was trained on another backbone (weights {expected[:12]}) than "
+        f"{model.config.backbone or 'the given one'} (weights {own[:12]})"
+    )
+    if not accept:
+        raise ValueError(
+            f"{said}; expected the same weights: its vectors would mean nothing; pass its own "
+            "backbone, or accept this one with accept_other_backbone=True or by setting "
+            f'"backbone_fingerprint" to null in {CONFIG_FILE}'
+        )
+    logger.warning("%s: accepted", said)
 
 
 def freeze_unless(model: DualLoraInference, is_trainable: bool) -> None:

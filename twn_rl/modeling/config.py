@@ -86,6 +86,10 @@ class TwnConfig:
             turn at once.
         policy_threshold: Probability of opening a thought above which such a query thinks.
         versions: Library versions that wrote the checkpoint.
+        backbone_fingerprint: `Fingerprints.frozen` of the backbone it was trained on; None if that
+            is not known, or any is to be accepted.
+        digests: sha256 of every file of weights beside these settings, by its path in the folder;
+            empty if any content is to be accepted.
     """
 
     backbone: str = ""
@@ -106,6 +110,8 @@ class TwnConfig:
     thinking_decision: ThinkingDecision = "gate"
     policy_threshold: float = 0.5
     versions: dict[str, str] = field(default_factory=dict)
+    backbone_fingerprint: str | None = None
+    digests: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Collect every problem of the config into one error."""

@@ -21,6 +21,7 @@ from twn_rl.runtime.whole_files import digest
 from twn_rl.runtime.zero import gathered
 
 _PROBE_VALUES = 16
+_STORED_VALUES = 64
 # What of a completion is embedded; vectors stored when all of it was are made anew.
 _EMBEDDED = "up to the closing mark"
 
@@ -79,6 +80,21 @@ class Fingerprints:
         tables = {n: _sample(w, first_new) for n, w in self._frozen() if self._is_table(w)}
         dtype, revision = str(self.model.backbone.model.dtype), self.config.backbone_revision
         return digest([self._layers, _digest(tables), dtype, revision])
+
+    @cached_property
+    def frozen(self) -> str:
+        """Tells one backbone from another; checkpoints hold it, so its contents are fixed.
+
+        Names, shapes and `_STORED_VALUES` evenly spaced numbers of every frozen weight, rounded to
+        bfloat16, so that the backbone may be loaded in that precision. It costs milliseconds at any
+        size and tells missing, random, retrained and other weights; not a single changed number.
+        """
+        first_new = min([*self.model.readout_ids, *self.model.reason_ids])
+        samples = {
+            name: _sample(weight, first_new if self._is_table(weight) else None, _STORED_VALUES)
+            for name, weight in self._frozen()
+        }
+        return _digest(samples, torch.bfloat16)
 
     @cached_property
     def prompts(self) -> str:
@@ -147,11 +163,11 @@ class Fingerprints:
         return {id(p) for module in modules if module is not None for p in module.parameters()}
 
 
-def _sample(weight: nn.Parameter, rows: int | None = None) -> Tensor:
-    """Return a few evenly spaced numbers of the first rows of a weight, on the CPU."""
+def _sample(weight: nn.Parameter, rows: int | None = None, count: int = _PROBE_VALUES) -> Tensor:
+    """Return `count` evenly spaced numbers of the first rows of a weight, on the CPU."""
     with gathered([weight]):
         values = weight.detach()[:rows].flatten()
-        return values[:: max(1, len(values) // _PROBE_VALUES)][:_PROBE_VALUES].clone().cpu()
+        return values[:: max(1, len(values) // count)][:count].clone().cpu()
 
 
 def _digest(weights: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from twn_rl.modeling.adapter_files import check_fit, is_writer
@@ -21,6 +20,7 @@ from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, THRESHOLD_FIELDS, Gate
 from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.modeling.tensor_files import read_tensors
 from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
@@ -69,8 +69,13 @@ def save_gates(model: DualLoraInference, path: str | Path) -> None:
         save_file(tensors, aside, metadata=metadata)
 
 
-def load_gates(model: DualLoraInference, path: str | Path) -> None:
-    """Give the model the gates stored in a checkpoint folder; none stored leaves it without.
+def load_gates(model: DualLoraInference, path: str | Path, file: Path) -> None:
+    """Give the model the gates stored in a file; without one it has none.
+
+    Args:
+        model: The model.
+        path: Folder to name in the advice to refit.
+        file: `GATE_FILE`.
 
     A gate whose thoughts came from other reasoning weights still loads, with a warning.
 
@@ -78,12 +83,9 @@ def load_gates(model: DualLoraInference, path: str | Path) -> None:
         KeyError: If tensors are missing or unexpected; the message lists them.
         ValueError: If the gate belongs to another backbone or embedding adapter, or shapes differ.
     """
-    file = Path(path) / GATE_FILE
     if not file.is_file():
         return
-    with safe_open(file, framework="pt") as stored:
-        metadata = stored.metadata() or {}
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
+    tensors, metadata = read_tensors(file)
     now = Fingerprints(model).gate_origin
     _check_origin(file, metadata, model, now)
     sides: dict[str, int] = json.loads(metadata["sides"])

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
 from torch import Tensor
 
 from twn_rl.data.chat import Renderer
@@ -22,6 +21,7 @@ from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.checkpoint import EMBEDDING_DIR, REASONING_DIR, freeze_unless
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.tensor_files import read_tensors
 
 _ROWS_KEY = "trainable_tokens_delta"
 
@@ -136,8 +136,8 @@ def _read_settings(directory: Path) -> tuple[LoraSettings, str]:
                 f"{needed} does not exist; expected TWN's released layout; check the folder"
             )
     config = json.loads(config_path.read_text("utf-8"))
-    with safe_open(weights_path, framework="pt") as weights:
-        found = [re.search(r"(\w+)\.lora_A\.weight$", key) for key in weights.keys()]  # noqa: SIM118
+    weights, _ = read_tensors(weights_path)
+    found = [re.search(r"(\w+)\.lora_A\.weight$", key) for key in weights]
     targets = sorted({match.group(1) for match in found if match})
     settings = LoraSettings(
         r=config["r"],

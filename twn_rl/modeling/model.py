@@ -19,8 +19,15 @@ from twn_rl.modeling.adapters import (
     use_adapter,
 )
 from twn_rl.modeling.backbone import Backbone, load_backbone
-from twn_rl.modeling.checkpoint import freeze_unless, load_weights, save_model
+from twn_rl.modeling.checkpoint import (
+    check_backbone,
+    find_files,
+    freeze_unless,
+    load_weights,
+    save_model,
+)
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
+from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, forget_thresholds, load_gates, warn_dropped
 from twn_rl.modeling.generation import Batch, DualLoraInference
 from twn_rl.modeling.kv_prefix import read_rows
@@ -78,7 +85,9 @@ class DualLoraModel(DualLoraInference):
             seed=seed,
         )
         tail = tail_ids[:num_readouts], tail_ids[num_readouts:]
-        return cls(backbone, peft_model, config, *tail)
+        model = cls(backbone, peft_model, config, *tail)
+        model.config.backbone_fingerprint = Fingerprints(model).frozen
+        return model
 
     @classmethod
     def from_pretrained(
@@ -88,6 +97,7 @@ class DualLoraModel(DualLoraInference):
         backbone: str | Path | Backbone | None = None,
         dtype: str | torch.dtype | None = None,
         is_trainable: bool = False,
+        accept_other_backbone: bool = False,
     ) -> "DualLoraModel":
         """Return the model stored in `path`; its vectors are those of the model that was saved.
 
@@ -97,32 +107,30 @@ class DualLoraModel(DualLoraInference):
             dtype: Parameter type when loading the backbone.
             is_trainable: Leave both adapters trainable; otherwise everything is frozen. Stored
                 gates stay behind with a warning: training changes what they are about.
+            accept_other_backbone: Load although the backbone's weights are not those it was
+                trained on, with a warning.
 
         Raises:
             FileNotFoundError: If `path` holds no config or no weights.
             KeyError: If adapter keys or gate tensors are missing or unexpected, all named.
-            ValueError: If shapes do not fit the backbone, no backbone is known, or a gate was
-                fitted to another model.
+            ValueError: If shapes do not fit the backbone, no backbone is known or it is another
+                one, a file is damaged or of another model, or a gate was fitted to another one.
         """
         path = Path(path)
-        if not (path / CONFIG_FILE).is_file():
-            raise FileNotFoundError(
-                f"{path / CONFIG_FILE} does not exist; expected a folder written by "
-                "save_pretrained; check the path"
-            )
-        config = TwnConfig.load(path)
+        config, files = find_files(path)
         source = backbone if backbone is not None else config.backbone
         if not source:
             raise ValueError(
                 f"{CONFIG_FILE} names no backbone; expected a name or a path; pass backbone=..."
             )
         model = cls.from_backbone(source, config, dtype=dtype)
-        load_weights(model, path)
+        load_weights(model, path, files)
         if not is_trainable:
-            load_gates(model, path)
-        elif (path / GATE_FILE).is_file():
+            load_gates(model, path, files[GATE_FILE])
+        elif files[GATE_FILE].is_file():
             forget_thresholds(model.config)
             warn_dropped(f"{path} is loaded to be trained", "OUTPUT_DIR")
+        check_backbone(model, path, config.backbone_fingerprint, accept_other_backbone)
         freeze_unless(model, is_trainable)
         return model
 

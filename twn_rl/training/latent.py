@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -19,6 +19,7 @@ from twn_rl.data.record import Record
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, adapter_parameters
 from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.tensor_files import read_tensors
 from twn_rl.runtime.zero import forget_moments, gathered
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.chunking import Chunk
@@ -333,4 +334,4 @@ class LatentTrainer(AdapterCheckpoints, ContrastiveTrainer):
                 f"{path} does not exist; expected the decoder head to resume with; resume from a "
                 "checkpoint-N folder of this recipe, not from a model saved for serving"
             )
-        self.learner.decoder.load_state_dict(load_file(path))
+        self.learner.decoder.load_state_dict(read_tensors(path)[0])

@@ -5,7 +5,6 @@ The seal is written last and names every file with its size and digest. Knows no
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import re
@@ -15,7 +14,7 @@ from typing import Any
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from twn_rl.modeling.config import CONFIG_FILE
-from twn_rl.runtime.whole_files import digest, read_json, write_text
+from twn_rl.runtime.whole_files import digest, file_digest, read_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ _UNSEALED = (SEAL_FILE, CONFIG_FILE)
 def seal(folder: Path) -> None:
     """Write down every file of a finished checkpoint; without this it does not count as one."""
     files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in _UNSEALED
     }
@@ -48,7 +47,7 @@ def damage_of(folder: Path) -> str | None:
         size = path.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if _digest(path) != expected["sha256"]:
+        if file_digest(path) != expected["sha256"]:
             return f"{name} has other content than was saved"
     return None
 
@@ -81,8 +80,3 @@ def is_finished(checkpoint: Path, args: Any) -> bool:
         return done >= args.max_steps
     same_length = state.get("num_train_epochs") == args.num_train_epochs
     return same_length and 0 < state.get("max_steps", 0) <= done
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
