@@ -1,6 +1,6 @@
 """Tiny random backbones of each family, built in code. Knows no expected values."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     Idefics3Config,
     Idefics3ForConditionalGeneration,
     Idefics3Processor,
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
@@ -70,13 +74,27 @@ TEXT_CONFIG = {
 }
 
 
-def make_tokenizer(special: Sequence[str], *, eos: str, template: str | None) -> Any:
-    """Return a word-level tokenizer; `<think>` tags are tokens but not special, as in Qwen3."""
+def make_tokenizer(
+    special: Sequence[str],
+    *,
+    eos: str,
+    template: str | None,
+    named: Mapping[str, str] | None = None,
+) -> Any:
+    """Return a word-level tokenizer; `<think>` tags are tokens but not special, as in Qwen3.
+
+    `named` are special tokens that its processor looks for under a name, such as `boi_token`.
+    """
+    special = [*special, *(named or {}).values()]
     tokens = list(dict.fromkeys(["<pad>", "<unk>", *special, "<think>", "</think>", *WORDS]))
     core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token=eos
+        tokenizer_object=core,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        eos_token=eos,
+        extra_special_tokens=dict(named or {}),
     )
     tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
     tokenizer.add_tokens(["<think>", "</think>"])
@@ -232,6 +250,51 @@ def make_llama() -> Backbone:
     return from_parts(_seeded(LlamaForCausalLM, config), tokenizer)
 
 
+def make_gemma3_text() -> Backbone:
+    """Gemma 3's language model: every second layer sees eight columns back."""
+    tokenizer = make_tokenizer(["<eos>"], eos="<eos>", template=None)
+    config = Gemma3TextConfig(
+        **TEXT_CONFIG,
+        **_own_ids(tokenizer),
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    )
+    return from_parts(_seeded(Gemma3ForCausalLM, config), tokenizer)
+
+
+def make_qwen3_5_text() -> Backbone:
+    """Qwen3.5's language model: every second layer is linear attention."""
+    tokenizer = make_tokenizer(["<eos>"], eos="<eos>", template=None)
+    config = Qwen3_5TextConfig(
+        **TEXT_CONFIG,
+        **_own_ids(tokenizer),
+        head_dim=8,
+        layer_types=["linear_attention", "full_attention"],
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 1.0,
+        },
+    )
+    return from_parts(_seeded(Qwen3_5ForCausalLM, config), tokenizer)
+
+
+def _own_ids(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer) + 24,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 def _seeded(model_class: Any, config: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -243,6 +306,11 @@ BACKBONES: dict[str, Callable[[], Backbone]] = {
     "qwen3_vl": make_qwen3_vl,
     "qwen2_5_vl": make_qwen2_5_vl,
     "llama": make_llama,
+}
+# Text models whose layers count columns; their prompts are those of "llama".
+COUNTING_BACKBONES: dict[str, Callable[[], Backbone]] = {
+    "gemma3_text": make_gemma3_text,
+    "qwen3_5_text": make_qwen3_5_text,
 }
 
 
@@ -264,7 +332,8 @@ def make_model() -> Callable[..., DualLoraModel]:
             "max_think_tokens": 8,
             **settings,
         }
-        model = DualLoraModel.from_backbone(BACKBONES[name](), TwnConfig(**settings), seed=seed)
+        backbone = {**BACKBONES, **COUNTING_BACKBONES}[name]()
+        model = DualLoraModel.from_backbone(backbone, TwnConfig(**settings), seed=seed)
         awaken(model, seed)
         return model.eval()
 
@@ -296,7 +365,7 @@ def make_items() -> Callable[[str], list[Item]]:
             Item(text="pizza"),
             Item(instruction="which object is in the top row", text="left of the zebra"),
         ]
-        if name == "llama":
+        if name in ("llama", *COUNTING_BACKBONES):
             return text
         side = {"qwen3_vl": 64, "qwen2_5_vl": 56}.get(name, 32)
         return [

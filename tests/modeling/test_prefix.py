@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import COUNTING_BACKBONES
 from torch.nn.functional import normalize
 
 from twn_rl.modeling.kv_prefix import merge
@@ -11,6 +12,9 @@ from twn_rl.modeling.readout import join_sequence, position_ids
 FAMILIES = ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"]
 COMPLETIONS = ["<think> red </think>", None, "<think> a much longer thought </think>"]
 INTERFACES = ("reencode", "kv_detach")
+# Layers whose reach is counted in columns: padding within a row would be read as tokens.
+COUNTING = sorted(COUNTING_BACKBONES)
+FAR_APART = ["<think> red </think>", None, f"<think> {'camel left of it ' * 6}</think>"]
 
 
 def completions_for(items):
@@ -31,6 +35,49 @@ def test_a_prefix_gives_the_vectors_of_a_whole_pass(make_model, make_items, name
     torch.testing.assert_close(normalize(model.read_out(prefix), dim=-1), never)
     assert not torch.allclose(never[0], always[0], atol=1e-3)
     torch.testing.assert_close(never[1], always[1])
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("name", COUNTING)
+def test_a_thought_does_not_depend_on_longer_ones_beside_it(
+    make_model, make_items, name, interface
+):
+    model, items = make_model(name, interface=interface), make_items(name)
+    assert model.backbone.counts_columns
+    with torch.no_grad():
+        together = model.embed(model.collate(items, FAR_APART))
+        pairs = zip(items, FAR_APART, strict=True)
+        alone = torch.cat([model.embed(model.collate([item], [own])) for item, own in pairs])
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+    prefix = model.read(model.prepare(model.collate(items)))
+    for rows in ([0, 1, 2], [2, 1, 2, 0], [1]):
+        states = model.read_out(prefix.select(rows), [FAR_APART[row] for row in rows])
+        torch.testing.assert_close(normalize(states, dim=-1), alone[rows], rtol=0, atol=2e-6)
+    assert not torch.allclose(alone[0], model.embed(model.collate(items[:1]))[0], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", COUNTING)
+def test_thoughts_are_written_alike_alone_and_in_a_batch_that_shrinks(make_model, make_items, name):
+    model, items = make_model(name), make_items(name)
+    options = {"do_sample": True, "temperature": 3.0, "max_think_tokens": 12, "num_thoughts": 6}
+    together = model.reason(model.collate(items), seeds=range(3), **options)
+    assert len({len(row) for row in together}) > 1, "no row left the batch early"
+    for row, item in enumerate(items):
+        alone = model.reason(model.collate([item]), seeds=[row], **options)
+        assert alone == together[6 * row : 6 * row + 6]
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("name", COUNTING)
+def test_gradient_flows_where_states_are_written_in_place(make_model, make_items, name, interface):
+    model, items = make_model(name, interface=interface), make_items(name)
+    query = model.collate(items)
+    think = {**query, **model.collate_completions(FAR_APART)}
+    embeds = model(embed={"no_think": query, "think": think})["embeds"]
+    torch.testing.assert_close(embeds["think"], model.embed(think), rtol=0, atol=2e-6)
+    (embeds["think"][:, 0] + embeds["no_think"][:, 1]).sum().backward()
+    grads = [p.grad for n, p in model.peft_model.named_parameters() if ".embedding." in n]
+    assert any(grad is not None and grad.abs().max() > 0 for grad in grads)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,6 +19,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE, Renderer
@@ -69,6 +70,16 @@ class Backbone:
     def eos_token_id(self) -> int:
         """The token that ends a completion."""
         return int(self.tokenizer.eos_token_id)
+
+    @property
+    def counts_columns(self) -> bool:
+        """Whether padding within a row would move what a later token sees.
+
+        Sliding windows count columns, padding or not, and linear attention forgets a little at
+        each. Full attention has masks and positions, which know what is padding.
+        """
+        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
+        return any(type(layer) is not DynamicLayer for layer in layers)
 
     def suppressed_token_ids(self, keep: Iterable[str] = ()) -> list[int]:
         """Return the sorted ids a policy must never write.

@@ -119,7 +119,7 @@ def decode(
             break
         if len(kept) < len(writing):
             writing = [writing[index] for index in kept.tolist()]
-            cache.batch_select_indices(kept)
+            cache.reorder_cache(kept)
             mask, positions, tokens = mask[kept], positions[kept], tokens[kept]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         places = positions[:, None]

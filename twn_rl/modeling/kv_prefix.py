@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,7 @@ class Prefix:
             return self
         index = torch.tensor(rows, device=self.next_position.device)
         cache = fork(self.cache)
-        cache.batch_select_indices(index)
+        cache.reorder_cache(index)  # the one selection that every kind of layer has
         logits = None if self.logits is None else self.logits[index]
         return Prefix(cache, self.attention_mask[index], self.next_position[index], logits)
 
@@ -80,12 +81,22 @@ def merge(prefixes: Sequence[Prefix]) -> Prefix:
 
 
 def fork(cache: Any) -> Any:
-    """Return a cache that can grow without changing the original; no tensor is copied.
+    """Return a cache that can grow without changing the original.
 
-    Layers of a dynamic cache replace their tensors instead of writing into them.
+    Keys and values are replaced as they grow, so none is copied; states of linear attention are
+    written in place, so these are.
     """
     copied = copy.copy(cache)
-    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    copied.layers = [_forked(layer) for layer in cache.layers]
+    return copied
+
+
+def _forked(layer: Any) -> Any:
+    copied = copy.copy(layer)
+    for name, values in vars(layer).items():
+        if isinstance(values, dict):  # of states, and of what is known of each
+            own = {k: v.clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+            setattr(copied, name, own)
     return copied
 
 
@@ -208,9 +219,31 @@ def read_tail(
         prefill_adapter: For "kv_detach": adapter that also reads the completions, so that only the
             tail runs under the embedding adapter. None is "reencode".
     """
+    read = partial(_read_tail, backbone, peft_model, tail=tail, prefill_adapter=prefill_adapter)
+    groups = _gapless(backbone, completions)
+    if not groups:
+        return read(prefix, completions)
+    parts = [
+        read(prefix.select(rows), {key: value[rows, :length] for key, value in completions.items()})
+        for length, rows in groups.items()
+    ]
+    order = [row for rows in groups.values() for row in rows]
+    return torch.cat(parts)[torch.tensor(order).argsort().to(parts[0].device)]
+
+
+def _read_tail(
+    backbone: Backbone,
+    peft_model: PeftModel,
+    prefix: Prefix,
+    completions: Mapping[str, Tensor],
+    *,
+    tail: Tail,
+    prefill_adapter: str | None,
+) -> Tensor:
     ids = prefix.next_position.new_tensor(tail.ids).expand(len(prefix), -1)
     mask = torch.ones_like(ids)
-    if "completion_ids" in completions:  # also if all are empty: processes must run in step
+    # Also if all are empty: processes must run in step.
+    if "completion_ids" in completions and completions["completion_ids"].shape[1]:
         written = completions["completion_ids"], completions["completion_mask"]
         if prefill_adapter is None:
             ids, mask = torch.cat([written[0], ids], 1), torch.cat([written[1], mask], 1)
@@ -222,3 +255,13 @@ def read_tail(
         backbone, peft_model, prefix, ids, mask, adapter=EMBEDDING_ADAPTER, tail=tail
     )
     return states[:, -len(tail.ids) :]
+
+
+def _gapless(backbone: Backbone, completions: Mapping[str, Tensor]) -> dict[int, list[int]]:
+    """Return length -> rows whose completions have it, if layers would count padding as tokens."""
+    if "completion_ids" not in completions or not backbone.counts_columns:
+        return {}
+    groups: dict[int, list[int]] = {}
+    for row, length in enumerate(completions["completion_mask"].sum(1).tolist()):
+        groups.setdefault(length, []).append(row)
+    return groups

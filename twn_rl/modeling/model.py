@@ -229,8 +229,10 @@ class DualLoraModel(DualLoraInference):
 
     def _read_together(self, batches: Sequence[tuple[Batch, Tail]]) -> list[Tensor]:
         """Return tail states of batches with the same prompts, which are read once if possible."""
-        # A recomputed layer drops its cache, and "kv_detach" has no gradient in the prompt anyway.
-        if len(batches) == 1 or self._is_detached or self.is_gradient_checkpointing:
+        # A recomputed layer drops its cache, states of linear attention are written in place, and
+        # "kv_detach" has no gradient in the prompt anyway.
+        is_apart = self._is_detached or self.is_gradient_checkpointing
+        if len(batches) == 1 or is_apart or self.backbone.counts_columns:
             return [self._tail_states(batch, tail) for batch, tail in batches]
         prompts = prepare_prompts(self.backbone, batches[0][0])
         prefix = read_rows(self.backbone, self.peft_model, prompts, adapter=EMBEDDING_ADAPTER)

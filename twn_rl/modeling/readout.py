@@ -124,6 +124,23 @@ def join_sequence(
     return inputs
 
 
+def close_gaps(backbone: Backbone, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return a batch that can be read on at its end, also by layers that count columns.
+
+    Right padding of completions would stand between a thought and what is appended. Where that
+    matters completions are joined to their prompts and all padding goes to the left; elsewhere the
+    batch comes back as it is.
+    """
+    if "completion_ids" not in batch or not backbone.counts_columns:
+        return batch
+    inputs = join_sequence(batch)
+    order = inputs["attention_mask"].argsort(dim=1, stable=True)  # padding first, then the rest
+    for key in ("input_ids", "attention_mask", *TOKEN_ALIGNED_KEYS):
+        if key in inputs:
+            inputs[key] = inputs[key].gather(1, order)
+    return inputs
+
+
 def position_ids(backbone: Backbone, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return positions that count real tokens only, so that padding never moves a token.
 
@@ -223,7 +240,7 @@ def reencode(
 
     The language head is never run. Gradient reaches the embedding adapter and its tail's rows.
     """
-    inputs = join_sequence(batch, tail.ids)
+    inputs = join_sequence(close_gaps(backbone, batch), tail.ids)
     positions = position_ids(backbone, inputs)
     mask = inputs["attention_mask"]
     inputs["attention_mask"] = attention_for(backbone, mask, tail, mask.shape[1])
@@ -248,6 +265,7 @@ def kv_detach(
     tokens run under the embedding adapter. The cache is detached, so the reasoning adapter gets no
     gradient at all.
     """
+    batch = close_gaps(backbone, batch)
     inputs = join_sequence(batch, tail.ids)
     positions = position_ids(backbone, inputs)
     context = join_sequence(batch)
@@ -257,6 +275,9 @@ def kv_detach(
             cache = backbone.inner_model(
                 **context, position_ids=positions[..., :length], use_cache=True, return_dict=True
             ).past_key_values
+        # Nothing is read after the tail, and linear attention would overwrite a state in place that
+        # its own backward pass needs.
+        cache.update_recurrent_state = lambda states, *_, **__: states
         with use_adapter(peft_model, EMBEDDING_ADAPTER):
             output = backbone.inner_model(
                 input_ids=inputs["input_ids"][:, length:],
