@@ -93,6 +93,8 @@ def test_the_folder_holds_adapters_and_settings_only(make_model, tmp_path):
         "reasoning/adapter_model.safetensors",
         "embedding/adapter_config.json",
         "embedding/adapter_model.safetensors",
+        "modules.json",
+        "config_sentence_transformers.json",
     }
     rows = [
         k for k in load_file(tmp_path / "embedding/adapter_model.safetensors") if "lora" not in k

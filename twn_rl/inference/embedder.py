@@ -34,7 +34,9 @@ from twn_rl.inference.thought_pool import ThoughtCache
 from twn_rl.inference.way import Way
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.modeling.hub import HubAccess, model_folder
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.sentence_transformers_files import read_settings
 
 # What reading depends on, and what is done to all ways at once.
 _ONE_PLACE = ("device", "pool")
@@ -103,23 +105,50 @@ class ThinkingEmbedder(ServedModel):
         backbone: str | Path | Backbone | None = None,
         cot_cache_dir: str | Path | None = None,
         accept_other_backbone: bool = False,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_folder: str | Path | None = None,
+        local_files_only: bool = False,
+        prompts: Mapping[str, str] | None = None,
+        default_prompt_name: str | None = None,
+        truncate_dim: int | None = None,
     ) -> ThinkingEmbedder:
-        """Return the embedder of a checkpoint folder.
+        """Return the embedder of a checkpoint folder or of a model on the hub.
 
         Args:
-            path: Folder written by a recipe or by `DualLoraModel.save_pretrained`.
+            path: Folder written by a recipe or by `save_pretrained`, or "owner/name" on the hub.
             device: Where to run; None takes the first GPU if there is one.
             dtype: Parameter type; None keeps the stored one.
             backbone: Backbone to use instead of the one the checkpoint names.
             cot_cache_dir: See the class.
             accept_other_backbone: Load although the backbone's weights are not those the checkpoint
                 was trained on.
+            revision: Commit, tag or branch on the hub.
+            token: Access token of the hub; None takes the stored one.
+            cache_folder: Where files of the hub are kept; None takes its own cache.
+            local_files_only: Take what is in the cache and ask nobody.
+            prompts: More than the stored ones, or others, by their names.
+            default_prompt_name: Another than the stored one.
+            truncate_dim: Another than the stored one.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        access = HubAccess(token, cache_folder, local_files_only)
+        folder = model_folder(path, revision, access)
         model = DualLoraModel.from_pretrained(
-            path, backbone=backbone, dtype=dtype, accept_other_backbone=accept_other_backbone
+            folder,
+            backbone=backbone,
+            dtype=dtype,
+            accept_other_backbone=accept_other_backbone,
+            access=access,
         )
-        return cls(model.to(device), cot_cache_dir=cot_cache_dir)
+        stored = read_settings(folder)
+        return cls(
+            model.to(device),
+            cot_cache_dir=cot_cache_dir,
+            prompts={**stored.get("prompts", {}), **(prompts or {})},
+            default_prompt_name=default_prompt_name or stored.get("default_prompt_name"),
+            truncate_dim=truncate_dim or stored.get("truncate_dim"),
+        )
 
     @takes(QueryOptions)
     def encode_query(self, inputs: Any, options: EncodeOptions) -> Any:

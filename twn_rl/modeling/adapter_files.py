@@ -4,6 +4,7 @@ A folder is a plain PEFT adapter (`adapter_config.json`, safetensors) that PEFT 
 """
 
 from collections.abc import Callable, Collection, Mapping
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -32,12 +33,20 @@ def _stored_parameters(peft_model: PeftModel, name: str) -> dict[str, nn.Paramet
     return {stored_key(key, name) or key: p for key, p in parameters.items()}
 
 
-def save_adapter(peft_model: PeftModel, name: str, directory: str | Path) -> None:
+def save_adapter(
+    peft_model: PeftModel, name: str, directory: str | Path, *, base_model: str | None = None
+) -> None:
     """Write one adapter as a plain PEFT folder: `adapter_config.json` and safetensors.
 
     Weights that are not finite are refused. PEFT's own saving would refuse two adapters of which
     only one has trainable tokens. Of several processes only the first writes; under ZeRO-3 all of
     them must call this.
+
+    Args:
+        peft_model: The model.
+        name: The adapter.
+        directory: Folder; created if needed.
+        base_model: What the folder is to call the backbone.
     """
     state = adapter_state(peft_model, name)
     bad = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
@@ -53,12 +62,9 @@ def save_adapter(peft_model: PeftModel, name: str, directory: str | Path) -> Non
     directory.mkdir(parents=True, exist_ok=True)
     weights = {key: tensor.contiguous() for key, tensor in state.items()}
     save_file(weights, directory / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-    config: PeftConfig = peft_model.peft_config[name]
-    was_inference, config.inference_mode = config.inference_mode, True
-    try:
-        config.save_pretrained(str(directory))
-    finally:
-        config.inference_mode = was_inference
+    config: PeftConfig = copy(peft_model.peft_config[name])
+    config.inference_mode, config.base_model_name_or_path = True, base_model
+    config.save_pretrained(str(directory))
 
 
 def load_adapter(

@@ -24,6 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 
 from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE, Renderer
 from twn_rl.data.markup import KNOWN_TOKENS, Markup
+from twn_rl.modeling.hub import HubAccess
 from twn_rl.modeling.tensor_files import damage_named
 
 _CONFIG_TOKEN_PREFIXES = ("image", "video", "vision", "audio", "boi", "eoi")
@@ -163,6 +164,7 @@ def load_backbone(
     trust_remote_code: bool = False,
     attn_implementation: str | None = None,
     with_weights: bool = True,
+    access: HubAccess | None = None,
 ) -> Backbone:
     """Return the backbone stored at `name_or_path`; weights come from safetensors only.
 
@@ -174,11 +176,13 @@ def load_backbone(
         attn_implementation: Attention kernel; None leaves the choice to transformers.
         with_weights: False reads none and leaves the model on the meta device, which is enough to
             render and tokenize.
+        access: How the hub may be asked.
 
     Raises:
         ValueError: If weights are missing, or a file of weights is damaged.
     """
     shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    shared |= (access or HubAccess()).keywords()
     config = AutoConfig.from_pretrained(name_or_path, **shared)
     is_vlm = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     model_class = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM

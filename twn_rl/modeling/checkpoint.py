@@ -17,10 +17,12 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from twn_rl.modeling.adapter_files import is_writer, load_adapter, save_adapter
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
+from twn_rl.modeling.backbone_names import stored_name
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, save_gates
 from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.modeling.sentence_transformers_files import write_modules
 from twn_rl.runtime.whole_files import file_digest, written_aside
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,9 @@ _PACKAGES = ("torch", "transformers", "peft")
 def save_model(model: DualLoraInference, path: str | Path) -> None:
     """Write `reasoning/`, `embedding/` (read-out rows inside), gates and `twn_config.json`.
 
+    Beside them lie the files that make the folder one of sentence-transformers; prompts that are
+    there already stay.
+
     A `gate.safetensors` that an earlier model left there is removed if this one has no gates. A
     full disk leaves the model that was there as it was.
 
@@ -47,8 +52,9 @@ def save_model(model: DualLoraInference, path: str | Path) -> None:
     """
     path = Path(path)
     with _saved_aside(model, path, keep={}) as aside:
+        base_model = stored_name(model.config.backbone, path)
         for name, folder in _FOLDERS.items():
-            save_adapter(model.peft_model, name, aside / folder)
+            save_adapter(model.peft_model, name, aside / folder, base_model=base_model)
         save_gates(model, aside)
         model.config.versions = {package: version(package) for package in _PACKAGES}
 
@@ -76,7 +82,8 @@ def _saved_aside(model: DualLoraInference, path: Path, keep: dict[str, str]) -> 
             written = aside.rglob("*.safetensors")
             new = {str(file.relative_to(aside)): file_digest(file) for file in written}
             model.config.digests = {**keep, **dict(sorted(new.items()))}
-            model.config.save(aside)
+            write_modules(aside, path)
+            model.config.save(aside, folder=path)
             _publish(aside, path)
     finally:
         if is_writer() and not (aside / CONFIG_FILE).exists():
@@ -115,7 +122,7 @@ def find_files(path: str | Path) -> tuple[TwnConfig, dict[str, Path]]:
     config = TwnConfig.load(path)
     files, damaged = _find(path, config)
     if damaged and (path / ASIDE_DIR / CONFIG_FILE).is_file():
-        newer = TwnConfig.load(path / ASIDE_DIR)
+        newer = TwnConfig.load(path / ASIDE_DIR, folder=path)
         found, still_damaged = _find(path, newer)
         if not still_damaged:
             logger.warning("%s: a save was cut short; its model is read from %s", path, ASIDE_DIR)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from twn_rl.data.chat import Renderer
+from twn_rl.modeling.backbone_names import found_name, stored_name
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.whole_files import write_text
 
@@ -172,12 +173,22 @@ class TwnConfig:
             values["renderer"] = Renderer.from_dict(values["renderer"])
         return cls(**values)
 
-    def save(self, directory: str | Path) -> None:
-        """Write `twn_config.json` into `directory`."""
-        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    def save(self, directory: str | Path, *, folder: str | Path | None = None) -> None:
+        """Write `twn_config.json` into `directory`.
+
+        Args:
+            directory: Where to write.
+            folder: Where the file will lie, if that is another place: a backbone that is a folder
+                is named by its way from there.
+        """
+        backbone = stored_name(self.backbone, directory if folder is None else folder)
+        data = {**self.to_dict(), "backbone": backbone}
+        text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
         write_text(Path(directory) / CONFIG_FILE, text)
 
     @classmethod
-    def load(cls, directory: str | Path) -> "TwnConfig":
-        """Read `twn_config.json` from `directory`."""
-        return cls.from_dict(json.loads((Path(directory) / CONFIG_FILE).read_text("utf-8")))
+    def load(cls, directory: str | Path, *, folder: str | Path | None = None) -> "TwnConfig":
+        """Read `twn_config.json` from `directory`; arguments are those of `save`."""
+        config = cls.from_dict(json.loads((Path(directory) / CONFIG_FILE).read_text("utf-8")))
+        config.backbone = found_name(config.backbone, directory if folder is None else folder)
+        return config

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from twn_rl.modeling.adapter_files import check_fit, is_writer
+from twn_rl.modeling.backbone_names import plain_name
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, THRESHOLD_FIELDS, Gate
@@ -60,7 +61,7 @@ def save_gates(model: DualLoraInference, path: str | Path) -> None:
     metadata = {
         "format": "pt",
         "gate_format": GATE_FORMAT,
-        "backbone": model.config.backbone,
+        "backbone": plain_name(model.config.backbone),
         "hidden_size": str(model.hidden_size),
         "sides": json.dumps({side: gate.hidden_size for side, gate in gates.items()}),
         **next(gate.fitted_to for gate in gates.values()),

@@ -19,6 +19,7 @@ from twn_rl.modeling.adapters import (
     use_adapter,
 )
 from twn_rl.modeling.backbone import Backbone, load_backbone
+from twn_rl.modeling.backbone_names import check_found
 from twn_rl.modeling.checkpoint import (
     check_backbone,
     find_files,
@@ -30,6 +31,7 @@ from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, forget_thresholds, load_gates, warn_dropped
 from twn_rl.modeling.generation import Batch, DualLoraInference
+from twn_rl.modeling.hub import HubAccess, model_folder
 from twn_rl.modeling.kv_prefix import read_rows
 from twn_rl.modeling.prompt_features import prepare_prompts
 from twn_rl.modeling.readout import (
@@ -59,6 +61,7 @@ class DualLoraModel(DualLoraInference):
         *,
         dtype: str | torch.dtype | None = None,
         seed: int = 0,
+        access: HubAccess | None = None,
     ) -> "DualLoraModel":
         """Return a model with new adapters on a backbone.
 
@@ -67,11 +70,12 @@ class DualLoraModel(DualLoraInference):
             config: Settings; defaults if None. Its `backbone` field is filled in.
             dtype: Parameter type when loading; None keeps the stored one.
             seed: Decides the initial adapter weights; the global random state is untouched.
+            access: How the hub may be asked for a name.
         """
         config = config or TwnConfig()
         if not isinstance(backbone, Backbone):
             revision = config.backbone_revision
-            backbone = load_backbone(backbone, revision=revision, dtype=dtype)
+            backbone = load_backbone(backbone, revision=revision, dtype=dtype, access=access)
         config = replace(config, backbone=backbone.name or config.backbone)
         if config.latent_bottleneck:
             check_bottleneck(backbone)
@@ -98,32 +102,39 @@ class DualLoraModel(DualLoraInference):
         dtype: str | torch.dtype | None = None,
         is_trainable: bool = False,
         accept_other_backbone: bool = False,
+        revision: str | None = None,
+        access: HubAccess | None = None,
     ) -> "DualLoraModel":
         """Return the model stored in `path`; its vectors are those of the model that was saved.
 
         Args:
-            path: Folder written by `save_pretrained`.
+            path: Folder written by `save_pretrained`, or "owner/name" on the hub.
             backbone: Backbone to use instead of the one named in the config.
             dtype: Parameter type when loading the backbone.
             is_trainable: Leave both adapters trainable; otherwise everything is frozen. Stored
                 gates stay behind with a warning: training changes what they are about.
             accept_other_backbone: Load although the backbone's weights are not those it was
                 trained on, with a warning.
+            revision: Commit, tag or branch of a hub name.
+            access: How the hub may be asked, for the model and for its backbone.
 
         Raises:
-            FileNotFoundError: If `path` holds no config or no weights.
+            FileNotFoundError: If `path` is nowhere, holds no config or no weights, or the folder
+                of its backbone is gone.
             KeyError: If adapter keys or gate tensors are missing or unexpected, all named.
             ValueError: If shapes do not fit the backbone, no backbone is known or it is another
                 one, a file is damaged or of another model, or a gate was fitted to another one.
         """
-        path = Path(path)
+        path = model_folder(path, revision, access)
         config, files = find_files(path)
         source = backbone if backbone is not None else config.backbone
         if not source:
             raise ValueError(
                 f"{CONFIG_FILE} names no backbone; expected a name or a path; pass backbone=..."
             )
-        model = cls.from_backbone(source, config, dtype=dtype)
+        if isinstance(source, str):
+            check_found(source, path)
+        model = cls.from_backbone(source, config, dtype=dtype, access=access)
         load_weights(model, path, files)
         if not is_trainable:
             load_gates(model, path, files[GATE_FILE])
