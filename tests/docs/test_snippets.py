@@ -1,10 +1,13 @@
 """Every block of the documentation is run or parsed, in a copy of a small finished demo."""
 
 import ast
+import contextlib
 import json
 import logging
 import re
 import shutil
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +24,16 @@ from twn_rl.data.mixture import load_mixture
 from twn_rl.data.record import Record
 from twn_rl.data.record_files import load_records, write_records
 from twn_rl.demo.dataset import write_demo
+from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import Gate
+from twn_rl.serving.app import create_app
+from twn_rl.serving.run import bind, make_server, run_server
+from twn_rl.serving.service import EmbeddingService
+from twn_rl.serving.settings import ServeSettings
 
+SERVER = "http://127.0.0.1:8000"  # what pages call the server they tell to start
 LANGUAGES = ("python", "bash", "yaml", "json", "text")
 PAGES = [page for page in pages() if blocks(page)]
 # Takes more than ten seconds on two cores.
@@ -122,7 +131,8 @@ def test_every_block_of_a_page_is_run_or_parsed(
         if file := named_file(block):
             (workshop / file).write_text(block.text, encoding="utf-8")
         if block.language == "python":
-            exec(compile(block.text, block.place, "exec"), namespace)
+            with server_of(block.text) as text:
+                exec(compile(text, block.place, "exec"), namespace)
         elif block.language == "bash":
             commands = command_lines(block.text)
             assert commands, f"{block.place} holds no command"
@@ -135,6 +145,29 @@ def test_every_block_of_a_page_is_run_or_parsed(
             Record.from_dict(json.loads(block.text))
         tried += 1
     assert tried == page.read_text(encoding="utf-8").count("```") // 2
+
+
+@contextlib.contextmanager
+def server_of(text: str) -> Iterator[str]:
+    """Serve the model of the demo to a block that calls it; yield the block with the port."""
+    if SERVER not in text:
+        yield text
+        return
+    embedder = ThinkingEmbedder.from_pretrained("outputs/demo/grpo", device="cpu")
+    settings = ServeSettings(port=0)
+    service = EmbeddingService(embedder, settings, name="demo")
+    with bind(settings) as listener:
+        server = make_server(create_app(service), settings)
+        thread = threading.Thread(target=lambda: run_server(server, listener))
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive()
+                time.sleep(0.02)
+            yield text.replace(SERVER, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        finally:
+            server.should_exit = True
+            thread.join(30)
 
 
 def parse_settings(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:

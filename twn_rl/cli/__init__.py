@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("demo", "train and measure the embedded default, ten minutes on two CPU cores"),
     "encode": ("encode", "embed the items of a file into a file of vectors"),
     "search": ("search", "find the nearest vectors of one file to those of another"),
+    "serve": ("serve", "answer OpenAI's embeddings requests over HTTP, thinking where it helps"),
     "convert": ("convert", "turn data of another format into records"),
     "check-data": ("check_data", "verify a file of records and print what it holds"),
     "mine-negatives": ("mine_negatives", "add hard negatives to a file of records"),

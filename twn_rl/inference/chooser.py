@@ -35,6 +35,14 @@ class Chooser:
         """Whether the policy's first token decides."""
         return self.entries is None and self.gate is None
 
+    def thinks(self, position: int, probability: float | None) -> bool:
+        """Return whether an input thinks, given what the gate or the policy said of it."""
+        if self.entries is not None:
+            return self.entries[position] is not False
+        assert probability is not None
+        assert self.threshold is not None
+        return probability > self.threshold
+
 
 def make_chooser(model: DualLoraModel, side: Side, options: EncodeOptions, count: int) -> Chooser:
     """Return who decides about `count` inputs of a call.

@@ -19,7 +19,6 @@ from twn_rl.inference.chooser import make_chooser
 from twn_rl.inference.details import EncodeDetails, Ledger
 from twn_rl.inference.inputs import (
     InputError,
-    InputRules,
     as_list,
     is_single,
     parse_input,
@@ -265,10 +264,7 @@ class ThinkingEmbedder(ServedModel):
                 Way(self.model, *parts, num_usable=usable, cache=self._cache)
                 for parts in zip(every, choosers, ledgers, strict=True)
             ]
-            # The same whether or not a call thinks: vectors must agree.
-            asked = self._max_seq_length or self.model.config.max_length
-            longest = self._longest_prompt(asked, every[0].max_think_tokens)
-            limits = replace(self.model.limits, max_length=longest)
+            limits = self.prompt_limits(every[0].max_think_tokens)
             ReadingPass(self.model, items, ways, limits=limits).run()
         for options, ledger in zip(every, ledgers, strict=True):
             ledger.finish(options, is_single=single, device=self.device)
@@ -277,10 +273,7 @@ class ThinkingEmbedder(ServedModel):
     def _items(
         self, values: list[Any], prompt: str | None, ledgers: Sequence[Ledger]
     ) -> list[Item | None]:
-        rules = InputRules(
-            instruction=prompt,
-            is_multimodal=self.model.backbone.is_multimodal,
-        )
+        rules = self.input_rules(prompt)
         warn_of_file_names(values)
         items: list[Item | None] = []
         for position, value in enumerate(values):

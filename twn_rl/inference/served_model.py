@@ -14,10 +14,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from twn_rl.inference.inputs import InputRules
 from twn_rl.inference.options import EncodeOptions
 from twn_rl.inference.process_pool import EncodePool, start_pool
 from twn_rl.inference.vector_forms import as_float_rows
-from twn_rl.modeling.limits import prompt_room
+from twn_rl.modeling.limits import PromptLimits, prompt_room
 from twn_rl.modeling.model import DualLoraModel
 
 QUERY_PROMPTS = ("query",)
@@ -196,6 +197,22 @@ class ServedModel:
         """Return what was asked for, but at most what the backbone's context leaves."""
         room = prompt_room(self.model.backbone, self.model.config, max_think_tokens)
         return min((limit for limit in (asked, room) if limit is not None), default=None)
+
+    def prompt_limits(self, max_think_tokens: int | None = None) -> PromptLimits:
+        """Return what texts are cut and pictures are scaled to; the counts are the model's.
+
+        The same whether or not a call thinks: vectors must agree.
+
+        Args:
+            max_think_tokens: Longest thought that must still fit; None is the model's.
+        """
+        asked = self._max_seq_length or self.model.config.max_length
+        longest = self._longest_prompt(asked, max_think_tokens)
+        return replace(self.model.limits, max_length=longest)
+
+    def input_rules(self, prompt: str | None = None) -> InputRules:
+        """Return what inputs are checked for; `prompt` is the instruction of those without."""
+        return InputRules(instruction=prompt, is_multimodal=self.model.backbone.is_multimodal)
 
     def start_multi_process_pool(
         self, target_devices: Sequence[str | torch.device] | None = None

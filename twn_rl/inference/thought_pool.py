@@ -83,14 +83,30 @@ def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
 
 
 @dataclass
-class _Thought:
-    """One thought of an input, its end of turn left out; `state` once it has been read out."""
+class Thought:
+    """One thought of an input.
+
+    Attributes:
+        ids: What is embedded of it, end of turn left out.
+        text: Its text, also of one that is not used.
+        problem: Why it is not used; None if it is.
+        written_tokens: Tokens the model wrote for it, end of turn not counted.
+        state: (D,) once it has been read out.
+    """
 
     ids: list[int]
     text: str
     problem: str | None = None
     written_tokens: int = 0
     state: Tensor | None = None
+
+
+def written_thought(model: DualLoraModel, ids: Sequence[int]) -> Thought:
+    """Return the thought in a completion that the model wrote."""
+    think, eos = model.think(ids), model.backbone.eos_token_id
+    written = [token for token in ids if token != eos]
+    embedded = model.until_close(written) if think.is_complete else written
+    return Thought(embedded, think.text, think.problem, written_tokens=len(written))
 
 
 class ThoughtPool:
@@ -138,7 +154,7 @@ class ThoughtPool:
 
     def _without_given(self, chunk: Chunk, rows: Sequence[int]) -> Sequence[int]:
         """Embed the rows that are given a thought; return the others."""
-        known: dict[int, list[_Thought]] = {}
+        known: dict[int, list[Thought]] = {}
         for row in rows:
             position = chunk.positions[row]
             if position in self.given:
@@ -151,22 +167,15 @@ class ThoughtPool:
             self._read_out(chunk.prefix.select(list(known)), positions, list(known.values()))
         return [row for row in rows if chunk.positions[row] not in self.given]
 
-    def _given(self, thought: GivenThought) -> _Thought:
+    def _given(self, thought: GivenThought) -> Thought:
         """Return a given thought, whose span may be empty."""
         model, renderer, eos = self.model, self.model.renderer, self.model.backbone.eos_token_id
         if isinstance(thought, str):
             empty = f"{renderer.think_open} {renderer.think_close}"
             span = renderer.completion(thought) if thought else empty
-            return _Thought(model.completion_ids(span), thought)
+            return Thought(model.completion_ids(span), thought)
         ids = [token for token in thought if token != eos]
-        return _Thought(model.until_close(ids), model.think([*ids, eos]).text)
-
-    def _written(self, ids: list[int]) -> _Thought:
-        """Return a thought the model wrote."""
-        think, eos = self.model.think(ids), self.model.backbone.eos_token_id
-        written = [token for token in ids if token != eos]
-        embedded = self.model.until_close(written) if think.is_complete else written
-        return _Thought(embedded, think.text, think.problem, written_tokens=len(written))
+        return Thought(model.until_close(ids), model.think([*ids, eos]).text)
 
     def _without_cached(self, chunk: Chunk, rows: Sequence[int]) -> Sequence[int]:
         """Embed the rows whose thoughts are on disk; return the others."""
@@ -178,7 +187,9 @@ class ThoughtPool:
         if known:
             self.ledger.details.cot_cache_hits += len(known)
             positions = [chunk.positions[row] for row in known]
-            thoughts = [[self._written(ids) for ids in found[keys[row]]] for row in known]
+            thoughts = [
+                [written_thought(self.model, ids) for ids in found[keys[row]]] for row in known
+            ]
             self._read_out(chunk.prefix.select(known), positions, thoughts)
         return [row for row in rows if keys[row] not in found]
 
@@ -213,11 +224,11 @@ class ThoughtPool:
         if self.cache is not None:
             keys = [self._cache_key(chunk, row) for row in rows]
             self.cache.store.put(dict(zip(keys, thoughts, strict=True)))
-        read = [[self._written(own) for own in several] for several in thoughts]
+        read = [[written_thought(self.model, own) for own in several] for several in thoughts]
         self._read_out(chunk.prefix.select(rows), positions, read)
 
     def _read_out(
-        self, prefix: Prefix, positions: Sequence[int], thoughts: Sequence[Sequence[_Thought]]
+        self, prefix: Prefix, positions: Sequence[int], thoughts: Sequence[Sequence[Thought]]
     ) -> None:
         """Replace the no-think vectors of n inputs by those with their thoughts."""
         details, no_think = self.ledger.details, self.ledger.states[list(positions)]
@@ -244,7 +255,7 @@ class ThoughtPool:
             else:
                 details.fallbacks.append(position)
 
-    def _states(self, prefix: Prefix, rows: Sequence[tuple[int, _Thought]]) -> Tensor:
+    def _states(self, prefix: Prefix, rows: Sequence[tuple[int, Thought]]) -> Tensor:
         """Return the vectors (n, D) of (row of the prefix, thought) pairs, on the CPU."""
         parts = [torch.zeros(0, self.model.hidden_size)]
         for start in range(0, len(rows), self.options.batch_size):

@@ -111,12 +111,7 @@ class Way:
                 self.ledger.refuse(InputError(position, problem))
 
     def _thinks(self, position: int) -> bool:
-        if self.chooser.entries is not None:
-            return self.chooser.entries[position] is not False
-        probability, threshold = self.probabilities[position], self.chooser.threshold
-        assert probability is not None
-        assert threshold is not None
-        return probability > threshold
+        return self.chooser.thinks(position, self.probabilities[position])
 
     def _fill_keys(self, chunk: Chunk, items: Sequence[Item], rows: Sequence[int]) -> None:
         if self.pool.needs_keys and rows:

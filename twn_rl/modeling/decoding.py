@@ -8,6 +8,7 @@ not be read twice and a thought must not depend on the batch it was written in, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from twn_rl.modeling.backbone import Backbone
-from twn_rl.modeling.kv_prefix import Prefix, fork
+from twn_rl.modeling.kv_prefix import Prefix, fork, merge, trim
 
 
 def dice(
@@ -73,6 +74,148 @@ def pick_tokens(
     return (chosen if order is None else order.gather(-1, chosen))[:, 0]
 
 
+@dataclass(eq=False)
+class Writing:
+    """One sequence that is being written.
+
+    Attributes:
+        max_new_tokens: Its budget, end of turn included.
+        uniforms: (max_new_tokens,) dice of `dice`; None is greedy.
+        ids: What has been written so far.
+    """
+
+    max_new_tokens: int
+    uniforms: Tensor | None = None
+    ids: list[int] = field(default_factory=list)
+
+
+class Decoding:
+    """Sequences that are written together, a token of each at every step.
+
+    Others join between two steps, and those that have ended leave at once, so that a long thought
+    neither keeps others waiting nor keeps them computing. The adapter that writes must be active.
+
+    Attributes:
+        rows: Who is being written, in the order of the batch.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        suppress_tokens: Sequence[int],
+        opening: Sequence[int] = (),
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> None:
+        """Start with nobody.
+
+        Args:
+            backbone: The model.
+            suppress_tokens: Ids never written.
+            opening: Ids every row starts with, whatever the model would have written.
+            temperature: Of sampling.
+            top_p: Of nucleus sampling.
+        """
+        self.backbone, self.suppress_tokens = backbone, list(suppress_tokens)
+        self.opening, self.temperature, self.top_p = list(opening), temperature, top_p
+        self.rows: list[Writing] = []
+        self._state: Prefix | None = None
+
+    def __len__(self) -> int:
+        """Return how many sequences are being written."""
+        return len(self.rows)
+
+    def takes(self, prefix: Prefix) -> bool:
+        """Return whether these sequences can join now: beside others, caches must be mergeable."""
+        return self._state is None or (self._state.is_mergeable and prefix.is_mergeable)
+
+    def join(self, prefix: Prefix, rows: Sequence[Writing]) -> None:
+        """Let N sequences join.
+
+        Args:
+            prefix: What the adapter that writes has read of them, with logits.
+            rows: N budgets and dice; all of them sampled or all greedy, also those that are here.
+
+        Raises:
+            ValueError: If they cannot be written beside those that are here, see `takes`.
+        """
+        if not self.takes(prefix):
+            raise ValueError(
+                "caches that drop or compress keys cannot grow by other sequences; expected a "
+                "backbone whose layers keep all keys, or nobody else; write them by themselves"
+            )
+        assert prefix.logits is not None
+        if self._state is None:
+            self._state = replace(prefix, cache=fork(prefix.cache))  # grows, the prefix must not
+        else:
+            self._state = merge([self._state, prefix])
+        self.rows += rows
+
+    def leave(self, rows: Sequence[Writing]) -> None:
+        """Let some sequences go, whether they have ended or not."""
+        gone = {id(row) for row in rows}
+        self._keep([n for n, row in enumerate(self.rows) if id(row) not in gone])
+
+    def step(self) -> list[Writing]:
+        """Write a token of every sequence; return those that have ended, which have left."""
+        if self._state is None:
+            return []
+        tokens = self._next_tokens(self._state)
+        for row, token in zip(self.rows, tokens.tolist(), strict=True):
+            row.ids.append(token)
+        eos = self.backbone.eos_token_id
+        ended = [row for row in self.rows if row.ids[-1] == eos or self._is_full(row)]
+        self.leave(ended)
+        if self._state is not None:
+            self._state = self._read(self._state, [row.ids[-1] for row in self.rows])
+        return ended
+
+    def _is_full(self, row: Writing) -> bool:
+        return len(row.ids) >= row.max_new_tokens
+
+    def _next_tokens(self, state: Prefix) -> Tensor:
+        """Return the next token (N,) of each sequence."""
+        assert state.logits is not None
+        forbidden = torch.tensor(self.suppress_tokens, device=state.logits.device).long()
+        logits = state.logits.float().index_fill(-1, forbidden, float("-inf"))
+        dice = [row.uniforms[len(row.ids)] for row in self.rows if row.uniforms is not None]
+        uniforms = torch.stack(dice) if dice else None
+        tokens = pick_tokens(logits, uniforms, temperature=self.temperature, top_p=self.top_p)
+        for number, row in enumerate(self.rows):
+            if len(row.ids) < len(self.opening):
+                tokens[number] = self.opening[len(row.ids)]
+        return tokens
+
+    def _read(self, state: Prefix, last: Sequence[int]) -> Prefix:
+        """Return the state after the last token of each sequence."""
+        mask = torch.cat([state.attention_mask, state.attention_mask.new_ones(len(last), 1)], 1)
+        places = state.next_position[:, None]
+        model: Any = self.backbone.model
+        output = model(
+            input_ids=state.next_position.new_tensor(last)[:, None],
+            attention_mask=mask,
+            position_ids=places.expand(3, -1, -1) if self.backbone.uses_mrope else places,
+            past_key_values=state.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            return_dict=True,
+        )
+        logits = output.logits[:, -1]
+        return Prefix(output.past_key_values, mask, state.next_position + 1, logits)
+
+    def _keep(self, kept: Sequence[int]) -> None:
+        """Go on with some rows; columns that only the others filled go, too."""
+        if len(kept) == len(self.rows):
+            return
+        self.rows = [self.rows[number] for number in kept]
+        if not kept:
+            self._state = None
+            return
+        assert self._state is not None
+        self._state = trim(self._state.select(kept))
+
+
 def decode(
     backbone: Backbone,
     prefix: Prefix,
@@ -86,8 +229,7 @@ def decode(
 ) -> list[list[int]]:
     """Return the ids each sequence goes on with, under the adapter that is active.
 
-    A row ends with the end of turn, or without one after `max_new_tokens`. Finished rows leave the
-    batch at once, so that the last long thought does not keep the others computing.
+    A row ends with the end of turn, or without one after `max_new_tokens`.
 
     Args:
         backbone: The model.
@@ -99,38 +241,16 @@ def decode(
         temperature: Of sampling.
         top_p: Of nucleus sampling.
     """
-    rows: list[list[int]] = [[] for _ in range(len(prefix))]
-    writing = list(range(len(prefix)))
-    cache, mask, positions = fork(prefix.cache), prefix.attention_mask, prefix.next_position
-    assert prefix.logits is not None
-    logits, forbidden = prefix.logits, torch.tensor(suppress_tokens, device=mask.device).long()
-    model: Any = backbone.model
-    for step in range(max_new_tokens):
-        logits = logits.float().index_fill(-1, forbidden, float("-inf"))
-        die = None if uniforms is None else uniforms[writing, step]
-        tokens = pick_tokens(logits, die, temperature=temperature, top_p=top_p)
-        if step < len(opening):
-            tokens = torch.full_like(tokens, opening[step])
-        for row, token in zip(writing, tokens.tolist(), strict=True):
-            rows[row].append(token)
-        is_going_on = tokens != backbone.eos_token_id
-        kept = is_going_on.nonzero()[:, 0]
-        if not len(kept) or step + 1 == max_new_tokens:
-            break
-        if len(kept) < len(writing):
-            writing = [writing[index] for index in kept.tolist()]
-            cache.reorder_cache(kept)
-            mask, positions, tokens = mask[kept], positions[kept], tokens[kept]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        places = positions[:, None]
-        output = model(
-            input_ids=tokens[:, None],
-            attention_mask=mask,
-            position_ids=places.expand(3, -1, -1) if backbone.uses_mrope else places,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            return_dict=True,
-        )
-        logits, cache, positions = output.logits[:, -1], output.past_key_values, positions + 1
-    return rows
+    decoding = Decoding(
+        backbone,
+        suppress_tokens=suppress_tokens,
+        opening=opening,
+        temperature=temperature,
+        top_p=top_p,
+    )
+    dice_of = [None] * len(prefix) if uniforms is None else list(uniforms)
+    rows = [Writing(max_new_tokens, own) for own in dice_of]
+    decoding.join(prefix, rows)
+    while decoding.rows:
+        decoding.step()
+    return [row.ids for row in rows]

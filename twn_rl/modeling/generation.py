@@ -24,7 +24,7 @@ from twn_rl.modeling.collator import (
     cut_behind,
 )
 from twn_rl.modeling.config import TwnConfig
-from twn_rl.modeling.decoding import decode, dice
+from twn_rl.modeling.decoding import Decoding, decode, dice
 from twn_rl.modeling.kv_prefix import Prefix, read_rows, read_tail
 from twn_rl.modeling.limits import LimitCounts, PromptLimits, settle_limits
 from twn_rl.modeling.prompt_features import Prompts, prepare_prompts
@@ -294,6 +294,20 @@ class DualLoraInference(nn.Module):
                     temperature=temperature,
                     top_p=top_p,
                 )
+
+    def start_decoding(self) -> Decoding:
+        """Return an empty batch of greedy thoughts; its steps are taken inside `writing`."""
+        return Decoding(
+            self.backbone,
+            suppress_tokens=self.suppressed_token_ids,
+            opening=self.think_open_ids if self.is_policy_deciding else (),
+        )
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let the reasoning adapter write in the body, for the steps of `start_decoding`."""
+        with self._inference(), use_adapter(self.peft_model, REASONING_ADAPTER):
+            yield
 
     def think(self, ids: Sequence[int]) -> Think:
         """Return what a generated completion thought, or why it is not a thought.

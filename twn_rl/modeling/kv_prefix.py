@@ -80,6 +80,20 @@ def merge(prefixes: Sequence[Prefix]) -> Prefix:
     return Prefix(cache, torch.cat(masks), positions, joined)
 
 
+def trim(prefix: Prefix) -> Prefix:
+    """Return a prefix without the leading columns that are padding in every sequence."""
+    if not prefix.is_mergeable:
+        return prefix
+    filled = prefix.attention_mask.any(0).nonzero()
+    padding = int(filled[0]) if len(filled) else 0
+    if not padding:
+        return prefix
+    cache = fork(prefix.cache)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
+    return replace(prefix, cache=cache, attention_mask=prefix.attention_mask[:, padding:])
+
+
 def fork(cache: Any) -> Any:
     """Return a cache that can grow without changing the original.
 

@@ -1,0 +1,110 @@
+"""One thread that works on everybody's jobs, as long as there are any. Knows no HTTP."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+from twn_rl.inference.continuous import ContinuousPass
+from twn_rl.inference.job import Job
+
+logger = logging.getLogger(__name__)
+
+Delivery = Callable[[Job], None]
+
+
+class EngineStoppedError(RuntimeError):
+    """Work for an engine that takes none any more."""
+
+
+class Engine:
+    """The thread that owns the model; jobs come from any thread, results go back by a call.
+
+    Attributes:
+        work: What the thread works on; others may look at its sizes.
+    """
+
+    def __init__(self, make_work: Callable[[], ContinuousPass]) -> None:
+        """Prepare a thread that is not started yet; `make_work` returns an empty pass."""
+        self.work = make_work()
+        self._make_work = make_work
+        # A pair is a job and whom to tell; None wakes the thread so that it looks around.
+        self._incoming: queue.SimpleQueue[tuple[Job, Delivery] | None] = queue.SimpleQueue()
+        self._deliveries: dict[int, tuple[Job, Delivery]] = {}
+        self._is_stopping = threading.Event()
+        self._gate = threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="twn-rl engine", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether jobs are worked on."""
+        return self._thread.is_alive() and not self._is_stopping.is_set()
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job], deliver: Delivery) -> None:
+        """Take jobs in their order; `deliver` is called in the engine's thread, once for each.
+
+        Raises:
+            EngineStoppedError: If the engine has ended or is ending.
+        """
+        with self._gate:  # nothing comes in behind the last look of a thread that ends
+            if not self.is_alive:
+                raise EngineStoppedError("the engine has stopped")
+            for job in jobs:
+                self._incoming.put((job, deliver))
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Give up jobs: their places are free after the next token at the latest."""
+        for job in jobs:
+            job.is_cancelled = True
+        self._incoming.put(None)
+
+    def stop(self, seconds: float) -> bool:
+        """Take no more jobs, finish what is there, and return whether that was done in time."""
+        with self._gate:
+            self._is_stopping.set()
+        self._incoming.put(None)
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while True:
+            self._take_in()
+            if self.work.is_idle and self._incoming.empty() and self._is_stopping.is_set():
+                return
+            try:
+                done = self.work.step(is_interrupted=self._has_news)
+            except Exception as error:
+                # A pass guards its jobs; what gets here is a fault of the pass itself.
+                logger.exception("the engine lost %d jobs", len(self._deliveries))
+                done = [job for job, _ in self._deliveries.values()]
+                for job in done:
+                    job.error = job.error or error
+                self.work = self._make_work()
+            for job in done:
+                self._deliver(job)
+
+    def _take_in(self) -> None:
+        """Take over what has come; wait for it if there is nothing else to do."""
+        is_idle = self.work.is_idle
+        while is_idle or not self._incoming.empty():
+            entry = self._incoming.get()
+            if entry is not None:
+                self._deliveries[id(entry[0])] = entry
+                self.work.inbox.append(entry[0])
+            is_idle = False
+
+    def _has_news(self) -> bool:
+        return not self._incoming.empty()
+
+    def _deliver(self, job: Job) -> None:
+        _, deliver = self._deliveries.pop(id(job))
+        try:
+            deliver(job)
+        except Exception:
+            logger.exception("a result could not be delivered")
