@@ -14,18 +14,25 @@ PYTEST_ARGS ?=
 test unit hostile: export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
+# Real processors of VLMs need torchvision, and its wheels the CUDA build of torch (5.5 GB, also
+# where there is no GPU): an environment of its own. Three signs take no build for CPUs.
+VISION_VENV ?= .venv-vision
+VISION_STAMP := $(VISION_VENV)/.installed
+VISION_TORCH ?= torch===2.13.0
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test unit hostile lint types format docs clean .venv
+.PHONY: help env demo ablation test test-vision unit hostile lint types format docs clean .venv
 
 help:
 	@echo "make demo      train the embedded default on this machine and draw the report"
 	@echo "make ablation  SFT only against SFT + GRPO, several seeds, table and plot"
 	@echo "make test      lint, types and every test"
+	@echo "make test-vision  the tests that need the extra vision, in an environment of their own"
 	@echo "make unit      the quick tests only"
 	@echo "make hostile   hostile inputs and faults, all of them, with the table"
 	@echo "make format    let ruff format and mend what it can"
 	@echo "make docs      build the documentation into site/"
-	@echo "make clean     remove $(VENV), $(OUTPUTS) and caches"
+	@echo "make clean     remove $(VENV), $(VISION_VENV), $(OUTPUTS) and caches"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
@@ -52,6 +59,14 @@ types: $(STAMP)
 test: lint types
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+$(VISION_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VISION_VENV)
+	$(VISION_VENV)/bin/python -m pip install --quiet -c constraints.txt "$(VISION_TORCH)" -e ".[train,eval,vision,dev]"
+	@touch $@
+
+test-vision: $(VISION_STAMP)
+	$(VISION_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests/vision
+
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
 
@@ -69,5 +84,5 @@ docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VISION_VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

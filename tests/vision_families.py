@@ -191,10 +191,10 @@ def make_gemma3() -> Backbone:
         single="<bos> $A", special_tokens=[bos]
     )
     processor = transformers.Gemma3Processor(
-        transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28}),
+        transformers.Gemma3ImageProcessor(size={"height": 56, "width": 56}),
         tokenizer,
         chat_template=GEMMA_TEMPLATE,
-        image_seq_length=1,
+        image_seq_length=4,
     )
     config = transformers.Gemma3Config(
         text_config={
@@ -208,8 +208,8 @@ def make_gemma3() -> Backbone:
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
         },
-        vision_config=SIGLIP,
-        mm_tokens_per_image=1,
+        vision_config={**SIGLIP, "image_size": 56},
+        mm_tokens_per_image=4,
         boi_token_index=tokenizer.convert_tokens_to_ids(names["boi_token"]),
         eoi_token_index=tokenizer.convert_tokens_to_ids(names["eoi_token"]),
         image_token_index=tokenizer.convert_tokens_to_ids(names["image_token"]),

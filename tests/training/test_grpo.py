@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_idefics3
+from picture_rollouts import assert_logps_are_plain, mixed_records
 from short_runs import SHORT_RUN, moved, small_model, weights
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -97,6 +98,17 @@ def test_the_scorer_is_frozen_although_the_policy_moved(records: RecordSet, tmp_
         before = trainer.scorer.columns([0, 1], [thought, thought])
         trainer.train()
         assert trainer.scorer.columns([0, 1], [thought, thought]) == before
+
+
+def test_log_probabilities_of_picture_prompts_are_those_of_plain_forwards(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    records = mixed_records(tmp_path / "records")
+    assert_logps_are_plain(small_model, records, tmp_path)
+
+
+def test_vllm_rollouts_are_refused() -> None:
+    with pytest.raises(ValueError, match="use_vllm = True, expected False"):
+        EmbedGRPOConfig(use_vllm=True)
 
 
 @pytest.mark.parametrize("is_limited", [False, True])

@@ -69,6 +69,21 @@ CALLS = [
         "pictures padded to one row a prompt are counted anew under this name",
     ),
     (
+        "_get_per_token_logps_and_entropies",
+        "self, model, input_ids, attention_mask, logits_to_keep,",
+        "token types are cut to the second argument, and come by their name",
+    ),
+    (
+        "_compute_loss",
+        'token_type_ids=inputs.get("token_type_ids")',
+        "token types are cut where log-probabilities are computed",
+    ),
+    (
+        "_generate_and_score_completions",
+        'output["num_images"] = num_images',
+        "pictures padded to one row a prompt are counted anew before the batch is split",
+    ),
+    (
         "log",
         "for key, val in self._metrics[mode].items()",
         "`log_means` appends to the metrics that TRL averages at the next log",

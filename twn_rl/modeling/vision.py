@@ -4,7 +4,7 @@ Knows no adapters: they sit in the language model, so features never depend on t
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from twn_rl.modeling.backbone import Backbone
 from twn_rl.runtime.zero import is_sharded
 
 FEATURES_KEY = "mm_encoder_outputs"  # transformers' own argument for features made beforehand
+_COUNTS_KEY = "batch_num_images"
 _PIXEL_KEYS = ("pixel_values", "pixel_attention_mask")
 
 
@@ -96,6 +97,43 @@ def encoding_first(backbone: Backbone) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def counting_images(backbone: Backbone, num_images: Sequence[int] | None) -> Iterator[None]:
+    """Mend what TRL's forwards in the body say of pictures; they go through prompts in order.
+
+    LLaVA-OneVision cuts a prompt's only picture into patches, and leaves several whole: it is told
+    which is the case. Prompts without pictures beside others come with empty tensors of pixels,
+    which not every model takes: they come with none.
+
+    Args:
+        backbone: The model.
+        num_images: Pictures of each prompt; None leaves everything as it is.
+    """
+    if num_images is None:
+        yield
+        return
+    takes_counts = _COUNTS_KEY in inspect.signature(backbone.inner_model.forward).parameters
+    remaining = list(num_images)
+
+    def mend(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        filled = {key: value for key, value in kwargs.items() if not _is_empty(value)}
+        rows = len(kwargs["input_ids"])
+        own, remaining[:] = remaining[:rows], remaining[rows:]
+        if takes_counts and any(own):
+            filled[_COUNTS_KEY] = [count for count in own if count]
+        return args, filled
+
+    handle = backbone.inner_model.register_forward_pre_hook(mend, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _is_empty(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.numel()
 
 
 def share_images(

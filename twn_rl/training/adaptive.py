@@ -70,11 +70,6 @@ class AdaptiveGRPOConfig(EmbedGRPOConfig):
                 "use_liger_kernel = True, expected False: its loss hides the decision's "
                 "log-probability"
             )
-        if self.use_vllm:
-            problems.append(
-                "use_vllm = True, expected False: vLLM has no sampling log-probabilities of pinned "
-                "rollouts"
-            )
         return problems
 
     def __post_init__(self) -> None:

@@ -49,7 +49,13 @@ class EmbedGRPOConfig(TrainingSettings, GRPOConfig):
 
     def problems(self) -> list[str]:
         """Return what is wrong with the scorer's fields."""
-        return [*super().problems(), *at_least(1, self, "num_negatives", "scorer_batch_size")]
+        problems = [*super().problems(), *at_least(1, self, "num_negatives", "scorer_batch_size")]
+        if self.use_vllm:
+            problems.append(
+                "use_vllm = True, expected False: rollouts of a policy with two adapters, and of "
+                "pictures, are not right there yet"
+            )
+        return problems
 
 
 def place_scorer(model: DualLoraModel, args: EmbedGRPOConfig) -> None:

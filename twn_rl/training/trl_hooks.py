@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from twn_rl.data.mixture import ReorderedSampler
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.vision import encoding_first
+from twn_rl.modeling.vision import counting_images, encoding_first
 from twn_rl.runtime.extras import extra
 
 with extra("train"):
@@ -135,7 +135,7 @@ class HookedGRPOTrainer(GRPOTrainer):
 
     def _per_prompt(self, images: Any) -> Any:
         """Return TRL's pictures; a prompt without any beside others has an empty list of them."""
-        return images if images is None or self.use_vllm else [row or [] for row in images]
+        return images if images is None else [row or [] for row in images]
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         self._prompts = prompts
@@ -158,6 +158,7 @@ class HookedGRPOTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output: Any = super()._generate_and_score_completions(inputs)
+        output |= per_prompt_images(output)
         device = output["completion_ids"].device
         return {**output, **{name: values.to(device) for name, values in self._marks.items()}}
 
@@ -178,10 +179,13 @@ class HookedGRPOTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         """Return what TRL computes, pictures encoded first under ZeRO-3."""
-        pixels = kwargs.get("pixel_values")
-        if pixels is not None and pixels.ndim == 5:  # padded to one row a prompt, not a picture
-            kwargs["num_images"] = [1] * len(pixels)
-        with encoding_first(self.dual_model.backbone):
+        input_ids: Tensor = args[1]
+        if (types := kwargs.get("token_type_ids")) is not None:
+            # Where template and tokenizer both write BOS, TRL's processor call has one too many.
+            kwargs["token_type_ids"] = types[:, -input_ids.shape[1] :]
+        kwargs |= per_prompt_images(kwargs)
+        backbone = self.dual_model.backbone
+        with encoding_first(backbone), counting_images(backbone, kwargs.get("num_images")):
             logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._loss_inputs is not None:
             logps, self._added_loss = self.shape_loss(logps, self._loss_inputs)
@@ -196,3 +200,16 @@ class HookedGRPOTrainer(GRPOTrainer):
         if self._added_loss is not None:
             loss = loss + self._added_loss / self.current_gradient_accumulation_steps
         return loss
+
+
+def per_prompt_images(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `num_images` as TRL must count them; nothing where its own count is right.
+
+    Idefics3 and SmolVLM pad the pictures of each prompt to one row, (N, pictures, 3, H, W), with a
+    mask. TRL takes rows for pictures when there happen to be as many of both, and would give
+    prompts each other's pictures.
+    """
+    pixels, mask = batch.get("pixel_values"), batch.get("pixel_attention_mask")
+    if pixels is None or pixels.ndim != 5 or mask is None:
+        return {}
+    return {"num_images": [1] * len(pixels)}
