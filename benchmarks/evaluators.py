@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.data.record import Record
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import set_up_logging
 from twn_rl.metrics.calibration import roc_auc
 from twn_rl.modeling.model import DualLoraModel
@@ -129,4 +130,4 @@ def measured(rows: Sequence[dict[str, Any]], threshold: float) -> dict[str, floa
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((BenchmarkArguments, DataArguments), description=__doc__))
+    start(main, (BenchmarkArguments, DataArguments), description=__doc__)

@@ -26,7 +26,8 @@ from transformers import AutoModel, AutoTokenizer
 from twn_rl.data.record import Record
 from twn_rl.evaluation.results import INTERVAL_METRICS, METRICS_FILE, QUERIES_FILE, query_values
 from twn_rl.evaluation.retrieval_pools import Candidates, collect_candidates
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.metrics.ranking import positive_ranks
 from twn_rl.runtime.text_tables import markdown_table
 
@@ -101,9 +102,9 @@ def peer_ranks(
 
     def embed(texts: list[str]) -> torch.Tensor:
         parts = []
-        for start in range(0, len(texts), batch_size):
+        for first in range(0, len(texts), batch_size):
             batch = tokenizer(
-                texts[start : start + batch_size],
+                texts[first : first + batch_size],
                 padding=True,
                 truncation=True,
                 max_length=256,
@@ -167,4 +168,4 @@ def measured(
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((BenchmarkArguments, DataArguments), description=__doc__))
+    start(main, (BenchmarkArguments, DataArguments), description=__doc__)

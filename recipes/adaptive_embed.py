@@ -20,7 +20,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.recipes import grpo_embed
 from twn_rl.training.adaptive import ADAPTIVE_COLUMNS, AdaptiveGRPOConfig, AdaptiveGRPOTrainer
 
@@ -51,4 +52,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))
+    start(main, ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__)

@@ -31,12 +31,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from transformers import set_seed
 
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
-from twn_rl.evaluation.modes import ABLATIONS, THINKING_TARGETS
+from twn_rl.evaluation.modes import ABLATIONS, MODES, THINKING_TARGETS
 from twn_rl.evaluation.results import REPORTED_SPLITS, Evaluation, merge_evaluations
 from twn_rl.evaluation.routing import (
     DECIDERS,
@@ -46,12 +46,14 @@ from twn_rl.evaluation.routing import (
 )
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import ThinkMode
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, Split
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_mmeb_v2
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
 
@@ -116,7 +118,12 @@ class EvalScriptArguments:
     max_think_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a threshold that nothing would look at."""
+        """Refuse misspelt modes and splits, and a threshold that nothing would look at."""
+        problems = Problems()
+        problems.some_of(self, get_args(Split), "splits")
+        if self.modes is not None:
+            problems.some_of(self, (*MODES, *ABLATIONS), "modes")
+        problems.refuse("EvalScriptArguments", "correct the names")
         users = {"gate_threshold": GATE_MODES, "policy_threshold": (POLICY_MODE,)}
         for name, modes in users.items():
             threshold = getattr(self, name)
@@ -280,4 +287,4 @@ def named_benchmark(arguments: Sequence[str] | None = None) -> str | None:
 if __name__ == "__main__" and named_benchmark() == eval_mmeb_v2.BENCHMARK:
     sys.exit(eval_mmeb_v2.run())
 elif __name__ == "__main__":
-    main(*parse_arguments((EvalScriptArguments, DataArguments), description=__doc__))
+    start(main, (EvalScriptArguments, DataArguments), description=__doc__)

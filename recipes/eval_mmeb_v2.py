@@ -28,7 +28,7 @@ from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import LABEL_SETS, load_tasks, select_tasks
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.encode_settings import EncodeSettings
-from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
@@ -190,7 +190,7 @@ def metadata(script: MmebScriptArguments, embedder: ThinkingEmbedder) -> dict[st
 
 def run() -> int:
     """Measure as the flags say; return 1 if any task failed, 0 otherwise."""
-    return bool(main(*parse_arguments((MmebScriptArguments,), description=__doc__)).failed)
+    return bool(start(main, (MmebScriptArguments,), description=__doc__).failed)
 
 
 if __name__ == "__main__":

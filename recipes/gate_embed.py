@@ -40,7 +40,8 @@ from twn_rl.evaluation.gate_threshold import (
 )
 from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.modeling.checkpoint import save_decision
 from twn_rl.modeling.fingerprints import Fingerprints
@@ -115,10 +116,7 @@ class GateScriptArguments:
             self.label_settings()
         except ValueError as error:
             problems.append(str(error))
-        problems.unless(
-            self.sides and set(self.sides) <= set(SIDES),
-            f"sides = {self.sides}, expected some of {list(SIDES)}",
-        )
+        problems.some_of(self, SIDES, "sides")
         problems.expect(self, ">= 0", "margin")
         problems.unless(
             self.lower_margin is None or self.lower_margin <= self.margin,
@@ -245,10 +243,9 @@ def label_tables(found: Mapping[str, ChosenThreshold]) -> str:
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (GateScriptArguments, ThresholdRule, DataArguments),
-            default_config=DEFAULT_CONFIG,
-            description=__doc__,
-        )
+    start(
+        main,
+        (GateScriptArguments, ThresholdRule, DataArguments),
+        default_config=DEFAULT_CONFIG,
+        description=__doc__,
     )

@@ -8,7 +8,7 @@ hardest negatives in the whole target bank.
     accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/grpo_embed.py  # GPUs
     accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/grpo_embed.py
     accelerate launch recipes/grpo_embed.py --rewards margin format --reward_weights 1 0.1
-    accelerate launch recipes/grpo_embed.py --rewards mine.py:my_reward --reward_weights 1
+    accelerate launch recipes/grpo_embed.py --rewards mine.py:my_reward
 
 Without arguments it reads recipes/configs/demo_grpo.yaml: the embedded emoji scenes, warm start
 included if there is none yet, evaluation and report.html at the end; about ten minutes on two CPU
@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model import DualLoraModel
@@ -52,6 +53,10 @@ REWARDS_HELP = f"Any of {', '.join(REWARDS)}, package.module:function or file.py
 class GrpoScriptArguments:
     """What only this script needs."""
 
+    # A file's weights and parameters are made for the rewards of that file.
+    outdates: ClassVar[Mapping[str, Sequence[str]]] = {
+        "rewards": ("reward_weights", "reward_parameters")
+    }
     warm_start: str = field(
         default="outputs/sft",
         metadata={"help": "Warm-started model; trained first if it is not there."},
@@ -158,4 +163,4 @@ def ensure_warm_start(
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))
+    start(main, ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__)

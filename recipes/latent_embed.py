@@ -24,7 +24,8 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.runtime.processes import join_processes
@@ -106,4 +107,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))
+    start(main, ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__)

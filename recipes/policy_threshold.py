@@ -28,7 +28,8 @@ from twn_rl.evaluation.gate_threshold import ChosenThreshold, ThresholdRule, cho
 from twn_rl.evaluation.results import query_values
 from twn_rl.evaluation.routing import RoutedQuery, routed_queries, routing_curve
 from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
@@ -96,6 +97,4 @@ def choose(queries: Sequence[RoutedQuery], rule: ThresholdRule) -> ChosenThresho
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments((PolicyScriptArguments, ThresholdRule, DataArguments), description=__doc__)
-    )
+    start(main, (PolicyScriptArguments, ThresholdRule, DataArguments), description=__doc__)

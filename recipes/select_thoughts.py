@@ -33,7 +33,8 @@ from twn_rl.data.chat import Renderer
 from twn_rl.data.mixture import Mixture
 from twn_rl.data.record_files import RecordSet, write_records
 from twn_rl.demo.dataset import noisy_teachers
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.problems import Problems
@@ -307,8 +308,4 @@ def save(
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (SelectScriptArguments, EndpointSettings, DataArguments), description=__doc__
-        )
-    )
+    start(main, (SelectScriptArguments, EndpointSettings, DataArguments), description=__doc__)

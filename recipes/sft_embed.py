@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from transformers import set_seed
 
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments, Split
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.problems import Problems
 from twn_rl.training.monitor import MetricsWriter
 from twn_rl.training.sft import SftConfig, SftTrainer
 
@@ -41,6 +44,13 @@ class SftScriptArguments:
     train_adapters: str = field(
         default="both", metadata={"help": "both, or reasoning (token loss only, embedding frozen)."}
     )
+
+    def __post_init__(self) -> None:
+        """Refuse a misspelt choice, which would train one adapter only."""
+        problems = Problems()
+        problems.one_of(self, ("both", "reasoning"), "train_adapters")
+        problems.one_of(self, get_args(Split), "split")
+        problems.refuse("SftScriptArguments")
 
 
 ARGUMENTS = (SftScriptArguments, ModelArguments, DataArguments, SftConfig)
@@ -80,4 +90,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse_arguments(ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__))
+    start(main, ARGUMENTS, default_config=DEFAULT_CONFIG, description=__doc__)

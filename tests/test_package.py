@@ -201,9 +201,10 @@ assert not {"trl", "datasets", "deepspeed", "matplotlib", "mteb"} & set(sys.modu
 """
     assert "(1, " in run(code).stdout
     for command in ("sft", "grpo", "adaptive", "latent"):
-        assert 'pip install "twn-rl[train]"' in run("twn-rl", command, "--help", status=1).stderr
+        assert 'pip install "twn-rl[train]"' in run("twn-rl", command, status=2).stderr
+        assert "--config FILE" in run("twn-rl", command, "--help").stdout
     flags = ["--model", "model", "--splits", "test", "--modes", "never", "--demo_scale", "0.005"]
-    evaluated = run("twn-rl", "eval", *flags, status=1).stderr
+    evaluated = run("twn-rl", "eval", *flags, status=2).stderr
     assert 'pip install "twn-rl[eval]"' in evaluated
 
 

@@ -37,6 +37,7 @@ from twn_rl.launch.experiment import (
     evaluation,
     run_experiment,
 )
+from twn_rl.launch.program import start
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
 from twn_rl.training.grpo import EmbedGRPOConfig
 
@@ -139,4 +140,4 @@ def folder(arm: str) -> str:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((AblateArguments, DataArguments), description=__doc__))
+    start(main, (AblateArguments, DataArguments), description=__doc__)

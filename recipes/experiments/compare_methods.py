@@ -44,7 +44,7 @@ from twn_rl.evaluation.seed_tables import (
 )
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import Think
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     EVALUATION_FOLDER,
     ExperimentArguments,
@@ -55,6 +55,7 @@ from twn_rl.launch.experiment import (
     run_experiment,
     seconds_of,
 )
+from twn_rl.launch.program import start
 
 logger = logging.getLogger(__name__)
 
@@ -232,4 +233,4 @@ def count_parameters(model: Path, parts: tuple[str, ...]) -> int:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((MethodsArguments, DataArguments), description=__doc__))
+    start(main, (MethodsArguments, DataArguments), description=__doc__)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.evaluation.seed_tables import describe, save_arms
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     EVALUATION_FOLDER,
     ExperimentArguments,
@@ -34,6 +34,7 @@ from twn_rl.launch.experiment import (
     evaluation,
     run_experiment,
 )
+from twn_rl.launch.program import start
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.whole_files import write_json
 
@@ -172,10 +173,9 @@ def selection_summary(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(
-        *parse_arguments(
-            (SelectionArguments, DataArguments),
-            default_config=DEFAULT_CONFIG,
-            description=__doc__,
-        )
+    start(
+        main,
+        (SelectionArguments, DataArguments),
+        default_config=DEFAULT_CONFIG,
+        description=__doc__,
     )

@@ -18,7 +18,8 @@ from transformers import set_seed
 
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, mode_name
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
@@ -93,4 +94,4 @@ def table(split: str, metrics: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((ProbeScriptArguments, DataArguments), description=__doc__))
+    start(main, (ProbeScriptArguments, DataArguments), description=__doc__)

@@ -26,7 +26,7 @@ from transformers import Idefics3ForConditionalGeneration
 
 from twn_rl.demo import lessons, pretraining, tiny_vlm
 from twn_rl.demo.scenes import STYLES
-from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.program import start
 from twn_rl.runtime.text_tables import markdown_table
 
 
@@ -137,4 +137,4 @@ The artwork's licences are in `NOTICE`.
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((PretrainArguments,), description=__doc__))
+    start(main, (PretrainArguments,), description=__doc__)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import set_up_logging
 from twn_rl.modeling.backbone import load_backbone
 from twn_rl.runtime.whole_files import written_aside
@@ -119,4 +119,4 @@ def convert(source: Path, output: Path, dtype: torch.dtype) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((ConvertArguments,), description=__doc__))
+    start(main, (ConvertArguments,), description=__doc__)

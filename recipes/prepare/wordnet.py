@@ -18,7 +18,7 @@ from twn_rl.demo.wordnet.reverse_dictionary import (
     ReverseDictionarySettings,
     write_reverse_dictionary,
 )
-from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import set_up_logging
 
 
@@ -43,4 +43,4 @@ def main(arguments: PrepareArguments, settings: ReverseDictionarySettings) -> di
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((PrepareArguments, ReverseDictionarySettings), description=__doc__))
+    start(main, (PrepareArguments, ReverseDictionarySettings), description=__doc__)

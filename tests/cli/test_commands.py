@@ -36,8 +36,10 @@ def test_a_recipe_gets_the_words_after_its_name(
     assert caught.value.code == 0
     assert "reverse dictionary" in capsys.readouterr().out
     monkeypatch.delitem(sys.modules, "twn_rl.recipes.prepare.wordnet", raising=False)
-    with pytest.raises(ValueError, match="--num_tests"):
+    with pytest.raises(SystemExit) as caught:
         main(["prepare-wordnet", "--num_tests", "3"])
+    assert caught.value.code == 2
+    assert "--num_tests 3; did you mean '--num_test'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [[], ["sing"]])
@@ -53,8 +55,8 @@ def test_a_shipped_file_is_named_and_an_absent_one_refused(
 ) -> None:
     assert main(["where", "recipes/configs/demo_grpo.yaml"]) == 0
     assert Path(capsys.readouterr().out.strip()).is_file()
-    assert main(["where", "recipes/configs/absent.yaml"]) == 1
-    assert "absent.yaml" in caplog.text
+    assert main(["where", "recipes/configs/absent.yaml"]) == 2
+    assert "'recipes/configs/absent.yaml' is not" in caplog.text
 
 
 def test_the_demo_has_four_stages_that_rest_on_each_other(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_a_bad_row_is_named_under_raise_and_counted_under_skip(
 ) -> None:
     source = _lines(root, _mmeb(), bad, _mmeb(qry="last"))
     (root / "out.jsonl").write_text("from an earlier run")
-    assert _main(root, "mmeb", source, "--overwrite") == 1
+    assert _main(root, "mmeb", source, "--overwrite") == 2
     assert "rows.jsonl, row 2" in caplog.text
     assert message in caplog.text
     assert (root / "out.jsonl").read_text() == "from an earlier run"
@@ -100,7 +100,7 @@ def test_an_empty_file_is_an_error_and_writes_nothing(
 ) -> None:
     source = root / "empty.json"
     source.write_text(content)
-    assert _main(root, name, source) == 1
+    assert _main(root, name, source) == 2
     assert "records = 0" in caplog.text
     assert not (root / "out.jsonl").exists()
 
@@ -115,7 +115,7 @@ def test_unknown_fields_are_listed_with_counts_and_duplicate_ids_refused(
     assert "records: 2, images: 0 (0 saved from embedded bytes), negatives: 0" in caplog.text
     row = {"data_info": {"dataset_name": "d", "data_id": 1}, "query": "q", "positive": "p"}
     caplog.clear()
-    assert _main(root, "twn", _lines(root, row, row), "--overwrite") == 1
+    assert _main(root, "twn", _lines(root, row, row), "--overwrite") == 2
     assert "id = 'd/1' was used before" in caplog.text
 
 
@@ -124,12 +124,12 @@ def test_an_existing_output_and_the_input_itself_are_kept(
 ) -> None:
     source = _lines(root, _mmeb())
     (root / "out.jsonl").write_text("precious")
-    assert _main(root, "mmeb", source) == 1
+    assert _main(root, "mmeb", source) == 2
     assert (root / "out.jsonl").read_text() == "precious"
     assert "exists; expected a new file" in caplog.text
     kept = source.read_text()
     words = ["--input", str(source), "--output", str(source), "--overwrite"]
-    assert main(["convert", "--from", "mmeb", *words]) == 1
+    assert main(["convert", "--from", "mmeb", *words]) == 2
     assert source.read_text() == kept
 
 
@@ -146,7 +146,7 @@ def test_an_existing_output_and_the_input_itself_are_kept(
 def test_options_that_make_no_sense_are_refused(
     root: Path, options: tuple[str, ...], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _main(root, "mmeb", _lines(root, _mmeb()), *options) == 1
+    assert _main(root, "mmeb", _lines(root, _mmeb()), *options) == 2
     assert message in caplog.text
     assert not (root / "out.jsonl").exists()
 
@@ -162,7 +162,7 @@ def test_splits_must_be_chosen_and_an_output_in_the_folder_is_no_input(
     (root / "OK-VQA").mkdir()
     for split in ("original", "diverse_instruction"):
         (root / "OK-VQA" / f"{split}.jsonl").write_text(json.dumps(_mmeb()))
-    assert _main(root, "mmeb", root) == 1
+    assert _main(root, "mmeb", root) == 2
     assert "has the splits ['diverse_instruction', 'original']" in caplog.text
     for _ in range(2):
         assert _main(root, "mmeb", root, "--split", "original", "--overwrite") == 0
@@ -210,7 +210,7 @@ def test_splits_must_be_chosen_and_an_output_in_the_folder_is_no_input(
 def test_rows_a_format_cannot_hold_are_refused_with_what_to_change(
     root: Path, name: str, row: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _main(root, name, _lines(root, row)) == 1
+    assert _main(root, name, _lines(root, row)) == 2
     assert message in caplog.text
 
 
@@ -237,7 +237,7 @@ def _write_beir(root: Path, qrels: str) -> Path:
 def test_bad_judgements_are_told(
     root: Path, qrels: str, message: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert _main(root, "beir", _write_beir(root, qrels)) == 1
+    assert _main(root, "beir", _write_beir(root, qrels)) == 2
     assert message in caplog.text
 
 
@@ -256,7 +256,7 @@ def test_a_yaml_file_tells_all_its_faults_before_anything_is_converted(
         "absent: {dataset_parser: mmeb, dataset_name: TIGER-Lab/MMEB-train}\n"
     )
     _lines(root, _mmeb())
-    assert _main(root, "vlm2vec", source) == 1
+    assert _main(root, "vlm2vec", source) == 2
     assert "audio: dataset_parser = 'audio'" in caplog.text
     assert "absent: data = 'TIGER-Lab/MMEB-train' is not here" in caplog.text
     assert _main(root, "vlm2vec", source, "--subset", "fine") == 0
@@ -269,7 +269,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     source.write_text("a: {}")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     monkeypatch.delitem(sys.modules, "twn_rl.data.parquet", raising=False)
-    assert _main(root, "mmeb", source) == 1
+    assert _main(root, "mmeb", source) == 2
     assert "module pyarrow is missing" in caplog.text
     assert 'pip install "twn-rl[eval]"' in caplog.text
     monkeypatch.undo()
@@ -282,6 +282,6 @@ def test_a_list_that_breaks_off_leaves_the_old_output(
     source = root / "cut.json"
     source.write_text(json.dumps([_mmeb(), _mmeb()])[:-20])
     (root / "out.jsonl").write_text("precious")
-    assert _main(root, "mmeb", source, "--overwrite", "--on_bad_record", "skip") == 1
+    assert _main(root, "mmeb", source, "--overwrite", "--on_bad_record", "skip") == 2
     assert "no valid JSON list" in caplog.text
     assert (root / "out.jsonl").read_text() == "precious"

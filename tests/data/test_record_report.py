@@ -95,8 +95,8 @@ def test_rows_that_cannot_be_used_are_shown_and_give_exit_status_1(
     report = json.loads((folder / "out" / "report.json").read_text("utf-8"))
     assert report["left_out"] == {"unreadable_image": 1, "positive_in_negatives": 1}
     assert [problem["where"] for problem in report["problems"]] == ["row 2", "row 3"]
-    assert main(["check-data", str(folder / "absent.jsonl")]) == 1
-    assert main(["check-data", str(path), "--workers", "-1"]) == 1
+    assert main(["check-data", str(folder / "absent.jsonl")]) == 2
+    assert main(["check-data", str(path), "--workers", "-1"]) == 2
 
 
 def test_worker_processes_find_what_threads_find_and_nothing_is_decoded_again(

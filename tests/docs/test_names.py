@@ -15,6 +15,7 @@ from doc_pages import ROOT, inline_code, name_of, pages, prose
 
 from twn_rl import __version__, cli
 from twn_rl.launch import arguments
+from twn_rl.launch.command_line import SWITCHES
 
 # Names that a page may use although no file of the repository has them: what runs write, and what
 # readers own.
@@ -109,7 +110,7 @@ def run_until_parsed(program: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_flag_in_backticks_is_known(page: Path, known_flags: set[str]) -> None:
-    known = {*known_flags, "--config", "--from", "--help"}
+    known = {*known_flags, "--config", "--from", "--help", "--help-all", *SWITCHES}
     for code in inline_code(page):
         if code.startswith(("accelerate", "torchrun", "python -m")):
             continue  # flags of launchers

@@ -540,7 +540,7 @@ def test_the_command_encodes_named_fields_and_counts_bad_rows(
     np.testing.assert_allclose(stored.vectors[[0, 2]], expected, atol=1e-5)
     assert "1 of 3 rows have a zero vector" in caplog.text
     assert "fields nothing reads: {'price': 1}" in caplog.text
-    assert run_cli(monkeypatch, embedder, *words, "--field", "title") == 1
+    assert run_cli(monkeypatch, embedder, *words, "--field", "title") == 2
     assert "settings.fields" in caplog.text
 
 

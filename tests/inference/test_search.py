@@ -177,7 +177,7 @@ def test_vectors_of_two_models_are_not_compared(tmp_path, caplog):
     write_vectors(tmp_path / "d.npy", np.eye(3), space="a")
     write_vectors(tmp_path / "q.npy", np.eye(3), space="b")
     status, lines = run_search(tmp_path)
-    assert (status, lines) == (1, None)
+    assert (status, lines) == (2, None)
     assert "expected one model: their vectors cannot be compared" in caplog.text
 
 
@@ -186,7 +186,7 @@ def test_a_failed_search_leaves_earlier_hits_alone(tmp_path):
     write_vectors(tmp_path / "q.npy", np.eye(3), prefix="q")
     assert run_search(tmp_path)[0] == 0
     before = (tmp_path / "hits.jsonl").read_bytes()
-    assert run_search(tmp_path, top_k=0)[0] == 1
+    assert run_search(tmp_path, top_k=0)[0] == 2
     assert (tmp_path / "hits.jsonl").read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob(".*")) == []
 

@@ -16,6 +16,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from twn_rl import __version__
+from twn_rl.launch.command_line import (
+    INPUT_ERRORS,
+    USAGE_STATUS,
+    LineParser,
+    errors_in_a_line,
+    is_for_people,
+    message_of,
+    program_name,
+    show_logs,
+    take_switches,
+)
+from twn_rl.launch.program import show_help
+from twn_rl.launch.source_settings import PACKAGE
 
 # Command -> (module of this package, one line of help). `twn-rl --help` must not load torch.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -49,14 +62,19 @@ RECIPES: dict[str, tuple[str, str]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 fine, 1 wrong input, 2 wrong usage."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+    """Run one command; return 0 for success, 1 if what was asked for has an error to correct.
+
+    Wrong usage and wrong input end with status 2 and one line that says what to change.
+    """
+    words = take_switches(sys.argv[1:] if arguments is None else arguments)
+    show_logs(logging.INFO)
     if words and words[0] in RECIPES:
         return _run_recipe(*words)
     chosen = next((word for word in words if not word.startswith("-")), None)
-    parser = argparse.ArgumentParser(
-        prog="twn-rl", description="Train, measure and serve embedding models that may think."
+    parser = LineParser(
+        prog="twn-rl",
+        description="Train, measure and serve embedding models that may think.",
+        epilog="Every command takes --help, --verbose (all logs) and --debug (tracebacks).",
     )
     parser.add_argument("--version", action="version", version=f"twn-rl {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -68,14 +86,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         if name == chosen and name in COMMANDS:
-            _module(name).add_arguments(subparser)
+            program_name(f"twn-rl {name}")
+            with errors_in_a_line():
+                _module(name).add_arguments(subparser)
+            parser.flags = subparser._option_string_actions
     parsed = parser.parse_args(words)
     try:
         return int(_module(parsed.command).run(parsed))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        # Errors people can act on: their message says what to change; a traceback would hide it.
-        logging.getLogger(__name__).error("%s", error)
-        return 1
+    except INPUT_ERRORS as error:
+        if not is_for_people(error):
+            raise
+        logging.getLogger(__name__).error("%s", message_of(error))
+        return USAGE_STATUS
 
 
 def _module(name: str) -> Any:
@@ -84,10 +106,12 @@ def _module(name: str) -> Any:
 
 def _run_recipe(name: str, *words: str) -> int:
     """Run a recipe as a program in this process, with the words after its name."""
+    module = RECIPES[name][0]
+    program_name(f"twn-rl {name}")
+    # A benchmark has flags of its own, which only the recipe knows.
+    if {"-h", "--help"} & {*words} and not any(word.startswith("--benchmark") for word in words):
+        show_help(PACKAGE / "recipes" / f"{module.replace('.', '/')}.py", words)
     sys.argv = [name, *words]
-    try:
-        runpy.run_module(f"twn_rl.recipes.{RECIPES[name][0]}", run_name="__main__", alter_sys=True)
-    except ModuleNotFoundError as error:  # says which extra to install
-        logging.getLogger(__name__).error("%s", error)
-        return 1
+    with errors_in_a_line():  # such as a missing extra, which its imports meet
+        runpy.run_module(f"twn_rl.recipes.{module}", run_name="__main__", alter_sys=True)
     return 0

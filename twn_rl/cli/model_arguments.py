@@ -17,7 +17,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--think",
         choices=("auto", "always", "never", "latent"),
-        help="when to write a thought; queries: auto, documents: never if not given",
+        help="when to write a thought; if not given, queries: auto if something in the model "
+        "decides, as a gate, else never; documents: never",
     )
     parser.add_argument("--think_rate", type=float, help="share of a shard that may think")
     parser.add_argument(

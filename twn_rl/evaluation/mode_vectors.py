@@ -71,10 +71,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
         problems, known = Problems(), (*MODES, *ABLATIONS)
-        problems.unless(
-            self.modes and set(self.modes) <= set(known),
-            f"modes = {self.modes}, expected some of {known}",
-        )
+        problems.some_of(self, known, "modes")
         problems.one_of(self, ("pool", "local"), "candidates")
         problems.expect(self, ">= 1", "batch_size", "num_thoughts")
         problems.expect(self, "None or in [0, 1]", "gate_threshold", "policy_threshold")

@@ -97,7 +97,7 @@ def encode_file(
         RecordError: For a bad row, if `on_bad_row` is "raise".
         OSError: If the disk is full; what is written stays, and the same call goes on.
     """
-    settings = settings or EncodeSettings()
+    settings = (settings or EncodeSettings()).of_model(embedder.model, source.side)
     meta = None if overwrite else read_meta(Path(output))
     described = source.describe(meta["notes"].get("input") if meta else None)
     if not described["rows"]:

@@ -1,8 +1,8 @@
-"""How the rows of a file are encoded, and what came of it. Knows no rows and no models."""
+"""How the rows of a file are encoded, and what came of it. Knows no rows."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
 
 from twn_rl.inference.item_rows import Side
 from twn_rl.inference.options import ThinkMode
@@ -14,7 +14,8 @@ class EncodeSettings:
     """How the rows of a file become vectors.
 
     Attributes:
-        think: When to write a thought; None is "auto" for queries and "never" for documents.
+        think: When to write a thought; None is "never" for documents, and for queries "auto" if the
+            model has a gate, a policy that decides or reason tokens, else "never".
         think_rate: Share of the items of a shard that may think, in [0, 1]; None is off.
         think_threshold: Gate probability above which to think, in [0, 1]; None is the model's.
         max_think_tokens: Budget of one thought; None is the model's.
@@ -51,6 +52,18 @@ class EncodeSettings:
     def think_mode(self, side: Side) -> ThinkMode:
         """Return when items of this side think."""
         return self.think or ("auto" if side == "query" else "never")
+
+    def of_model(self, model: Any, side: Side) -> "EncodeSettings":
+        """Return these settings with `think` set by what the model has, where it is None.
+
+        Queries think as a fitted gate, a policy that decides or reason tokens say; a model with
+        none of them embeds without thinking. A rate or a threshold asks for a gate.
+        """
+        if self.think is not None or side != "query":
+            return self
+        is_asked = self.think_rate is not None or self.think_threshold is not None
+        decides = side in model.gates or model.is_policy_deciding or bool(model.reason_ids)
+        return replace(self, think="auto" if decides or is_asked else "never")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import inspect
+import logging
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import yaml
 from transformers import HfArgumentParser
@@ -21,9 +20,14 @@ from twn_rl.data.record_files import RecordSet, load_records
 from twn_rl.demo.dataset import SPLITS, DemoSettings, write_demo
 from twn_rl.demo.questions import TeacherNoise
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
+from twn_rl.launch.command_line import program_name
+from twn_rl.launch.source_settings import attributes_of
 from twn_rl.modeling.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.nearest import hint, path_hint
 from twn_rl.runtime.processes import join_processes
+
+logger = logging.getLogger(__name__)
 
 RECIPES = Path(twn_rl.__file__).parent / "recipes"
 
@@ -144,8 +148,8 @@ class DataArguments:
         if self.is_demo():
             if split not in SPLITS:
                 raise ValueError(
-                    f"split = {split!r}; expected one of the emoji scenes' {SPLITS}; what was "
-                    "called ood is unseen_pairs"
+                    f"split = {split!r}; expected one of the emoji scenes' {SPLITS}"
+                    f"{hint(split, SPLITS)} What was called ood is unseen_pairs"
                 )
             path = self._write_demo()[split]
         else:
@@ -219,6 +223,7 @@ def parse_arguments(
     try:
         parsed = _Parser(
             types,
+            prog=program_name(),
             description=description,
             usage="%(prog)s [--config FILE] [--FIELD VALUE ...]",
             epilog="--config FILE reads settings from YAML; flags override them.",
@@ -255,38 +260,90 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, types: Sequence[Any], **settings: Any) -> None:
         super().__init__(types, **settings)
+        self.add_argument("--help-all", action="help", help="same as --help")
         told = {name: line for kind in types for name, line in _attributes(kind).items()}
         for action in self._actions:
             action.help = action.help or told.get(action.dest)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage, which is hundreds of lines."""
+        raise ValueError(f"{message}; expected what --help says; correct the flag")
 
     def read(
         self, words: Sequence[str], config: Mapping[str, Any], *, is_partial: bool = False
     ) -> tuple[Any, ...]:
         """Return one object per dataclass; `is_partial` leaves unknown keys and flags alone."""
-        unknown = set(config) - {action.dest for action in self._actions}
-        if unknown and not is_partial:
-            raise ValueError(
-                f"unknown keys {sorted(unknown)} in the configuration; expected fields of this "
-                "recipe, see --help; correct or remove them"
-            )
+        names = {action.dest for action in self._actions}
+        config = _without_outdated([*self.dataclass_types], words, config, is_told=not is_partial)
+        for key in config if not is_partial else ():
+            if key not in names:
+                raise ValueError(
+                    f"unknown key {key!r} in the configuration{hint(key, names)} Expected fields "
+                    "of this recipe, see --help-all; correct or remove it"
+                )
         for action in self._actions:
             if action.dest in config:
                 action.default, action.required = config[action.dest], False
-        return self.parse_args_into_dataclasses(list(words), return_remaining_strings=is_partial)
+        if not is_partial:
+            self._refuse_unknown(words)
+        return self.parse_args_into_dataclasses(
+            list(words), return_remaining_strings=is_partial, look_for_args_file=False
+        )
+
+    def _refuse_unknown(self, words: Sequence[str]) -> None:
+        """Refuse flags that are none before any settings object is made: one joins processes."""
+        unknown = self.parse_known_args(list(words))[1]
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            flags = [f"--{name}" for name in self._option_string_actions]
+            flags = [each.replace("----", "--") for each in flags]
+            raise ValueError(
+                f"unknown flag {' '.join(unknown)}{hint(flag, flags)} Expected a field of this "
+                "recipe as --FIELD VALUE, see --help and --help-all; correct or remove it"
+            )
+
+
+def _without_outdated(
+    types: Sequence[Any], words: Sequence[str], config: Mapping[str, Any], *, is_told: bool
+) -> dict[str, Any]:
+    """Return a file's values without those that belong to another value, which a flag replaces.
+
+    A dataclass says so in `outdates`: flag -> names. The weights of a file's rewards are none of
+    the rewards that a flag names.
+    """
+    given = {word.split("=")[0] for word in words}
+    kept = dict(config)
+    outdates = {flag: n for kind in types for flag, n in getattr(kind, "outdates", {}).items()}
+    for flag, names in outdates.items():
+        outdated = [name for name in names if name in kept]
+        if f"--{flag}" in given and outdated:
+            kept = {name: value for name, value in kept.items() if name not in outdated}
+            if is_told:
+                logger.info(
+                    "--%s is given: %s of the configuration, made for its own, is left out",
+                    *(flag, " and ".join(outdated)),
+                )
+    return kept
 
 
 def _attributes(kind: type) -> dict[str, str]:
     """Return what the docstrings of a dataclass and its parents say of their fields."""
     told: dict[str, str] = {}
     for each in reversed(kind.__mro__):
-        text = inspect.cleandoc(each.__doc__ or "")
-        found = re.findall(r"^ {4}(\w+): (.+(?:\n {8,}.+)*)", text, re.MULTILINE)
-        told |= {name: " ".join(line.split()) for name, line in found}
+        told |= attributes_of(each.__doc__ or "")
     return told
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not Path(path).is_file():
+        shipped = [f"recipes/configs/{file.name}" for file in RECIPES.glob("configs/*.yaml")]
+        near = hint(path, shipped) if path.startswith("recipes/") else path_hint(path)
+        raise FileNotFoundError(f"--config {path} is no file{near} Correct the path")
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"{path} is no YAML: {told}; correct that line") from error
     if not isinstance(config, dict):
         raise ValueError(
             f"{path} holds {type(config).__name__}; expected a mapping of settings; correct it"

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from twn_rl.launch.command_line import show_logs
 from twn_rl.runtime.processes import gather_objects, join_processes
 from twn_rl.runtime.whole_files import owned, write_json, write_text
 from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
@@ -28,9 +29,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "
 def set_up_logging() -> None:
     """Log at INFO on the first process and at WARNING on the others."""
     level = logging.INFO if join_processes().is_main_process else logging.WARNING
-    logging.basicConfig(
-        level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-    )
+    show_logs(level)
     for noisy in ("httpx", "filelock", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

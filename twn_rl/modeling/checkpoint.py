@@ -23,6 +23,7 @@ from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, save_gates
 from twn_rl.modeling.generation import DualLoraInference
 from twn_rl.modeling.sentence_transformers_files import write_modules
+from twn_rl.runtime.nearest import path_hint
 from twn_rl.runtime.whole_files import file_digest, written_aside
 
 logger = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ def find_files(path: str | Path) -> tuple[TwnConfig, dict[str, Path]]:
     if not (path / CONFIG_FILE).is_file():
         raise FileNotFoundError(
             f"{path / CONFIG_FILE} does not exist; expected a folder written by "
-            "save_pretrained; check the path"
+            f"save_pretrained{path_hint(path / CONFIG_FILE)} Check the path"
         )
     config = TwnConfig.load(path)
     files, damaged = _find(path, config)

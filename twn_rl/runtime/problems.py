@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from twn_rl.runtime.nearest import nearest
+
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge, ">": operator.gt,
     "[": operator.ge, "(": operator.gt, "]": operator.le, ")": operator.lt,
@@ -58,7 +60,21 @@ class Problems(list[str]):
         """Add a problem for each named field of `settings` that is none of the allowed values."""
         for name in names:
             value = getattr(settings, name)
-            self.unless(value in allowed, f"{name} = {value!r}, expected one of {allowed}")
+            near = nearest(str(value), map(str, allowed))
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
+            self.unless(value in allowed, f"{name} = {value!r}, expected one of {allowed}{meant}")
+
+    def some_of(self, settings: Any, allowed: Collection[str], *names: str) -> None:
+        """Add a problem for each named list that is empty or holds another value than allowed."""
+        for name in names:
+            values = getattr(settings, name)
+            wrong = [value for value in values if value not in allowed]
+            near = [other for value in wrong for other in nearest(value, allowed)]
+            meant = f" (did you mean {', '.join(near)}?)" if near else ""
+            self.unless(
+                values and not wrong,
+                f"{name} = {values}, expected some of {tuple(allowed)}{meant}",
+            )
 
     @contextmanager
     def told(self, *kinds: type[Exception]) -> Iterator[None]:

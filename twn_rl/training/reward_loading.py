@@ -5,7 +5,6 @@ A name is `name` of a registry that is passed in, `package.module:function`, or
 found while it is loaded, before a model is.
 """
 
-import difflib
 import functools
 import importlib
 import importlib.util
@@ -20,6 +19,8 @@ from types import ModuleType
 from typing import Any
 
 from torch import nn
+
+from twn_rl.runtime.nearest import hint, path_hint
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -112,12 +113,10 @@ def _log_name(function: Any) -> str:
 def _find(name: str, registry: Mapping[str, Reward]) -> Reward:
     if ":" not in name:
         if name not in registry:
-            nearest = difflib.get_close_matches(name, registry, n=1, cutoff=0.4)
-            hint = f"; did you mean '{nearest[0]}'" if nearest else ""
             raise RewardLoadingError.of(
                 name,
-                f" is unknown, expected one of {sorted(registry)}{hint}. Your own reward is named "
-                "'package.module:function' or 'path/to/file.py:function'",
+                f" is unknown, expected one of {sorted(registry)}{hint(name, registry)} Your own "
+                "reward is named 'package.module:function' or 'path/to/file.py:function'",
             )
         found: Any = registry[name]
     else:
@@ -129,7 +128,8 @@ def _find(name: str, registry: Mapping[str, Reward]) -> Reward:
             raise RewardLoadingError.of(
                 name,
                 f": the module has no '{attribute}', expected one of its functions "
-                f"{sorted(key for key in known if key[0] != '_')}; correct the part after ':'",
+                f"{sorted(key for key in known if key[0] != '_')}{hint(attribute, known)} Correct "
+                "the part after ':'",
             )
         found = getattr(module, attribute)
     _check_callable(name, found)
@@ -141,7 +141,7 @@ def _import_file(name: str, path: Path) -> ModuleType:
         raise RewardLoadingError.of(
             name,
             f": no Python file at {path.absolute()}, expected an existing path/to/file.py relative "
-            "to the current folder; correct the path",
+            f"to the current folder{path_hint(path)} Correct the path",
         )
     # One stable module name per file: functions found twice are then the same object.
     module_name = f"reward_file_{path.stem}_{zlib.crc32(str(path.resolve()).encode()):x}"
