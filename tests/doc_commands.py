@@ -41,6 +41,7 @@ SHORTER: dict[str, list[str]] = {
     "twn-rl check-data": [],
     "twn-rl encode": ["--limit", "4"],
     "twn-rl search": [],
+    "twn-rl index": ["--limit", "2"],
     "twn-rl where": [],
     "twn-rl mine-negatives": ["--range_max", "0"],
 }

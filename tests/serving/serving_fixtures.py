@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from serving_process import Server, save_thinking_model
+from serving_process import Server, save_collection, save_thinking_model
 
 from twn_rl.inference.embedder import ThinkingEmbedder
 
@@ -24,7 +24,9 @@ def embedder(thinking_model: Path) -> ThinkingEmbedder:
 @pytest.fixture(scope="session")
 def server(thinking_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the limits it has by default, but for clients that are slow."""
-    log = tmp_path_factory.mktemp("server") / "log"
-    started = Server(thinking_model, "--device", "cpu", "--body_seconds", "1", log=log)
+    folder = tmp_path_factory.mktemp("server")
+    flags = ["--device", "cpu", "--body_seconds", "1"]
+    flags += ["--collection", str(save_collection(thinking_model, folder))]
+    started = Server(thinking_model, *flags, log=folder / "log")
     yield started
-    assert started.end() == 0, log.read_text()[-2000:]
+    assert started.end() == 0, started.log.read_text()[-2000:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import re
 import signal
@@ -11,12 +12,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from conftest import awaken, picture
 
 from twn_rl.data.record import Item
+from twn_rl.inference.collection import build_collection
 from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.inference.item_rows import ItemFile
 from twn_rl.launch.arguments import ModelArguments
 from twn_rl.modeling.adapters import REASONING_ADAPTER, adapter_parameters
 from twn_rl.modeling.fingerprints import Fingerprints
@@ -76,6 +80,18 @@ def _teach(model: DualLoraModel, steps: int = 200) -> None:
         model.token_nll(batch)[0].sum().backward()
         optimizer.step()
     raise AssertionError("the small model did not learn its thoughts")
+
+
+def save_collection(model: Path, folder: Path) -> Path:
+    """Write a collection of `TEXTS` and one picture."""
+    rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
+    (folder / "photo.png").write_bytes(picture_bytes())
+    rows.append({"images": ["photo.png"]})
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "rows.jsonl").write_text(lines, encoding="utf-8")
+    source = ItemFile(folder / "rows.jsonl", side="document")
+    embedder = ThinkingEmbedder.from_pretrained(model, device="cpu")
+    return build_collection(embedder, source, folder / "out", show_progress_bar=False).path
 
 
 def picture_bytes(seed: int = 1, side: int = 96, form: str = "PNG") -> bytes:

@@ -116,6 +116,36 @@ def test_a_thought_is_told_while_it_is_written(server: Server, embedder: Thinkin
     assert len(events) - 2 == done["usage"]["think_tokens"] + 1
 
 
+def test_search_finds_with_and_without_the_thought(server: Server, embedder: ThinkingEmbedder):
+    assert httpx2.get(f"{server.url}/collection").json()["rows"] == len(TEXTS) + 1
+    picture = Image.open(io.BytesIO(picture_bytes()))
+    index = embedder.encode_document([*TEXTS, picture])
+    body = {"query": TEXTS[7], "think": "always", "top_k": 3, "without_thought": True}
+    reply = post(server, body, "/search").json()
+    think: Any
+    for think, hits in (("always", reply["hits"]), ("never", reply["hits_without_thought"])):
+        scores = index @ embedder.encode_query(TEXTS[7], think=think)
+        assert [hit["row"] for hit in hits] == np.argsort(-scores)[:3].tolist()
+        np.testing.assert_allclose(
+            [hit["score"] for hit in hits], np.sort(-scores)[:3] * -1, **NEAR
+        )
+    assert reply["think_tokens"] > 0
+
+    found = post(
+        server, {**image(data_uri(picture_bytes())), "think": "never", "top_k": 1}, "/search"
+    )
+    (hit,) = found.json()["hits"]
+    sent = httpx2.get(f"{server.url}{hit['pictures'][0]}")
+    assert (sent.content, sent.headers["content-type"]) == (picture_bytes(), "image/png")
+    assert httpx2.get(f"{server.url}/collection/pictures/0/0").status_code == 404
+    assert post(server, {"query": "a", "top_k": 101}, "/search").status_code == 400
+
+    with httpx2.stream("POST", f"{server.url}/search", json={**body, "stream": True}) as told:
+        events = [block.split("\n") for block in "".join(told.iter_text()).strip().split("\n\n")]
+    first, last = (json.loads(events[n][1].removeprefix("data: ")) for n in (0, -1))
+    assert (first["hits"], last["hits"]) == (reply["hits_without_thought"], reply["hits"])
+
+
 def test_the_server_says_what_it_is_and_counts_what_it_does(server: Server, client):
     (model,) = client.models.list().data
     assert (model.id, model.dimensions, model.think_auto) == ("small", 160, ["query"])

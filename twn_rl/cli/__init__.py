@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "search": ("search", "find the nearest vectors of one file to those of another"),
     "serve": ("serve", "answer OpenAI's embeddings requests over HTTP, thinking where it helps"),
     "export": ("export", "write a model in a form that other programs load"),
+    "index": ("index", "make the items of a file a collection that a server searches"),
     "convert": ("convert", "turn data of another format into records"),
     "check-data": ("check_data", "verify a file of records and print what it holds"),
     "mine-negatives": ("mine_negatives", "add hard negatives to a file of records"),

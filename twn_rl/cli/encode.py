@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from twn_rl.cli.model_arguments import add_model_arguments, encode_settings, load_embedder
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     source = ItemFile(
         arguments.input,
         side=arguments.side,
-        fields=dict(_part(field) for field in arguments.field),
+        fields=named_fields(arguments.field),
         data_root=arguments.data_root,
         limit=arguments.limit,
     )
@@ -64,6 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
             *(report.failed_rows, report.rows, details_path(Path(arguments.output))),
         )
     return int(report.failed_rows == report.rows)
+
+
+def named_fields(words: Sequence[str]) -> dict[str, str]:
+    """Return part -> name of the words of `--field`."""
+    return dict(_part(word) for word in words)
 
 
 def _part(field: str) -> tuple[str, str]:

@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder written by save_pretrained")
     parser.add_argument("--device", help="as cuda:0 or cpu; chosen if not given")
     parser.add_argument("--dtype", help="parameter type to load, as bfloat16; else the stored one")
+    parser.add_argument("--collection", help="folder of `twn-rl index`, for POST /search")
     parser.add_argument("--host", default=off.host, help="address to listen on")
     parser.add_argument("--port", type=int, default=off.port, help="0 takes a free one")
     parser.add_argument("--name", help="name of the model in requests; else its folder's")
@@ -59,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is told to end."""
+    from twn_rl.inference.collection import Collection
+
     with extra("serve"):
         from twn_rl.serving.app import create_app
         from twn_rl.serving.run import bind, make_server, run_server
@@ -70,7 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     listener = bind(settings)  # a port that is taken shows before the model is loaded
     with listener:
         embedder = load_embedder(arguments)
+        collection = None if arguments.collection is None else Collection(arguments.collection)
         service = EmbeddingService(embedder, settings, name=Path(arguments.model).resolve().name)
-        run_server(make_server(create_app(service), settings), listener)
+        run_server(make_server(create_app(service, collection=collection), settings), listener)
     logger.info("ended")
     return 0

@@ -37,12 +37,14 @@ class ItemRow:
         item: What to encode, image paths absolute; None if the row is bad.
         error: What is wrong with the row; None if it is usable.
         pool: Its `pool`, at the top or in `metadata`, if it names one.
+        metadata: Its `metadata`, if that is an object.
     """
 
     id: str
     item: Item | None
     error: RecordError | None = None
     pool: str | None = None
+    metadata: Mapping[str, Any] | None = None
 
 
 class ItemFile:
@@ -145,7 +147,8 @@ class ItemFile:
             return ItemRow(row_id, None, error.at(file=self.path, row=number))
         read = {name.split(".")[0] for name in self.fields.values()}
         self.ignored_fields.update(set(map(str, data)) - _KNOWN - _RECORD_ONLY - read)
-        return ItemRow(row_id, item, pool=_pool(data))
+        metadata = _metadata(data)
+        return ItemRow(row_id, item, pool=_pool(data, metadata), metadata=metadata)
 
     def _id(self, data: Mapping[str, Any], default: str) -> str:
         name = self.fields.get("id", "id")
@@ -208,12 +211,16 @@ class ItemFile:
         return item
 
 
-def _pool(data: Mapping[str, Any]) -> str | None:
+def _metadata(data: Mapping[str, Any]) -> Mapping[str, Any] | None:
     metadata = data.get("metadata")
     if isinstance(metadata, str):  # records in Parquet keep it as JSON text
         metadata = parse_json(metadata, field="metadata")
+    return metadata if isinstance(metadata, Mapping) else None
+
+
+def _pool(data: Mapping[str, Any], metadata: Mapping[str, Any] | None) -> str | None:
     pool = data.get("pool")
-    if pool is None and isinstance(metadata, Mapping):
+    if pool is None and metadata is not None:
         pool = metadata.get("pool")
     return None if pool is None else str(pool)
 

@@ -116,7 +116,7 @@ class EmbeddingRequest(ThinkFields):
         """
         if self.messages is not None:
             one = received_messages(self.messages, "messages")
-            return [_with_instruction(one, self.instruction)]
+            return [with_instruction(one, self.instruction)]
         if isinstance(self.input, str):
             return [Received("input", self.input, (), self.instruction)]
         return [
@@ -125,7 +125,8 @@ class EmbeddingRequest(ThinkFields):
         ]
 
 
-def _with_instruction(received: Received, instruction: str | None) -> Received:
+def with_instruction(received: Received, instruction: str | None) -> Received:
+    """Return an input with an instruction, unless it has one."""
     if received.instruction is not None or instruction is None:
         return received
     return Received(received.where, received.text, received.pictures, instruction)
