@@ -14,9 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import nn
 
 from twn_rl.modeling.adapter_files import is_writer, load_adapter, save_adapter
-from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
+from twn_rl.modeling.adapters import (
+    EMBEDDING_ADAPTER,
+    REASONING_ADAPTER,
+    adapter_parameters,
+    set_trainable,
+)
 from twn_rl.modeling.backbone_names import stored_name
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
@@ -24,7 +30,8 @@ from twn_rl.modeling.gate_files import GATE_FILE, save_gates
 from twn_rl.modeling.generation import DualLoraInference
 from twn_rl.modeling.sentence_transformers_files import write_modules
 from twn_rl.runtime.nearest import path_hint
-from twn_rl.runtime.whole_files import file_digest, written_aside
+from twn_rl.runtime.whole_files import file_digest, full_disk_told, written_aside
+from twn_rl.runtime.zero import parameter_count
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +85,8 @@ def _saved_aside(model: DualLoraInference, path: Path, keep: dict[str, str]) -> 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     try:
-        yield aside
+        with full_disk_told(path, stored_bytes(model)):
+            yield aside
         if is_writer():
             written = aside.rglob("*.safetensors")
             new = {str(file.relative_to(aside)): file_digest(file) for file in written}
@@ -89,6 +97,20 @@ def _saved_aside(model: DualLoraInference, path: Path, keep: dict[str, str]) -> 
     finally:
         if is_writer() and not (aside / CONFIG_FILE).exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def stored_bytes(model: DualLoraInference) -> int:
+    """Return about how large the model's folder is: its adapters."""
+    return sum(parameter_count(p) * p.element_size() for p in _stored(model))
+
+
+def moments_bytes(model: DualLoraInference) -> int:
+    """Return about how large Adam's two moments of what is trained are, in float32."""
+    return sum(8 * parameter_count(p) for p in _stored(model) if p.requires_grad)
+
+
+def _stored(model: DualLoraInference) -> list[nn.Parameter]:
+    return [p for name in _FOLDERS for p in adapter_parameters(model.peft_model, name).values()]
 
 
 def _publish(aside: Path, path: Path) -> None:

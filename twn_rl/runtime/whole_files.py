@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,20 +21,50 @@ from typing import Any
 
 import numpy as np
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What safetensors and torch say in place of such an error.
+_SAID_FULL = re.compile(r"os error (27|28|122)\b|unexpected pos \d+ vs \d+|StreamWriter failed")
+
 
 @contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def full_disk_told(path: Path, needed_bytes: int | None = None) -> Iterator[None]:
+    """Say what the body could not write for want of room, and how much it needs.
+
+    Raises:
+        OSError: In place of what a full disk makes any library raise; everything else passes.
+    """
+    try:
+        yield
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in _FULL
+        if not is_full and not _SAID_FULL.search(str(error)):
+            raise
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        free = shutil.disk_usage(there).free
+        needed = "more" if needed_bytes is None else f"about {needed_bytes / 1e6:,.3f} MB"
+        raise OSError(
+            errno.ENOSPC,
+            f"{path}: no room on the disk, or beyond its limits: {needed} needed, "
+            f"{free / 1e6:,.3f} MB free; expected enough; free some or choose another output, then "
+            "run again. What was there before stays",
+        ) from error
+
+
+@contextmanager
+def written_aside(path: str | Path, needed_bytes: int | None = None) -> Iterator[Path]:
     """Give the body another name to write to, and put the result in the place of `path`.
 
     If the body raises or the process is killed, `path` is what it was. The folder around it is
-    made; `path` may itself become a folder, if there is none yet.
+    made; `path` may itself become a folder, if there is none yet. A full disk is told with
+    `needed_bytes`, if they are known.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield aside
-        aside.replace(path)
+        with full_disk_told(path, needed_bytes):
+            yield aside
+            aside.replace(path)
     finally:
         with suppress(OSError):  # on a read-only disk
             _remove(aside)
@@ -108,8 +139,9 @@ def read_json(path: Path) -> Any:
 def write_array(path: Path, parts: np.ndarray | Iterable[np.ndarray]) -> None:
     """Write one (M, D) float32 array, whole or in parts."""
     arrays = [parts] if isinstance(parts, np.ndarray) else list(parts)
-    with written_aside(path) as aside, aside.open("wb") as file:
-        write_array_header(file, (sum(map(len, arrays)), arrays[0].shape[1]))
+    rows, width = sum(map(len, arrays)), arrays[0].shape[1]
+    with written_aside(path, 4 * rows * width) as aside, aside.open("wb") as file:
+        write_array_header(file, (rows, width))
         for part in arrays:
             file.write(np.ascontiguousarray(part, dtype="<f4").data)
         _sync(file)

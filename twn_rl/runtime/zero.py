@@ -18,6 +18,11 @@ def is_sharded(parameter: Any) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def parameter_count(parameter: Any) -> int:
+    """Return how many numbers a parameter has, on all processes together."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Make parameters whole in the body under ZeRO-3, where every process must enter."""
     if not any(is_sharded(parameter) for parameter in parameters):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from twn_rl.modeling.checkpoint import load_weights
+from twn_rl.data.record import Record
+from twn_rl.modeling.checkpoint import load_weights, moments_bytes, stored_bytes
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.extras import extra
-from twn_rl.runtime.processes import check_engaged, join_processes
-from twn_rl.runtime.whole_files import read_json, write_json
-from twn_rl.runtime.zero import deepspeed_dtype, describe_engine, fill_auto_sizes, save_trained_only
+from twn_rl.runtime.processes import check_engaged, gather_objects, join_processes
+from twn_rl.runtime.whole_files import full_disk_told, read_json, write_json
+from twn_rl.runtime.zero import (
+    deepspeed_dtype,
+    describe_engine,
+    fill_auto_sizes,
+    save_trained_only,
+)
+from twn_rl.training.seen_records import RECORDS_FILE, describe_records, what_changed
 from twn_rl.training.whole_checkpoints import is_finished, seal
 
 with extra("train"):
@@ -37,12 +45,14 @@ class AdapterCheckpoints(Trainer):
 
     Attributes:
         dual_model: The model the trainer trains, unwrapped.
+        records: What it is trained on.
     """
 
     args: Any
     accelerator: Any
     model_wrapped: Any  # the engine, where there is one
     dual_model: DualLoraModel
+    records: Sequence[Record]
 
     def create_accelerator_and_postprocess(self) -> None:
         """Let HF make the accelerator of this trainer, not of one that ran before it."""
@@ -60,6 +70,7 @@ class AdapterCheckpoints(Trainer):
     ) -> Any:
         """Let HF train; of a finished run only the weights are read back."""
         resume = resume_from_checkpoint
+        self._describe_records(Path(resume) if isinstance(resume, str | Path) else None)
         if isinstance(resume, str | Path) and is_finished(Path(resume), self.args):
             logger.info("%s is the end of this run: nothing is left to train", resume)
             self._load_from_checkpoint(str(resume))
@@ -84,17 +95,47 @@ class AdapterCheckpoints(Trainer):
             )
         return loss
 
+    def _describe_records(self, checkpoint: Path | None) -> None:
+        """Note what this run is trained on, which must be what a checkpoint was trained on."""
+        change, self._described = None, {}
+        if join_processes().is_main_process:
+            self._described = describe_records(self.records, self.args.data_seed or self.args.seed)
+            stored = read_json(checkpoint / RECORDS_FILE) if checkpoint else None
+            change = what_changed(stored, self._described) if stored else None
+        change = gather_objects(change)[0]
+        if change is None:
+            return
+        said = f"{checkpoint} was trained on other records: {change}"
+        if not self.args.accept_other_records:
+            raise ValueError(
+                f"{said}; expected the same: its steps would count for records that it has not "
+                "seen; resume on the old ones, start anew from its adapters (--checkpoint or "
+                "--warm_start), or pass --accept_other_records true"
+            )
+        logger.warning("%s: accepted", said)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Let HF save a checkpoint, seal it, and only then delete older ones."""
+        folder = Path(self._get_output_dir(trial=trial))
+        checkpoint = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        model_bytes = stored_bytes(self.dual_model) + moments_bytes(self.dual_model)
+        needed = model_bytes + 100_000  # random states, settings and the like
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with full_disk_told(checkpoint, needed):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    write_json(checkpoint / RECORDS_FILE, self._described)
+                join_processes().wait_for_everyone()  # all have written their parts
+                if self.args.should_save:
+                    seal(checkpoint)
+        except OSError:
+            if self.args.should_save:  # half of a checkpoint would keep the disk full
+                shutil.rmtree(checkpoint, ignore_errors=True)
+            raise
         finally:
             self.args.save_total_limit = limit
-        join_processes().wait_for_everyone()  # all have written their parts
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial))
-            seal(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             rotate_checkpoints(
                 output_dir=str(folder),
                 save_total_limit=limit,
@@ -128,7 +169,9 @@ class AdapterCheckpoints(Trainer):
 
         Under ZeRO-3 the adapters alone are gathered, never the backbone.
         """
-        self._save(output_dir)
+        directory = Path(output_dir or self.args.output_dir or ".")
+        with full_disk_told(directory, stored_bytes(self.dual_model)):
+            self._save(output_dir)
         join_processes().wait_for_everyone()  # what comes next may read it
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)

@@ -155,7 +155,7 @@ class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):
         drop_gates(model, "RL changes the thoughts", args.output_dir or "OUTPUT_DIR")
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {**given, "suppress_tokens": model.suppressed_token_ids}
-        self.scorer = scorer
+        self.scorer, self.records = scorer, records
         super().__init__(
             model,
             reward_funcs=list(reward_funcs),
@@ -166,7 +166,7 @@ class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):
 
     def prompt_order(self, batch_size: int) -> Sampler[int] | None:
         """Draw the prompts of a mixture by weight."""
-        records = self.scorer.records
+        records = self.records
         if not isinstance(records, Mixture):
             return None
         seed = self.args.seed

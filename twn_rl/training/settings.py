@@ -39,6 +39,13 @@ class TrainingSettings:
             "help": "bfloat16 training; null takes what the launch file says (mixed_precision)."
         },
     )
+    accept_other_records: bool = field(
+        default=False,
+        metadata={
+            "help": "Resume although the records, their order or the seed are not those the "
+            "checkpoint was trained on."
+        },
+    )
     max_negative_similarity: float | None = field(
         default=None,
         metadata={
