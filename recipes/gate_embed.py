@@ -73,6 +73,9 @@ class GateScriptArguments:
     model: str = field(
         default="outputs/grpo", metadata={"help": "Model to fit to; it gets the gate."}
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel; default: transformers' choice."}
+    )
     split: str = field(default="train", metadata={"help": "Records to learn from: train or rl."})
     validation_split: str = field(
         default="validation", metadata={"help": "Records to choose the threshold on."}
@@ -150,7 +153,9 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
         }
 
         # Model: every process has the whole of it.
-        model = DualLoraModel.from_pretrained(path).to(processes.device)
+        kernel = script.attn_implementation
+        model = DualLoraModel.from_pretrained(path, attn_implementation=kernel)
+        model.to(processes.device)
         if processes.is_main_process:
             save_run(path / FOLDER, script, rule, data)
 

@@ -67,6 +67,9 @@ class GrpoScriptArguments:
             "help": "YAML of recipes/sft_embed.py for that case; null: a missing model is an error."
         },
     )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention kernel; default: transformers' choice."}
+    )
     rewards: list[str] = field(default_factory=lambda: ["margin"], metadata={"help": REWARDS_HELP})
     reward_parameters: dict[str, Any] | str | None = field(
         default=None,
@@ -117,7 +120,9 @@ def main(
         # Model and adapters
         ensure_warm_start(script, data, training)
         set_seed(training.seed)
-        model = DualLoraModel.from_pretrained(script.warm_start, is_trainable=True)
+        model = DualLoraModel.from_pretrained(
+            script.warm_start, is_trainable=True, attn_implementation=script.attn_implementation
+        )
 
         # Data: every target of the RL records is embedded once.
         records = data.load("rl")

@@ -31,6 +31,8 @@ class Renderer:
 
     Attributes:
         system_prompt: Text of a leading system message; None leaves the message out.
+        instruction_in_system: Put an item's instruction into the system message, in place of
+            `system_prompt`, as embedders of the Qwen-VL family were trained.
         think_open: Marker that opens a CoT.
         think_close: Marker that closes a CoT.
     """
@@ -38,6 +40,7 @@ class Renderer:
     system_prompt: str | None = None
     think_open: str = THINK_MARKERS[0]
     think_close: str = THINK_MARKERS[1]
+    instruction_in_system: bool = False
 
     def __post_init__(self) -> None:
         """Refuse markers that `parse_think` could not tell apart."""
@@ -69,8 +72,12 @@ class Renderer:
         Raises:
             ValueError: If the item has images and `is_multimodal` is False, or has no content.
         """
-        text = "\n".join(part for part in (item.instruction, item.text) if part)
-        text = (markup or Markup([self.think_open, self.think_close])).as_text(text)
+        markup = markup or Markup([self.think_open, self.think_close])
+        system, parts = self.system_prompt, [item.instruction, item.text]
+        # Alone an instruction is what the item asks, and no frame of something else.
+        if self.instruction_in_system and item.instruction and (item.text or self.images(item)):
+            system, parts = markup.as_text(item.instruction), [item.text]
+        text = markup.as_text("\n".join(part for part in parts if part))
         image_count = len(self.images(item))
         if not text and not image_count:
             raise ValueError(
@@ -88,8 +95,7 @@ class Renderer:
             if text:
                 user.append({"type": "text", "text": text})
         messages: list[dict[str, Any]] = [{"role": "user", "content": user}]
-        if self.system_prompt is not None:
-            system = self.system_prompt
+        if system is not None:
             # Several multimodal chat templates walk over content parts, so no bare string here.
             content = [{"type": "text", "text": system}] if is_multimodal else system
             messages.insert(0, {"role": "system", "content": content})
@@ -119,8 +125,14 @@ class Renderer:
         return f"{self.think_open} {cot.strip()} {self.think_close}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready dict; `from_dict` is its inverse."""
-        return asdict(self)
+        """Return a JSON-ready dict; `from_dict` is its inverse.
+
+        What is left at its default since it came later is left out: digests of older models stay.
+        """
+        data = asdict(self)
+        if not self.instruction_in_system:
+            del data["instruction_in_system"]
+        return data
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Renderer":

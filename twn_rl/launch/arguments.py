@@ -46,6 +46,8 @@ class ModelArguments:
         dtype: Parameter type: auto, float32, bfloat16.
         interface: reencode (input + CoT are read again) or kv_detach (read-outs use the cache).
         num_readout_tokens: Learned read-out tokens Q.
+        readout_start: random, or pooled_token on an embedder that pools its last token: the
+            untrained no-think vector is then the backbone's own.
         num_reason_tokens: Learned reason tokens K of a latent thought; 0 is none.
         latent_bottleneck: Read-outs of a latent thought see the reason states only.
         latent_documents: Documents have a latent thought too, not only queries.
@@ -56,6 +58,10 @@ class ModelArguments:
         max_length: Longest prompt in tokens, pictures included; longer texts are cut; 0 is off.
         max_image_pixels: Largest picture or frame in pixels; others are scaled down; 0 is off.
         system_prompt: System message of every prompt; default: what the chat template adds.
+        instruction_in_system: Instructions take the place of the system message, as embedders of
+            the Qwen-VL family were trained.
+        attn_implementation: Attention kernel (sdpa, flash_attention_2, ...); default:
+            transformers' choice.
     """
 
     backbone: str | None = None
@@ -63,6 +69,7 @@ class ModelArguments:
     dtype: str = "auto"
     interface: str = "reencode"
     num_readout_tokens: int = 4
+    readout_start: str = "random"
     num_reason_tokens: int = 0
     latent_bottleneck: bool = False
     latent_documents: bool = False
@@ -73,6 +80,8 @@ class ModelArguments:
     max_length: int | None = MAX_LENGTH
     max_image_pixels: int | None = MAX_IMAGE_PIXELS
     system_prompt: str | None = None
+    instruction_in_system: bool = False
+    attn_implementation: str | None = None
 
     def config(self) -> TwnConfig:
         """Return the model config; alpha is twice the rank, as in Embed-RL (2602.13823)."""
@@ -82,12 +91,16 @@ class ModelArguments:
             backbone_revision=self.backbone_revision,
             interface=self.interface,  # pyright: ignore[reportArgumentType]  (checked by TwnConfig)
             num_readout_tokens=self.num_readout_tokens,
+            readout_start=self.readout_start,  # pyright: ignore[reportArgumentType]
             num_reason_tokens=self.num_reason_tokens,
             latent_bottleneck=self.latent_bottleneck,
             latent_documents=self.latent_documents,
             reasoning_lora=LoraSettings(reasoning, 2 * reasoning, self.lora_dropout),
             embedding_lora=LoraSettings(embedding, 2 * embedding, self.lora_dropout),
-            renderer=Renderer(system_prompt=self.system_prompt),
+            renderer=Renderer(
+                system_prompt=self.system_prompt,
+                instruction_in_system=self.instruction_in_system,
+            ),
             max_think_tokens=self.max_think_tokens,
             max_length=self.max_length or None,
             max_image_pixels=self.max_image_pixels or None,
@@ -96,7 +109,13 @@ class ModelArguments:
     def build(self, seed: int) -> DualLoraModel:
         """Return a new model with untrained adapters."""
         config = self.config()
-        return DualLoraModel.from_backbone(config.backbone, config, dtype=self.dtype, seed=seed)
+        return DualLoraModel.from_backbone(
+            config.backbone,
+            config,
+            dtype=self.dtype,
+            seed=seed,
+            attn_implementation=self.attn_implementation,
+        )
 
 
 @dataclass

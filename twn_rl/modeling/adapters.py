@@ -63,12 +63,14 @@ def attach_adapters(
     reasoning: LoraSettings,
     embedding: LoraSettings,
     readout_ids: list[int],
+    start_token: int | None = None,
     seed: int = 0,
 ) -> PeftModel:
     """Return `backbone.model` with both adapters; the reasoning adapter is active, both trainable.
 
     The read-out rows belong to the embedding adapter: they are saved, trained and switched with it.
     The same seed gives the same initial weights, and the global random state is left as it was.
+    With `start_token` the rows start as that token's.
     """
     if isinstance(backbone.model, PeftModel) or hasattr(backbone.model, "peft_config"):
         raise ValueError(
@@ -80,13 +82,13 @@ def attach_adapters(
         embedding_config = _lora_config(backbone, embedding, readout_ids)
         peft_model = get_peft_model(backbone.model, reasoning_config, REASONING_ADAPTER)
         peft_model.add_adapter(EMBEDDING_ADAPTER, embedding_config)
-        _init_readout_rows(peft_model)
+        _init_readout_rows(peft_model, start_token)
     peft_model.set_adapter(REASONING_ADAPTER)
     set_trainable(peft_model, (REASONING_ADAPTER, EMBEDDING_ADAPTER))
     return peft_model
 
 
-def _init_readout_rows(peft_model: PeftModel) -> None:
+def _init_readout_rows(peft_model: PeftModel, start_token: int | None) -> None:
     # New rows start as copies of untrained base rows; a common mean with small noise lets the
     # tokens differ from each other and stay inside the range of trained embeddings.
     for name, rows in adapter_parameters(peft_model, EMBEDDING_ADAPTER).items():
@@ -97,6 +99,9 @@ def _init_readout_rows(peft_model: PeftModel) -> None:
         if table.is_meta:
             return
         with torch.no_grad():
+            if start_token is not None:
+                rows.copy_(table[start_token].expand_as(rows))
+                continue
             noise = torch.randn(rows.shape, dtype=torch.float32).to(rows.device)
             table32 = table.detach().float()
             rows.copy_(table32.mean(0) + 0.5 * table32.std() * noise)

@@ -25,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from twn_rl.data.chat import PLAIN_CHAT_TEMPLATE, Renderer
 from twn_rl.data.markup import KNOWN_TOKENS, Markup
 from twn_rl.modeling.hub import HubAccess
+from twn_rl.modeling.pooled_token import stop_appending
 from twn_rl.modeling.tensor_files import damage_named
 
 _CONFIG_TOKEN_PREFIXES = ("image", "video", "vision", "audio", "boi", "eoi")
@@ -45,6 +46,8 @@ class Backbone:
         uses_mrope: Whether positions are 3-D (Qwen-VL family) and come from `get_rope_index`.
         name: Name or path it was loaded from; empty if built in code.
         revision: Commit it was loaded at.
+        appended_token_id: Token that the tokenizer wrote behind every text until it was told to
+            stop, since prompts are written on from; embedders of the Qwen family pool it.
         picture_tokens: Tokens that the model's config names as places of pictures and videos.
         blank_picture: Processor's tensors of a blank picture, made when first needed.
     """
@@ -58,6 +61,7 @@ class Backbone:
     uses_mrope: bool
     name: str = ""
     revision: str | None = None
+    appended_token_id: int | None = None
     picture_tokens: frozenset[str] = frozenset()
     blank_picture: dict[str, Any] | None = None
     _markups: dict[Any, Markup] = field(default_factory=dict, init=False, repr=False)
@@ -240,6 +244,7 @@ def from_parts(model: PreTrainedModel, processor: Any) -> Backbone:
                 "backbone's own template, which places its image tokens; use a chat model"
             )
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+    appended = stop_appending(tokenizer)
     picture_ids = sorted(_config_token_ids(model.config)) if is_multimodal else []
     return Backbone(
         model=model,
@@ -250,6 +255,7 @@ def from_parts(model: PreTrainedModel, processor: Any) -> Backbone:
         hidden_size=model.config.get_text_config(decoder=True).hidden_size,
         uses_mrope=hasattr(getattr(model, model.base_model_prefix, model), "get_rope_index"),
         name=getattr(model, "name_or_path", "") or "",
+        appended_token_id=appended,
         picture_tokens=frozenset(tokenizer.convert_ids_to_tokens(picture_ids)) - {None},
     )
 

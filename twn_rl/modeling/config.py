@@ -16,6 +16,7 @@ INTERFACES = ("reencode", "kv_detach")
 MAX_LENGTH = 8192
 # About 1024 tokens of 32 x 32 pixels, as Qwen3-VL makes them.
 MAX_IMAGE_PIXELS = 1_048_576
+ReadoutStart = Literal["random", "pooled_token"]
 ThinkingDecision = Literal["gate", "policy"]
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -67,6 +68,9 @@ class TwnConfig:
         interface: "reencode" re-reads input and CoT under the embedding adapter; "kv_detach" lets
             the read-out tokens attend to the detached cache the reasoning adapter left.
         num_readout_tokens: Q, learned tokens whose last states are averaged into the vector.
+        readout_start: What read-out tokens are before training: "random" rows near the table's
+            mean, or, on an embedder that pools its last token, that "pooled_token": the untrained
+            no-think vector is then the backbone's own (`pooled_token.find_pooled_token`).
         num_reason_tokens: K, learned tokens before the read-outs in which a latent thought happens
             (LaME, arXiv 2606.13061); 0 is none.
         latent_bottleneck: Let the read-outs of a latent thought see the K reason states only.
@@ -97,6 +101,7 @@ class TwnConfig:
     backbone_revision: str | None = None
     interface: Literal["reencode", "kv_detach"] = "reencode"
     num_readout_tokens: int = 4
+    readout_start: ReadoutStart = "random"
     num_reason_tokens: int = 0
     latent_bottleneck: bool = False
     latent_documents: bool = False
@@ -120,11 +125,17 @@ class TwnConfig:
         for name, known in (
             ("interface", INTERFACES),
             ("thinking_decision", get_args(ThinkingDecision)),
+            ("readout_start", get_args(ReadoutStart)),
         ):
             value = getattr(self, name)
             problems.unless(value in known, f"{name} = {value!r}, expected one of {known}")
         problems.expect(self, ">= 1", "num_readout_tokens", "max_think_tokens")
         problems.expect(self, ">= 0", "num_reason_tokens")
+        problems.unless(
+            self.readout_start == "random" or self.num_readout_tokens == 1,
+            f"num_readout_tokens = {self.num_readout_tokens} with readout_start = "
+            f"{self.readout_start!r}, expected 1: one token takes the place of the pooled one",
+        )
         for name in ("latent_bottleneck", "latent_documents"):
             problems.unless(
                 self.num_reason_tokens or not getattr(self, name),
@@ -139,6 +150,8 @@ class TwnConfig:
     def readout_settings(self) -> dict[str, Any]:
         """What the read-out is made of, for fingerprints; as ever without reason tokens."""
         settings: dict[str, Any] = {"num_readout_tokens": self.num_readout_tokens}
+        if self.readout_start != "random":
+            settings["readout_start"] = self.readout_start
         if self.num_reason_tokens:
             settings["num_reason_tokens"] = self.num_reason_tokens
             settings["latent_bottleneck"] = self.latent_bottleneck

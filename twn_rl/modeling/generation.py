@@ -350,7 +350,9 @@ class DualLoraInference(nn.Module):
 
     def _tail(self, is_latent: bool) -> Tail:
         if not is_latent:
-            return Tail(self.readout_ids)
+            is_pooled = self.config.readout_start == "pooled_token"
+            takes_last = is_pooled and self.backbone.appended_token_id is None
+            return Tail(self.readout_ids, takes_last=takes_last)
         if not self.reason_ids:
             raise ValueError(
                 "num_reason_tokens = 0; a latent thought needs at least one; train a model with "

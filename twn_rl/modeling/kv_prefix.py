@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, use_adapter
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.prompt_features import Prompts, pad_left
-from twn_rl.modeling.readout import Tail, attention_for
+from twn_rl.modeling.readout import Tail, attention_for, has_completion
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,8 @@ def _read_tail(
     tail: Tail,
     prefill_adapter: str | None,
 ) -> Tensor:
+    if tail.takes_last:
+        prefix = _without_last(prefix, ~has_completion(completions, len(prefix)))
     ids = prefix.next_position.new_tensor(tail.ids).expand(len(prefix), -1)
     mask = torch.ones_like(ids)
     # Also if all are empty: processes must run in step.
@@ -269,6 +271,13 @@ def _read_tail(
         backbone, peft_model, prefix, ids, mask, adapter=EMBEDDING_ADAPTER, tail=tail
     )
     return states[:, -len(tail.ids) :]
+
+
+def _without_last(prefix: Prefix, rows: Tensor) -> Prefix:
+    """Return a prefix that has not read the last token of some prompts, as far as can be seen."""
+    mask, taken = prefix.attention_mask.clone(), rows.to(prefix.attention_mask)
+    mask[:, -1] *= 1 - taken
+    return replace(prefix, attention_mask=mask, next_position=prefix.next_position - taken)
 
 
 def _gapless(backbone: Backbone, completions: Mapping[str, Tensor]) -> dict[int, list[int]]:

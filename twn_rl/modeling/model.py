@@ -33,6 +33,7 @@ from twn_rl.modeling.gate_files import GATE_FILE, forget_thresholds, load_gates,
 from twn_rl.modeling.generation import Batch, DualLoraInference
 from twn_rl.modeling.hub import HubAccess, model_folder
 from twn_rl.modeling.kv_prefix import read_rows
+from twn_rl.modeling.pooled_token import find_pooled_token
 from twn_rl.modeling.prompt_features import prepare_prompts
 from twn_rl.modeling.readout import (
     Tail,
@@ -62,6 +63,7 @@ class DualLoraModel(DualLoraInference):
         dtype: str | torch.dtype | None = None,
         seed: int = 0,
         access: HubAccess | None = None,
+        attn_implementation: str | None = None,
     ) -> "DualLoraModel":
         """Return a model with new adapters on a backbone.
 
@@ -71,14 +73,26 @@ class DualLoraModel(DualLoraInference):
             dtype: Parameter type when loading; None keeps the stored one.
             seed: Decides the initial adapter weights; the global random state is untouched.
             access: How the hub may be asked for a name.
+            attn_implementation: Attention kernel when loading; None leaves it to transformers.
         """
         config = config or TwnConfig()
         if not isinstance(backbone, Backbone):
             revision = config.backbone_revision
-            backbone = load_backbone(backbone, revision=revision, dtype=dtype, access=access)
+            backbone = load_backbone(
+                backbone,
+                revision=revision,
+                dtype=dtype,
+                access=access,
+                attn_implementation=attn_implementation,
+            )
         config = replace(config, backbone=backbone.name or config.backbone)
         if config.latent_bottleneck:
             check_bottleneck(backbone)
+        if config.readout_start == "pooled_token" and backbone.counts_columns:
+            raise ValueError(
+                "readout_start = 'pooled_token' on a backbone with sliding windows or linear "
+                "attention; expected full attention; start at 'random'"
+            )
         num_readouts = config.num_readout_tokens
         tail_ids = add_readout_tokens(backbone, num_readouts, config.num_reason_tokens)
         peft_model = attach_adapters(
@@ -86,6 +100,9 @@ class DualLoraModel(DualLoraInference):
             reasoning=config.reasoning_lora,
             embedding=config.embedding_lora,
             readout_ids=tail_ids,
+            start_token=(
+                find_pooled_token(backbone) if config.readout_start == "pooled_token" else None
+            ),
             seed=seed,
         )
         tail = tail_ids[:num_readouts], tail_ids[num_readouts:]
@@ -104,6 +121,7 @@ class DualLoraModel(DualLoraInference):
         accept_other_backbone: bool = False,
         revision: str | None = None,
         access: HubAccess | None = None,
+        attn_implementation: str | None = None,
     ) -> "DualLoraModel":
         """Return the model stored in `path`; its vectors are those of the model that was saved.
 
@@ -117,6 +135,7 @@ class DualLoraModel(DualLoraInference):
                 trained on, with a warning.
             revision: Commit, tag or branch of a hub name.
             access: How the hub may be asked, for the model and for its backbone.
+            attn_implementation: Attention kernel of the backbone; None leaves it to transformers.
 
         Raises:
             FileNotFoundError: If `path` is nowhere, holds no config or no weights, or the folder
@@ -134,7 +153,10 @@ class DualLoraModel(DualLoraInference):
             )
         if isinstance(source, str):
             check_found(source, path)
-        model = cls.from_backbone(source, config, dtype=dtype, access=access)
+        kernel = attn_implementation
+        model = cls.from_backbone(
+            source, config, dtype=dtype, access=access, attn_implementation=kernel
+        )
         load_weights(model, path, files)
         if not is_trainable:
             load_gates(model, path, files[GATE_FILE])

@@ -28,11 +28,14 @@ class Tail:
         readout_ids: Q read-out tokens, the last ones; their states make the vector.
         reason_ids: K reason tokens before them, where a latent thought happens; () is none.
         is_bottleneck: Read-outs see the reason tokens and each other, nothing before.
+        takes_last: Without a thought the read-out stands where the prompt's last token does, not
+            behind it: an embedder pools there.
     """
 
     readout_ids: Sequence[int]
     reason_ids: Sequence[int] = ()
     is_bottleneck: bool = False
+    takes_last: bool = False
 
     @property
     def ids(self) -> list[int]:
@@ -141,6 +144,25 @@ def close_gaps(backbone: Backbone, batch: Mapping[str, Tensor]) -> Mapping[str, 
     return inputs
 
 
+def give_last(batch: Mapping[str, Tensor], tail: Tail) -> Mapping[str, Tensor]:
+    """Return a batch whose prompts without a thought hide their last token, if the tail takes it.
+
+    Hidden means masked: it has no position, nobody sees it, and the tail comes next.
+    """
+    if not tail.takes_last:
+        return batch
+    mask = batch["attention_mask"].clone()
+    mask[:, -1] *= has_completion(batch, len(mask)).to(mask)
+    return {**batch, "attention_mask": mask}
+
+
+def has_completion(batch: Mapping[str, Tensor], rows: int) -> Tensor:
+    """Return (N,) bool, on the CPU, which of N rows have a completion that is not empty."""
+    if "completion_mask" not in batch:
+        return torch.zeros(rows, dtype=torch.bool)
+    return batch["completion_mask"].any(1).cpu()
+
+
 def position_ids(backbone: Backbone, inputs: Mapping[str, Tensor]) -> Tensor:
     """Return positions that count real tokens only, so that padding never moves a token.
 
@@ -240,7 +262,7 @@ def reencode(
 
     The language head is never run. Gradient reaches the embedding adapter and its tail's rows.
     """
-    inputs = join_sequence(close_gaps(backbone, batch), tail.ids)
+    inputs = join_sequence(close_gaps(backbone, give_last(batch, tail)), tail.ids)
     positions = position_ids(backbone, inputs)
     mask = inputs["attention_mask"]
     inputs["attention_mask"] = attention_for(backbone, mask, tail, mask.shape[1])
@@ -265,7 +287,7 @@ def kv_detach(
     tokens run under the embedding adapter. The cache is detached, so the reasoning adapter gets no
     gradient at all.
     """
-    batch = close_gaps(backbone, batch)
+    batch = close_gaps(backbone, give_last(batch, tail))
     inputs = join_sequence(batch, tail.ids)
     positions = position_ids(backbone, inputs)
     context = join_sequence(batch)
