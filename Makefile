@@ -37,7 +37,7 @@ help:
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv failed: install its venv module (Debian: apt-get install python3-venv)" >&2; exit 1; }
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,deepspeed,eval,mteb,st,serve,index,dev]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train,deepspeed,eval,trackers,mteb,st,serve,index,dev]"
 	@touch $@
 
 env .venv: $(STAMP)

@@ -48,6 +48,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import ThinkMode
 from twn_rl.launch.arguments import DataArguments, Split
 from twn_rl.launch.program import start
+from twn_rl.launch.report_facts import report_facts
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
@@ -161,11 +162,15 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
             with extra("eval"):
                 from twn_rl.evaluation.report.page import write_report
 
+            counts = {name: len(records) for name, records in splits.items()}
+            facts, settings = report_facts(output, script.model, data, queries=counts)
             write_report(
                 output / "report.html",
                 after,
                 before=before,
                 curves=learning_curves(script),
+                facts=facts,
+                settings=settings,
             )
             logger.info("Report: %s", output / "report.html")
         log_summary(before, after)

@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import browser, cut_off
 from conftest import picture
 
 from twn_rl.evaluation.modes import choose
 from twn_rl.evaluation.report.charts import draw_curves, read_curves
+from twn_rl.evaluation.report.gallery import gallery
+from twn_rl.evaluation.report.headline import headline
 from twn_rl.evaluation.report.page import write_report
 from twn_rl.evaluation.results import Evaluation, summarize
 from twn_rl.evaluation.routing import CHOICES
@@ -99,6 +102,8 @@ def report(tmp_path: Path) -> str:
         before=make_evaluation(tmp_path, rank=3),
         curves={"GRPO": log},
         title="A & B",
+        facts={"model": "outputs/<b>", "date": "today"},
+        settings="seed: 0 # & more",
     )
     return path.read_text(encoding="utf-8")
 
@@ -140,6 +145,79 @@ def test_both_evaluations_charts_and_the_right_target_are_shown(report: str) -> 
     assert "rank 3" in report
     assert report.count("<svg") == 5  # ablation, loss, reward, reward_std, kl
     assert "prefers-color-scheme: dark" in report
+
+
+def test_the_page_leads_with_one_sentence_three_numbers_and_the_cards(report: str) -> None:
+    places = [
+        report.index(mark)
+        for mark in ("<h1>", 'class="numbers"', 'class="facts"', 'class="leads"', "<svg", "<table>")
+    ]
+    assert places == sorted(places)
+    assert report.count('class="card lead"') == 3
+    heading = re.sub("<[^>]+>", "", report.split("<h1>")[1].split("</h1>")[0])
+    assert heading == (
+        "Thinking makes no clear difference to the share of test queries whose right target comes "
+        "first: from 100.0 % to 100.0 % (66.7 % before reinforcement learning)."
+    )
+    assert "of 3 queries reinforcement learning mended 1 and broke 0" in report.replace("Of", "of")
+    assert "<dd>outputs/&lt;b&gt;</dd>" in report
+    assert "seed: 0 # &amp; more" in report
+    folded = report.split("<details")
+    assert all("<table>" not in part.split("</details>")[-1] for part in folded[:1])
+    assert 'title="Share of queries whose nearest target is the right one' in report
+
+
+@pytest.mark.parametrize(
+    ("never", "always", "words"),
+    [(9, 1, "lifts the share"), (1, 9, "lowers the share"), (1, 1, "makes no clear difference")],
+)
+def test_the_sentence_says_what_the_intervals_say(
+    tmp_path: Path, never: int, always: int, words: str
+) -> None:
+    evaluation = make_gated_evaluation(tmp_path)
+    for row in evaluation.queries:
+        row["ranks"] = [never if row["mode"] == "never" else always] * len(row["ranks"])
+    after = Evaluation(summarize(evaluation.queries, split="test"), evaluation.queries, {})
+    found = headline(after, None)
+    assert words in found.sentence
+    assert "The gate decides who thinks" in found.sentence
+    labels = [number.label for number in found.numbers]
+    assert labels == ["hit@1, no thinking", "hit@1, gate decides", "think tokens a query"]
+    assert headline(Evaluation(), None).numbers == []
+
+
+def test_the_last_leading_card_broke_if_any_did(tmp_path: Path) -> None:
+    made, rows = make_evaluation(tmp_path, rank=1), []
+    first = next(row for row in made.queries if row["mode"] == "never")
+    for index in range(9):
+        never = {**first, "id": f"q{index}", "ranks": [1 if index == 4 else 2]}
+        rows += [never, {**never, "mode": "always", "ranks": [5 if index == 4 else 1]}]
+    found = gallery(Evaluation({}, rows, made.targets), None, 9, num_leading=3)
+    assert (found.queries, found.mended, found.broken) == (9, 8, 1)
+    assert [example["id"] for example in found.examples[:3]] == ["q0", "q1", "q4"]
+    assert len(found.examples) == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("width", "height"), [(1280, 900), (400, 800)])
+def test_nothing_is_cut_off_and_the_result_is_in_the_first_window(
+    report: str, tmp_path: Path, width: int, height: int
+) -> None:
+    page = tmp_path / "out" / "report.html"
+    with browser(tmp_path, width, height) as driver:
+        driver.get(page.as_uri())
+        assert driver.execute_script("return innerWidth") == width
+        for kind in ("h1", ".numbers"):
+            box = driver.execute_script(
+                f"const b = document.querySelector('{kind}').getBoundingClientRect();"
+                "return [b.top, b.bottom, b.right]"
+            )
+            assert 0 <= box[0] < box[1] < height
+            assert box[2] <= width
+        driver.execute_script("document.querySelectorAll('details').forEach(e => e.open = true)")
+        assert cut_off(driver) == []
+        assert driver.execute_script("return document.documentElement.scrollWidth") == width
+        assert not driver.get_log("browser")
 
 
 def test_a_report_of_one_evaluation_without_curves_still_renders(tmp_path: Path) -> None:
@@ -192,8 +270,9 @@ def test_who_decides_gets_a_curve_a_table_and_its_right_and_wrong_choices(
     assert "script" not in checker.tags
     assert all(checker.alts)
     words = "thinks about 50 % of 8 queries, writes 50 % of the tokens of always thinking, reaches"
-    assert words in text
-    assert "hit@1 of 0.75, 25.0 points below always thinking, and covers 0 % of the way" in text
+    plain = re.sub("<[^>]+>", "", text)
+    assert words in plain
+    assert "hit@1 of 0.75, 25.0 points below always thinking, and covers 0 % of the way" in plain
     assert text.count("<svg") == 1
     alt = re.search(r'aria-label="Quality for thinking: test,([^"]*)"', text)
     assert alt is not None
@@ -209,8 +288,8 @@ def test_who_decides_gets_a_curve_a_table_and_its_right_and_wrong_choices(
     for choice in CHOICES.values():
         assert f"It {choice}: 2 queries, 25 %" in text
     assert text.count("<article") == len(CHOICES)
-    assert text.count(f"own thoughts, the {decider}&#39;s choice") == 2
-    assert text.count(f"no thinking, the {decider}&#39;s choice") == 2
+    assert plain.count(f"own thoughts, the {decider}&#39;s choice") == 2
+    assert plain.count(f"no thinking, the {decider}&#39;s choice") == 2
     assert f"the {decider}: 0.90 for a thought" in text
 
 

@@ -4,6 +4,7 @@ import base64
 import io
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,34 @@ PICTURE_PIXELS = 160
 Answer = tuple[str, Mapping[str, Any], Evaluation]
 
 
+@dataclass(frozen=True)
+class Gallery:
+    """Queries to show, and how many of all changed.
+
+    Attributes:
+        examples: Entries; those that changed first, one that became worse among the first six.
+        queries: Of all splits.
+        mended: How many are right now and were not, before RL or else without thinking.
+        broken: How many were right and are not.
+    """
+
+    examples: list[dict[str, Any]]
+    queries: int
+    mended: int
+    broken: int
+
+
 def gallery(
-    after: Evaluation, before: Evaluation | None, num_examples: int
-) -> list[dict[str, Any]]:
-    """Return gallery entries: queries whose outcome RL changed first, then the rest in order."""
+    after: Evaluation, before: Evaluation | None, num_examples: int, *, num_leading: int = 6
+) -> Gallery:
+    """Return queries whose outcome changed first, then the rest in order.
+
+    Args:
+        after: What to show.
+        before: The same queries before RL; without them thinking is held against no thinking.
+        num_examples: Entries at most.
+        num_leading: Entries that lead the page: the last of them became worse, if any did.
+    """
     runs = [("before RL", before)] if before is not None else []
     runs.append(("after RL" if before is not None else "own thoughts", after))
     # A query counts once per split and id.
@@ -33,14 +58,21 @@ def gallery(
             if row["mode"] == wanted:
                 found.setdefault((row["split"], row["id"]), []).append((name, row, run))
 
-    def interest(answers: list[Answer]) -> tuple[int, float]:
-        hits = [query_values(row)["hit@1"] for name, row, _ in answers if name != "no thinking"]
-        change = hits[-1] - hits[0] if len(hits) > 1 else 0.0
-        gain = hits[-1] - query_values(answers[0][1])["hit@1"] if hits else 0.0
-        return (-int(change != 0), -abs(gain))
+    def change(answers: list[Answer]) -> tuple[float, float]:
+        """Return what RL changed, and what the thought did against none, in hit@1."""
+        hits = [query_values(row)["hit@1"] for _, row, _ in answers]
+        gain = hits[-1] - hits[0]
+        return (hits[-1] - hits[1] if len(hits) > 2 else gain), gain
 
-    chosen = sorted(found.values(), key=interest)[:num_examples]
-    return [_example(answers) for answers in chosen]
+    ordered = sorted(found.values(), key=lambda a: (change(a)[0] == 0, -abs(change(a)[1])))
+    changes = [change(answers)[0] for answers in ordered]
+    mended = [answers for answers, by in zip(ordered, changes, strict=True) if by > 0]
+    broken = [answers for answers, by in zip(ordered, changes, strict=True) if by < 0]
+    same = [answers for answers, by in zip(ordered, changes, strict=True) if by == 0]
+    leading = mended[: num_leading - len(broken[:1])] + broken[:1]
+    rest = mended[num_leading - len(broken[:1]) :] + broken[1:] + same
+    chosen = [*leading, *rest][:num_examples]
+    return Gallery([_example(answers) for answers in chosen], len(found), len(mended), len(broken))
 
 
 def routing_gallery(

@@ -16,6 +16,7 @@ from twn_rl.evaluation.report.charts import (
     read_curves,
 )
 from twn_rl.evaluation.report.gallery import gallery, routing_gallery
+from twn_rl.evaluation.report.headline import headline
 from twn_rl.evaluation.report.tables import (
     further_table,
     groups_of,
@@ -23,6 +24,7 @@ from twn_rl.evaluation.report.tables import (
     routing_table,
     splits_of,
 )
+from twn_rl.evaluation.report.terms import Explainer
 from twn_rl.evaluation.results import Evaluation
 from twn_rl.evaluation.routing import (
     DECIDERS,
@@ -35,6 +37,7 @@ from twn_rl.evaluation.routing import (
 )
 from twn_rl.runtime.whole_files import write_text
 
+LEADING = 6  # cards at the top of the page
 ABLATION_MODES = ("always", "gold", "shuffled", "foreign", "empty", "never")
 
 
@@ -48,6 +51,8 @@ def write_report(
     note: str = "",
     num_examples: int = 12,
     num_routing_examples: int = 4,
+    facts: Mapping[str, str] | None = None,
+    settings: str = "",
 ) -> Path:
     """Write the report and return its path.
 
@@ -60,6 +65,8 @@ def write_report(
         note: A sentence below the headline, such as the configuration.
         num_examples: Queries in the gallery; those that RL changed come first.
         num_routing_examples: Queries shown of each way a decision can be right or wrong.
+        facts: What was measured, such as model, date and data; name -> value.
+        settings: All settings of the run as text, folded at the end.
     """
     after = after if isinstance(after, Evaluation) else Evaluation.load(after)
     if before is not None and not isinstance(before, Evaluation):
@@ -77,6 +84,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    explain = environment.filters["explained"] = Explainer()
     text = environment.get_template("report.html.j2").render(
         title=title,
         note=note,
@@ -85,7 +93,12 @@ def write_report(
         ablations=_markup(_ablation_charts(after)),
         stages={name: _markup(charts) for name, charts in stages.items() if charts},
         routing=_routing(after, num_routing_examples),
-        examples=gallery(after, before, num_examples),
+        gallery=gallery(after, before, num_examples, num_leading=LEADING),
+        num_leading=LEADING,
+        headline=headline(after, before),
+        facts=facts or {},
+        settings=settings,
+        explainer=explain,
     )
     write_text(Path(path), text)
     return Path(path)
