@@ -30,6 +30,7 @@ from typing import Any
 from transformers import set_seed
 
 from twn_rl.data.chat import Renderer
+from twn_rl.data.markup import KNOWN_MARKUP
 from twn_rl.data.mixture import Mixture
 from twn_rl.data.record_files import RecordSet, write_records
 from twn_rl.demo.dataset import noisy_teachers
@@ -219,15 +220,16 @@ def writers(
 ) -> Iterator[Writer]:
     """Yield the writers asked for, one at a time: only one further checkpoint is in memory."""
     renderer = model.renderer if model is not None else Renderer()
+    markup = KNOWN_MARKUP if model is None else model.backbone.markup(renderer)
     if script.use_record_cots:
         own = {r.id: [("record", r.query_cot)] for r in records if r.query_cot is not None}
-        yield ListedDrafts("record", own, renderer)
+        yield ListedDrafts("record", own, renderer, markup)
     if script.demo_teachers:
-        yield ListedDrafts("demo_teachers", demo_cots(script, data), renderer)
+        yield ListedDrafts("demo_teachers", demo_cots(script, data), renderer, markup)
     for number, path in enumerate(script.draft_files):
         cots, skipped = read_draft_file(path, ids, on_bad_row=data.on_bad_record)
         counts.update(skipped)
-        yield ListedDrafts(f"file{number}_{Path(path).stem}", cots, renderer)
+        yield ListedDrafts(f"file{number}_{Path(path).stem}", cots, renderer, markup)
     settings: dict[str, Any] = {
         "temperatures": script.own_temperatures,
         "num_thoughts": script.num_thoughts,
@@ -240,7 +242,7 @@ def writers(
         other = DualLoraModel.from_pretrained(path).to(join_processes().device)
         yield AdapterWriter(other, f"checkpoint{number}", **settings)
     if endpoint.endpoint_url is not None:
-        writer = EndpointWriter(endpoint, renderer)
+        writer = EndpointWriter(endpoint, renderer, markup)
         yield writer
         counts["endpoint_retries"] += writer.num_retries
 

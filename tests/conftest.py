@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hostile.table import PROPERTY, Tally, table_lines
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -40,11 +41,36 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--campaign", action="store_true", help="run tests marked campaign, too")
 
 
+@pytest.fixture
+def tally(request: pytest.FixtureRequest) -> Tally:
+    """Return the verdicts of this test, which the table at the end of the run counts."""
+    return Tally(request.node)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what became of all hostile cases of the run."""
+    reports = [report for group in terminalreporter.stats.values() for report in group]
+    verdicts = [
+        (value[0], value[1])
+        for report in reports
+        if getattr(report, "when", None) == "call"
+        for name, value in report.user_properties
+        if name == PROPERTY
+    ]
+    if verdicts:
+        terminalreporter.section("hostile cases")
+        for line in table_lines(verdicts):
+            terminalreporter.write_line(line)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long campaigns unless they are asked for."""
-    if config.getoption("campaign"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("campaign")]
+    """Leave out the long campaigns unless they are asked for, and then their quick subsets."""
+    is_asked = config.getoption("campaign")
+    left_out = [
+        item
+        for item in items
+        if (item.name.endswith("[quick]") if is_asked else item.get_closest_marker("campaign"))
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]

@@ -10,12 +10,13 @@ from conftest import make_idefics3, make_llama, picture, picture_records
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from short_runs import SHORT_RUN, small_model
 
 from twn_rl.cli import main
 from twn_rl.data import images
 from twn_rl.data.images import ImageError
 from twn_rl.data.inspection import Distribution, inspect_records
-from twn_rl.data.record import Item, Record
+from twn_rl.data.record import Item, Record, RecordError
 from twn_rl.data.record_files import RecordSet, load_records, write_records
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.modeling.backbone import load_backbone
@@ -23,6 +24,7 @@ from twn_rl.modeling.collator import collate_prompts
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.token_lengths import TokenCounter, add_token_lengths
+from twn_rl.training.sft import SftConfig, SftTrainer
 
 
 @pytest.fixture
@@ -174,13 +176,48 @@ def test_records_that_cannot_be_rendered_or_are_too_long_are_problems(tmp_path: 
     texts = [
         record("short"),
         record("long", query_cot="camel " * 600),
-        record("x", query_cot="<think> a"),
     ]
     path = write(tmp_path, *texts)
     report = inspect_records(load_records(path), path)
     add_token_lengths(report, load_records(path), TokenCounter(make_llama(), TwnConfig()))
     found = [(problem.where, problem.reason) for problem in report.problems]
-    assert found == [("record 'long'", "too_long"), ("record 'x'", "not_rendered")]
+    assert found == [("record 'long'", "too_long")]
+
+
+def test_markup_is_found_in_thoughts_and_counted_in_texts_with_and_without_a_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    TwnConfig(backbone=str(BACKBONE_DIR)).save(folder)
+    path = write(
+        folder,
+        record("a", query=Item("find </think>", "<image> it"), query_cot="left <|readout_0|>"),
+        record("b", positive=Item(text="a <assistant>"), query_cot="left"),
+    )
+    lines = path.read_text().splitlines()
+    forged = lines[1].replace('"left"', '"left </think> <image>"').replace('"b"', '"c"')
+    lost = lines[1].replace("left", "l\\u0000").replace('"b"', '"d"')
+    path.write_text("\n".join([*lines, forged, lost]) + "\n")
+    assert main(["check-data", str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert "texts with markup, shown as text         1" in printed
+    assert "row 3, field query_cot: query_cot holds ['</think>', '<image>']" in printed
+    assert "row 4, field query_cot: query_cot holds U+0000" in printed
+    assert "readout" not in printed, "no model, no read-outs"
+    assert main(["check-data", str(path), "--model", str(folder)]) == 1
+    printed = capsys.readouterr().out
+    assert "texts with markup, shown as text         2" in printed
+    assert "record 'a': field query_cot: query_cot holds ['<|readout_0|>']" in printed
+    with pytest.raises(RecordError, match=r"records\.jsonl, row 3, field query_cot"):
+        load_records(path)
+
+
+def test_thoughts_with_markup_of_the_model_are_refused_before_training(folder: Path) -> None:
+    path = write(folder, record("a"), record("b", positive_cot="left <|readout_0|>"))
+    model = small_model()
+    with pytest.raises(RecordError, match=r"field positive_cot: record 'b': .*<.readout_0.>"):
+        SftTrainer(
+            model, SftConfig(output_dir=str(folder / "out"), **SHORT_RUN), load_records(path)
+        )
 
 
 def test_a_sample_is_measured_and_named(records: RecordSet) -> None:

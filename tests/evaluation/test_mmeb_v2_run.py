@@ -18,7 +18,7 @@ from twn_rl.evaluation.mmeb_v2.task_files import BenchmarkFolder
 from twn_rl.evaluation.mmeb_v2.tasks import load_tasks
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.encode_settings import EncodeSettings
-from twn_rl.inference.vector_files import read_meta
+from twn_rl.inference.vector_meta import read_meta
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.gate import Gate
 from twn_rl.modeling.model import DualLoraModel

@@ -25,7 +25,8 @@ from twn_rl.data.record_files import write_records
 from twn_rl.inference.encode_file import encode_file, fingerprints
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemFile, Side
-from twn_rl.inference.vector_files import VectorFileError, VectorWriter, open_vectors, read_details
+from twn_rl.inference.vector_files import VectorWriter, open_vectors
+from twn_rl.inference.vector_meta import VectorFileError, read_details
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.whole_files import owned

@@ -20,7 +20,7 @@ from twn_rl.inference.negative_choice import (
     nearest_allowed,
     select_negatives,
 )
-from twn_rl.inference.vector_files import VectorFileError
+from twn_rl.inference.vector_meta import VectorFileError
 
 NEVER = EncodeSettings(think="never")
 

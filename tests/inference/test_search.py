@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from twn_rl.cli import main
 from twn_rl.inference.search import choose_backend, exact_block, search, top_k
-from twn_rl.inference.vector_files import VectorFileError, VectorWriter, open_vectors
+from twn_rl.inference.vector_files import VectorWriter, open_vectors
+from twn_rl.inference.vector_meta import VectorFileError
 
 
 def naive_hits(queries, index, k, usable):

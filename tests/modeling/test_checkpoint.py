@@ -1,6 +1,8 @@
 """Checkpoints: exact keys, bit-identical vectors, foreign layouts."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from twn_rl.modeling.adapters import adapter_parameters, use_adapter
+from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.import_twn import import_twn_release
 from twn_rl.modeling.model import DualLoraModel
 
@@ -203,3 +206,24 @@ def test_pickled_code_in_a_release_is_never_run(make_model, make_backbone, tmp_p
     with pytest.raises(Exception, match=r"[Ww]eights"):
         import_twn_release(tmp_path, backbone=make_backbone("qwen3_vl"))
     assert "ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"num_readout_tokens": 10**6}, r"num_readout_tokens = 1000000, expected in \[1, 1024\]"),
+        ({"num_reason_tokens": 10**6}, "num_reason_tokens = 1000000"),
+        ({"embedding_lora": {"r": 10**6}}, r"r = 1000000, expected in \[1, 4096\]"),
+        ({"max_think_tokens": 10**9}, "max_think_tokens = 1000000000"),
+        ({"num_readout_tokens": "four"}, "num_readout_tokens = 'four', expected `int`, got `str`"),
+        ({"reasoning_lora": 3}, "reasoning_lora = 3, expected `object`, got `int`"),
+        ({"renderer": {"think_open": 3}}, "think_open = 3, expected `str`, got `int`"),
+        ({"versions": []}, "versions = .*expected `object`"),
+    ],
+)
+def test_a_config_that_would_hang_or_of_another_type_names_its_field_and_file(
+    tmp_path: Path, changes: Any, complaint: str
+) -> None:
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(changes))
+    with pytest.raises(ValueError, match=rf"twn_config\.json: .*{complaint}"):
+        TwnConfig.load(tmp_path)

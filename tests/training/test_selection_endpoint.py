@@ -3,98 +3,24 @@
 import base64
 import io
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import picture
+from endpoint_server import RECORDS, chat, number, serving, writer
 from PIL import Image
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item, Record
+from twn_rl.training.thought_selection.answers import MAX_ANSWER_BYTES
 from twn_rl.training.thought_selection.drafts import RecordRows, SelectionError, collect_drafts
 from twn_rl.training.thought_selection.endpoint import EndpointSettings, EndpointWriter
-
-Answer = Callable[[dict[str, Any], int], tuple[int, str]]
-RECORDS = [
-    Record(id=f"r{n}", source="t", query=Item(text=f"question {n}"), positive=Item(text="camel"))
-    for n in range(5)
-]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers by a function of (request, how often this question was asked before)."""
-
-    answer: Answer
-    headers: Callable[[], dict[str, str]]
-    requests: list[tuple[str, dict[str, str], dict[str, Any]]]
-    daemon_threads = True
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server  # pyright: ignore[reportIncompatibleVariableOverride]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        question = json.dumps(body["messages"])
-        asked = sum(json.dumps(b["messages"]) == question for _, _, b in self.server.requests)
-        self.server.requests.append((self.path, dict(self.headers), body))
-        status, text = self.server.answer(body, asked)
-        try:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            for name, value in (self.server.headers() if status != 200 else {}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(text.encode())
-        except OSError:
-            pass  # the client has gone
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
-
-
-@contextmanager
-def serving(answer: Answer, headers: Callable[[], dict[str, str]] = dict) -> Iterator[Server]:
-    server = Server(("127.0.0.1", 0), Handler)
-    server.answer, server.headers, server.requests = answer, headers, []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-
-def writer(server: Server, **settings: Any) -> EndpointWriter:
-    settings = {
-        "url": f"http://127.0.0.1:{server.server_address[1]}/v1",
-        "model": "m",
-        "backoff_seconds": 0.01,
-        "timeout_seconds": 10.0,
-        "retries": 2,
-        **settings,
-    }
-    named = {f"endpoint_{name}": value for name, value in settings.items()}
-    return EndpointWriter(EndpointSettings(**named), Renderer())
-
-
-def chat(text: str | None, finish_reason: str = "stop") -> tuple[int, str]:
-    choice = {"message": {"content": text}, "finish_reason": finish_reason}
-    return 200, json.dumps({"choices": [choice]})
-
-
-def number(body: dict[str, Any]) -> int:
-    return int(body["messages"][-1]["content"][0]["text"].split()[-1])
 
 
 def test_thoughts_come_back_in_the_order_of_records_with_and_without_markers() -> None:
@@ -248,6 +174,59 @@ def test_a_busy_server_says_how_long_to_wait(form: str) -> None:
         [[draft]] = writer(server).write(RECORDS[:1])
     assert draft.cot == "at last"
     assert 1 <= time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize("part", ["headers", "body"])
+def test_a_server_that_sends_byte_after_byte_gains_no_time(part: str) -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def drip() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1 << 16)
+            head = b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n"
+            connection.sendall(head + (b"\r\n" if part == "body" else b"X: "))
+            try:
+                while True:
+                    connection.sendall(b" ")
+                    time.sleep(0.02)
+            except OSError:
+                pass  # the client has gone
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    address = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+    settings = EndpointSettings(
+        endpoint_url=address,
+        endpoint_model="m",
+        endpoint_timeout_seconds=0.3,
+        endpoint_retries=0,
+    )
+    began = time.monotonic()
+    with listener:
+        [[draft]] = EndpointWriter(settings, Renderer()).write(RECORDS[:1])
+    thread.join()
+    assert draft.problem == "timeout"
+    assert time.monotonic() - began < 3
+
+
+def test_what_a_thought_must_not_hold_is_found_in_answers() -> None:
+    texts = ["a <image> b", "a\x00b", "<think> a <|im_end|> </think>", "the </think> camel", "fine"]
+    bodies = [json.loads(chat(text)[1]) for text in texts]
+    answers = [json.dumps(body) for body in bodies]
+    answers[1] = answers[1].replace("\\u0000", "\\ud800")
+    with serving(lambda body, asked: (200, answers[number(body)])) as server:
+        written = writer(server, retries=0).write(RECORDS)
+    assert [row[0].problem for row in written] == ["marker", "junk", "marker", "marker", None]
+    with serving(lambda body, asked: chat(texts[1])) as server:
+        [[draft]] = writer(server, retries=0).write(RECORDS[:1])
+    assert (draft.cot, draft.problem) == ("a b", "character")
+
+
+def test_an_answer_without_end_is_junk() -> None:
+    with serving(lambda body, asked: (200, " " * (MAX_ANSWER_BYTES + 1))) as server:
+        [[draft]] = writer(server, retries=0).write(RECORDS[:1])
+    assert draft.problem == "junk"
 
 
 def test_settings_that_cannot_work_are_named_together() -> None:

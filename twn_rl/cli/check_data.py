@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 
-from twn_rl.data.inspection import Distribution, RecordReport, inspect_records
+from twn_rl.data.inspection import Distribution, RecordReport, add_markup, inspect_records
 from twn_rl.data.record_files import load_records
+from twn_rl.runtime.terminal import say
 
 _BAR_WIDTH = 40
 
@@ -47,8 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
 
         counter = TokenCounter.from_name(arguments.model)
         add_token_lengths(report, records, counter, sample=arguments.token_sample)
+        add_markup(report, records, counter.markup)
     for line in report_lines(report, show=arguments.show):
-        sys.stdout.write(f"{line}\n")
+        say(line)
     if arguments.json is not None:
         report.save(arguments.json)
     return 1 if report.problems else 0
@@ -70,6 +71,8 @@ def report_lines(report: RecordReport, *, show: int) -> Iterator[str]:
     yield f"{'repeated records':32s} {report.duplicates:>9}"
     for repeated, first in report.duplicate_ids[:show]:
         yield f"  {repeated!r} repeats {first!r}"
+    if report.marked_texts:
+        yield f"{'texts with markup, shown as text':32s} {report.marked_texts:>9}"
     yield f"{'distinct pictures':32s} {report.pictures:>9}"
     for size, count in report.picture_sizes.items():
         yield f"  {size:30s} {count:>9}"

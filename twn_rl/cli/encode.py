@@ -10,7 +10,7 @@ from pathlib import Path
 from twn_rl.cli.model_arguments import add_model_arguments, encode_settings, load_embedder
 from twn_rl.inference.encode_file import encode_file
 from twn_rl.inference.item_rows import ItemFile
-from twn_rl.inference.vector_files import details_path
+from twn_rl.inference.vector_meta import details_path
 
 logger = logging.getLogger(__name__)
 

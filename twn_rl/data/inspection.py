@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from twn_rl.data.images import image_facts
-from twn_rl.data.record import Record
+from twn_rl.data.markup import KNOWN_MARKUP, Markup
+from twn_rl.data.record import Record, RecordError, refuse_markup
 from twn_rl.data.record_files import RecordSet
 from twn_rl.runtime.whole_files import write_text
 
@@ -98,6 +99,8 @@ class RecordReport:
         pictures: How many distinct picture files are used.
         picture_sizes: The five most frequent sizes, "width x height", and their counts.
         picture_sides: Longer side of each distinct picture, in pixels.
+        marked_texts: How many items hold markup (special tokens, think markers) in instruction or
+            text; a model is shown it as text.
         tokens: Lengths in tokens after rendering, by what was measured; empty without a model.
         token_records: How many records were sampled for them.
     """
@@ -116,6 +119,7 @@ class RecordReport:
     pictures: int = 0
     picture_sizes: dict[str, int] = field(default_factory=dict)
     picture_sides: Distribution | None = None
+    marked_texts: int = 0
     tokens: dict[str, Distribution] = field(default_factory=dict)
     token_records: int = 0
 
@@ -134,7 +138,7 @@ def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:
     tasks: dict[str, Counter[str]] = {}
     having: Counter[str] = Counter()
     pictures: set[str] = set()
-    negatives, frames = [], []
+    negatives, frames, marked = [], [], 0
     repeats = _Repeats()
     progress = tqdm(
         records, desc="Inspecting records", disable=len(records) < _PROGRESS_FROM_RECORDS
@@ -146,6 +150,7 @@ def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:
         frames += [len(item.video) for item in record.items() if item.video]
         pictures.update(str(s) for item in record.items() for s in (*item.images, *item.video))
         repeats.add(record)
+        marked += _count_marked(record, KNOWN_MARKUP)
     facts = [image_facts(path) for path in sorted(pictures)]
     sizes = Counter(f"{fact.width} x {fact.height}" for fact in facts)
     return RecordReport(
@@ -165,7 +170,32 @@ def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:
         pictures=len(facts),
         picture_sizes=dict(sizes.most_common(_SHOWN_SIZES)),
         picture_sides=Distribution.of(max(fact.width, fact.height) for fact in facts),
+        marked_texts=marked,
     )
+
+
+def add_markup(report: RecordReport, records: Iterable[Record], markup: Markup) -> None:
+    """Count texts with markup of a model, and add the thoughts that hold some to the problems.
+
+    Args:
+        report: Changed in place.
+        records: The records it is about.
+        markup: What means something to the model.
+    """
+    report.marked_texts = 0
+    for record in records:
+        report.marked_texts += _count_marked(record, markup)
+        for name in ("query_cot", "positive_cot"):
+            try:
+                refuse_markup(getattr(record, name), name, markup)
+            except RecordError as error:
+                where = f"record {record.id!r}"
+                report.problems.append(Problem(where, error.reason, f"{where}: {error}"))
+
+
+def _count_marked(record: Record, markup: Markup) -> int:
+    texts = [f"{item.instruction or ''}\n{item.text or ''}" for item in record.items()]
+    return sum(bool(markup.found(text)) for text in texts)
 
 
 _TRAITS: dict[str, Callable[[Record], Any]] = {

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import msgspec
-
 from twn_rl.data.record import RecordError
+from twn_rl.runtime.reading import decode_json, regular_file
 
 _BLOCK_BYTES = 8192
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -42,8 +41,9 @@ class JsonLines:
 
         Raises:
             FileNotFoundError: If there is no such file.
+            ValueError: If it is no regular file.
         """
-        self.path = path
+        self.path = regular_file(path)
         self._signature = file_signature(path.stat())
         self._descriptor: int | None = None
 
@@ -73,7 +73,7 @@ class JsonLines:
             line += block
             if not block:
                 break
-        return _parse(line.partition(b"\n")[0])
+        return _parse(line.partition(b"\n")[0], is_strict=False)  # `scan` has looked
 
 
 def file_signature(stat: os.stat_result) -> tuple[int, int]:
@@ -96,11 +96,14 @@ def check_unchanged(path: Path, signature: tuple[int, int], stat: os.stat_result
         )
 
 
-def parse_json(text: str | bytes, *, field: str | None) -> Any:
-    """Return the value of a JSON text, or the RecordError that says why there is none."""
+def parse_json(text: str | bytes, *, field: str | None, is_strict: bool = True) -> Any:
+    """Return the value of a JSON text, or the RecordError that says why there is none.
+
+    `is_strict` looks for keys that are there twice.
+    """
     try:
-        return msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return decode_json(text, is_strict=is_strict)
+    except ValueError as error:
         return RecordError(
             f"no valid JSON ({error}); expected one object without NaN or Infinity; correct it",
             reason="bad_json",
@@ -108,5 +111,5 @@ def parse_json(text: str | bytes, *, field: str | None) -> Any:
         )
 
 
-def _parse(line: bytes) -> Row:
-    return parse_json(line.removeprefix(_BYTE_ORDER_MARK), field=None)
+def _parse(line: bytes, *, is_strict: bool = True) -> Row:
+    return parse_json(line.removeprefix(_BYTE_ORDER_MARK), field=None, is_strict=is_strict)

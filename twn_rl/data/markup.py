@@ -57,6 +57,10 @@ class Markup:
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._normalize = normalize
 
+    def extended(self, tokens: Iterable[str]) -> "Markup":
+        """Return what knows other tokens, too."""
+        return Markup([*self.tokens, *tokens], self._normalize)
+
     def found(self, text: str) -> list[str]:
         """Return the distinct tokens in a text, sorted."""
         found = set(self._pattern.findall(text))

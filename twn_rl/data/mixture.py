@@ -20,12 +20,12 @@ from typing import Annotated, Any, Literal, overload
 
 import msgspec
 import numpy as np
-import yaml
 from torch.utils.data import Sampler
 
 from twn_rl.data.record import Record, RecordError, checked_fields
 from twn_rl.data.record_files import RecordSet, load_records
 from twn_rl.runtime.problems import Problems
+from twn_rl.runtime.reading import load_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -164,10 +164,9 @@ def load_mixture(
 def _read_settings(path: Path) -> tuple[list[SourceSettings], bool]:
     wanted = "expected sources: [{path: ..., weight: ...}]"
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())  # YAML's own spans lines
-        raise ValueError(f"mixture {path} is no YAML ({reason}); {wanted}; correct it") from error
+        data = load_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"mixture {error}; {wanted}") from error
     if not isinstance(data, dict) or not isinstance(data.get("sources"), list):
         raise ValueError(f"mixture {path} holds no list of sources; {wanted}; add it")
     problems, settings = Problems(), list[SourceSettings]()

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
 from twn_rl.data.record import RecordError, bad_file
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.reading import regular_file
 from twn_rl.runtime.whole_files import written_aside
 
 with extra("eval"):
@@ -62,7 +63,7 @@ class ParquetRows:
         Raises:
             FileNotFoundError: If there is no such file.
         """
-        self.path = path
+        self.path = regular_file(path)
         self._signature = file_signature(path.stat())
         self._batches: list[pa.RecordBatch] | None = None
         self._starts: list[int] = []
@@ -79,7 +80,9 @@ class ParquetRows:
         """
         place = 0
         for batch in self._open():
-            for data in batch.to_pylist():
+            with _readable(self.path):
+                rows = batch.to_pylist()
+            for data in rows:
                 yield place + 1, place, _parse_metadata(data)
                 place += 1
 
@@ -164,6 +167,7 @@ def read_table(
         RecordError: If the file is damaged or of another kind.
         FileNotFoundError: If there is no such file.
     """
+    regular_file(path)
     with _readable(path):
         for batch in _batches_of(path, batch_rows, columns):
             yield from batch.to_pylist()
@@ -175,6 +179,7 @@ def num_rows(path: Path) -> int:
     Raises:
         RecordError: If the file is damaged or of another kind.
     """
+    regular_file(path)
     with _readable(path):
         return pq.read_metadata(path).num_rows
 
@@ -185,7 +190,8 @@ def _readable(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (pa.ArrowInvalid, OSError) as error:
+    # Damaged offsets and lengths of texts show as the last two.
+    except (pa.ArrowException, OSError, UnicodeDecodeError, SystemError) as error:
         raise bad_file(
             path,
             f"file is no readable Parquet ({error}); expected a complete file; write it again",

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from twn_rl.data.images import ImageError, ImageSource, image_digest, open_image
+from twn_rl.data.markup import KNOWN_MARKUP, Markup, unusable_in
 
 DEFAULT_POOL = ""
 
@@ -270,6 +271,10 @@ class Record:
                 field=absent[0],
             )
         row = checked_fields(data, _RecordFields, None)
+        for name in ("id", "source", "query_cot", "positive_cot", "metadata"):
+            _refuse_unusable(getattr(row, name), name)
+        for name in ("query_cot", "positive_cot"):
+            refuse_markup(getattr(row, name), name)
         negatives = enumerate(row.negatives or ())
         return cls(
             id=row.id,
@@ -280,6 +285,39 @@ class Record:
             query_cot=row.query_cot,
             positive_cot=row.positive_cot,
             metadata=_metadata(data, row.metadata or {}),
+        )
+
+
+def _refuse_unusable(value: Any, name: str) -> None:
+    found = unusable_in(value, name)
+    if found is not None:
+        raise RecordError(
+            f"{found[0]} holds {found[1]}; expected text without NUL and without halves of "
+            "surrogate pairs; remove it, or decode the text anew",
+            reason="unusable_character",
+            field=found[0],
+        )
+
+
+def refuse_markup(cot: str | None, name: str, markup: Markup = KNOWN_MARKUP) -> None:
+    """Refuse a thought with markup, which would teach the model to write structure.
+
+    Args:
+        cot: The thought.
+        name: Of its field.
+        markup: What means something to a model; think markers and well-known tokens if no model
+            is at hand.
+
+    Raises:
+        RecordError: If it has any.
+    """
+    found = markup.found(cot) if cot else []
+    if found:
+        raise RecordError(
+            f"{name} holds {found[:5]}; expected a thought without markers and special tokens, "
+            "which the renderer adds; strip them",
+            reason="markup_in_thought",
+            field=name,
         )
 
 
@@ -320,6 +358,8 @@ class _ItemFields(msgspec.Struct, forbid_unknown_fields=True):
                 reason="empty_item",
                 field=_dotted(where, "text"),
             )
+        for name, text in (("instruction", self.instruction), ("text", self.text)):
+            _refuse_unusable(text, _dotted(where, name) or name)
         return Item(self.instruction, self.text, self.images or (), self.video or ())
 
 

@@ -5,7 +5,7 @@ import logging
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -22,7 +22,8 @@ from twn_rl.data.images import (
     resolve_inside,
 )
 from twn_rl.data.jsonl import Row
-from twn_rl.data.record import Record, RecordError, named_in_errors
+from twn_rl.data.markup import Markup
+from twn_rl.data.record import Record, RecordError, named_in_errors, refuse_markup
 from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,21 @@ _CACHE_FROM_IMAGES = 1000
 _PROGRESS_FROM_IMAGES = 1000
 _THREADS = 8
 _PATHS_PER_JOB = 32
+
+
+def refuse_markup_in_thoughts(records: Iterable[Record], markup: Markup) -> None:
+    """Refuse records whose thoughts hold markup of the model they are to teach.
+
+    Raises:
+        RecordError: For the first one; it names the record and the field.
+    """
+    for record in tqdm(records, desc="Reading thoughts", unit="record", delay=5.0):
+        for name in ("query_cot", "positive_cot"):
+            try:
+                refuse_markup(getattr(record, name), name, markup)
+            except RecordError as error:
+                detail = f"record {record.id!r}: {error.detail}"
+                raise RecordError(detail, reason=error.reason, field=name) from error
 
 
 class RecordChecks:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from twn_rl.data.record import Item, RecordError
 from twn_rl.inference.encode_settings import EncodeReport, EncodeSettings, ThinkMode
 from twn_rl.inference.item_rows import ItemRow, Side
-from twn_rl.inference.vector_files import VectorWriter, read_meta
+from twn_rl.inference.vector_files import VectorWriter
+from twn_rl.inference.vector_meta import read_meta
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.generation import DualLoraInference
 from twn_rl.runtime.sharded_pass import Progress, make_shards, shard_ranges

@@ -129,6 +129,12 @@ class EncodeOptions:
             f"think_decision = {self.think_decision!r} where nothing is decided, expected it with "
             "think='auto'",
         )
+        for name in ("prompt", "prompt_name"):
+            value = getattr(self, name)
+            problems.unless(
+                value is None or isinstance(value, str),
+                f"{name} = {value!r:.80}, expected a text or None",
+            )
         problems.one_of(self, (None, *get_args(ThinkingDecision)), "think_decision")
         problems.one_of(self, (None, *get_args(Precision)), "precision")
         problems.one_of(self, ("sentence_embedding", None), "output_value")

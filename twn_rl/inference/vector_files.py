@@ -10,7 +10,7 @@ anybody may read what there is at any time.
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,39 +19,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from twn_rl.inference.vector_meta import (
+    VECTORS_FORMAT,
+    VectorFileError,
+    details_path,
+    meta_path,
+    read_details,
+    read_meta,
+)
+from twn_rl.runtime.reading import regular_file
 from twn_rl.runtime.sharded_pass import differences
 from twn_rl.runtime.whole_files import (
     map_file,
     owned,
-    read_json,
     write_array_header,
     write_json,
     written_aside,
 )
 
 logger = logging.getLogger(__name__)
-
-VECTORS_FORMAT = 1
-
-
-class VectorFileError(ValueError):
-    """A file of vectors that is damaged, foreign, in use, or made with other settings."""
-
-
-def details_path(path: Path) -> Path:
-    """Return where the lines about the rows of `path` are."""
-    return path.with_suffix(".details.jsonl")
-
-
-def meta_path(path: Path) -> Path:
-    """Return where it says how much of `path` is done."""
-    return path.with_suffix(".meta.json")
-
-
-def read_meta(path: Path) -> dict[str, Any] | None:
-    """Return what is known of the vectors of `path`, or None if nothing is."""
-    meta = read_json(meta_path(path))
-    return meta if isinstance(meta, dict) and meta.get("format") == VECTORS_FORMAT else None
 
 
 class VectorWriter:
@@ -93,7 +79,7 @@ class VectorWriter:
         self.done_rows, self._details_bytes, self.counts = 0, 0, dict[str, int]()
         with ExitStack() as files:
             files.enter_context(owned(self.path, VectorFileError))
-            meta = read_meta(self.path)
+            meta = None if overwrite else read_meta(self.path)
             # A run that failed at its first shard must not stand in the way of a corrected one.
             if self.path.exists() and not overwrite and (meta is None or meta["done_rows"]):
                 self._resume(meta)
@@ -249,6 +235,10 @@ def open_vectors(path: str | Path) -> StoredVectors:
             damaged.
     """
     path = Path(path)
+    try:
+        regular_file(path)
+    except (ValueError, FileNotFoundError) as error:
+        raise VectorFileError(str(error)) from error
     vectors = map_file(path, (None, None))
     if vectors is None or not vectors.size:
         raise VectorFileError(
@@ -274,13 +264,3 @@ def open_vectors(path: str | Path) -> StoredVectors:
     ids += [""] * (len(vectors) - done)
     space = meta["plan"].get("model", {}).get("space")
     return StoredVectors(path, vectors, ids, is_usable, failed, len(vectors) - done, space)
-
-
-def read_details(path: Path, meta: Mapping[str, Any] | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the details of every row of `path` that counts, one at a time."""
-    meta = meta or read_meta(path) or {"details_bytes": 0}
-    left = meta["details_bytes"]
-    with details_path(path).open("rb") as file:
-        while left > 0 and (line := file.readline()):
-            left -= len(line)
-            yield json.loads(line)

@@ -8,9 +8,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser
 
 import twn_rl
@@ -25,10 +24,13 @@ from twn_rl.launch.source_settings import attributes_of
 from twn_rl.modeling.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.nearest import hint, path_hint
+from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.reading import load_yaml
 
 logger = logging.getLogger(__name__)
 
+_LIBRARIES = ("transformers.", "trl.")
 RECIPES = Path(twn_rl.__file__).parent / "recipes"
 
 # Splits that may be given as files, and those that the emoji scenes alone have.
@@ -300,6 +302,7 @@ class _Parser(HfArgumentParser):
                     f"unknown key {key!r} in the configuration{hint(key, names)} Expected fields "
                     "of this recipe, see --help-all; correct or remove it"
                 )
+        self._refuse_types(config)
         for action in self._actions:
             if action.dest in config:
                 action.default, action.required = config[action.dest], False
@@ -308,6 +311,26 @@ class _Parser(HfArgumentParser):
         return self.parse_args_into_dataclasses(
             list(words), return_remaining_strings=is_partial, look_for_args_file=False
         )
+
+    def _refuse_types(self, config: Mapping[str, Any]) -> None:
+        """Refuse values of a file that are of another type than their fields; texts are parsed."""
+        problems = Problems()
+        values = {key: value for key, value in config.items() if not isinstance(value, str)}
+        for kind in self.dataclass_types:
+            try:
+                hints = get_type_hints(kind)
+            except NameError:  # an annotation of a library that only a type checker can read
+                continue
+            # Libraries write `str` for what may be a flag as well, such as resume_from_checkpoint.
+            theirs = [each for each in kind.__mro__ if each.__module__.startswith(_LIBRARIES)]
+            loose = {name for each in theirs for name in getattr(each, "__annotations__", {})}
+            kinds = {
+                name: hint
+                for name, hint in hints.items()
+                if name not in loose or str not in (hint, *get_args(hint))
+            }
+            problems.typed(values, kinds)
+        problems.refuse("configuration", "correct these values")
 
     def _refuse_unknown(self, words: Sequence[str]) -> None:
         """Refuse flags that are none before any settings object is made: one joins processes."""
@@ -354,20 +377,22 @@ def _attributes(kind: type) -> dict[str, str]:
 
 
 def _read_config(path: str) -> dict[str, Any]:
-    if not Path(path).is_file():
+    if not Path(path).exists():
         shipped = [f"recipes/configs/{file.name}" for file in RECIPES.glob("configs/*.yaml")]
         near = hint(path, shipped) if path.startswith("recipes/") else path_hint(path)
         raise FileNotFoundError(f"--config {path} is no file{near} Correct the path")
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"{path} is no YAML: {told}; correct that line") from error
+    config = load_yaml(path)
     if not isinstance(config, dict):
         raise ValueError(
             f"{path} holds {type(config).__name__}; expected a mapping of settings; correct it"
         )
-    os.environ.update({key: str(value) for key, value in config.pop("env", {}).items()})
+    environment = config.pop("env", {})
+    if not isinstance(environment, dict) or "\x00" in str(environment):
+        raise ValueError(
+            f"{path}: env = {environment!r:.80}; expected a mapping of names and values of "
+            "environment variables; correct it"
+        )
+    os.environ.update({str(key): str(value) for key, value in environment.items()})
     return config
 
 

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from twn_rl.launch.source_settings import PACKAGE
 from twn_rl.runtime.nearest import hint, path_hint
+from twn_rl.runtime.terminal import printable, show_uncaught
 
 USAGE_STATUS = 2
 INPUT_ERRORS = (ValueError, OSError, ModuleNotFoundError)
@@ -72,7 +73,7 @@ def errors_in_a_line(*, is_same_everywhere: bool = False) -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not is_same_everywhere:
             where = program_name() if rank == "0" else f"{program_name()}, process {rank}"
-            sys.stderr.write(f"{where}: error: {message_of(error)}\n")
+            sys.stderr.write(printable(f"{where}: error: {message_of(error)}\n"))
         raise SystemExit(USAGE_STATUS) from None
 
 
@@ -107,7 +108,7 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
-        text = super().format(record)
+        text = printable(super().format(record))
         if record.levelno < logging.WARNING:
             return text
         return f"{program_name()}: {record.levelname.lower()}: {text}"
@@ -138,6 +139,7 @@ def show_logs(level: int) -> None:
     for handler in [each for each in root.handlers if isinstance(each, LineHandler)]:
         root.removeHandler(handler)
     root.addHandler(LineHandler(level))
+    sys.excepthook = show_uncaught
 
 
 class LineParser(argparse.ArgumentParser):
@@ -155,4 +157,4 @@ class LineParser(argparse.ArgumentParser):
             message += hint(found[1], {**self._option_string_actions, **self.flags})
         elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += hint(found[1], re.findall(r"'([^']+)'", found[2]))
-        self.exit(USAGE_STATUS, f"{self.prog}: error: {message} (see --help)\n")
+        self.exit(USAGE_STATUS, printable(f"{self.prog}: error: {message} (see --help)\n"))

@@ -67,6 +67,14 @@ def save_adapter(
     config.save_pretrained(str(directory))
 
 
+class KeysError(KeyError, ValueError):
+    """Keys of stored tensors that are missing or unexpected; its text is not quoted."""
+
+    def __str__(self) -> str:
+        """Return the message."""
+        return str(self.args[0])
+
+
 def load_adapter(
     peft_model: PeftModel,
     name: str,
@@ -133,7 +141,7 @@ def check_fit(
     missing = [key for key in own if key not in stored and not key.endswith(optional_keys)]
     unexpected = [key for key in stored if key not in own]
     if missing or unexpected:
-        raise KeyError(
+        raise KeysError(
             f"{file} does not fit {owner}: missing keys {sorted(missing)}, unexpected keys "
             f"{sorted(unexpected)}; expected exactly its {len(own)} keys; {remedy}"
         )

@@ -1,13 +1,14 @@
 """What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_type_hints
 
 from twn_rl.data.chat import Renderer
 from twn_rl.modeling.backbone_names import found_name, stored_name
 from twn_rl.runtime.problems import Problems
+from twn_rl.runtime.reading import load_json
 from twn_rl.runtime.whole_files import write_text
 
 CONFIG_FILE = "twn_config.json"
@@ -16,6 +17,10 @@ INTERFACES = ("reencode", "kv_detach")
 MAX_LENGTH = 8192
 # About 1024 tokens of 32 x 32 pixels, as Qwen3-VL makes them.
 MAX_IMAGE_PIXELS = 1_048_576
+# Far beyond any use; what is larger is a slip that would fill the memory before it showed.
+MAX_TAIL_TOKENS = 1024
+MAX_RANK = 4096
+MAX_THINK_TOKENS = 1_000_000
 ReadoutStart = Literal["random", "pooled_token"]
 ThinkingDecision = Literal["gate", "policy"]
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -28,6 +33,14 @@ def _check_keys(owner: str, data: dict[str, Any], known: list[str]) -> None:
             f"{owner} has unknown keys {unknown}; expected only {known}; "
             "remove them or use the version that wrote them"
         )
+
+
+def _check_types(owner: str, data: dict[str, Any], kind: type) -> None:
+    problems = Problems()
+    kinds = get_type_hints(kind)
+    nested = {name for name, hint in kinds.items() if is_dataclass(hint)}
+    problems.typed(data, {name: dict if name in nested else kinds[name] for name in kinds})
+    problems.refuse(owner, "correct these settings")
 
 
 @dataclass
@@ -51,7 +64,7 @@ class LoraSettings:
         """Collect every problem of the settings into one error."""
         self.targets = tuple(self.targets)
         problems = Problems()
-        problems.expect(self, ">= 1", "r")
+        problems.expect(self, f"in [1, {MAX_RANK}]", "r")
         problems.expect(self, "> 0", "alpha")
         problems.expect(self, "in [0, 1)", "dropout")
         problems.unless(self.targets, "targets is empty, expected at least one linear map")
@@ -129,8 +142,9 @@ class TwnConfig:
         ):
             value = getattr(self, name)
             problems.unless(value in known, f"{name} = {value!r}, expected one of {known}")
-        problems.expect(self, ">= 1", "num_readout_tokens", "max_think_tokens")
-        problems.expect(self, ">= 0", "num_reason_tokens")
+        problems.expect(self, f"in [1, {MAX_TAIL_TOKENS}]", "num_readout_tokens")
+        problems.expect(self, f"in [0, {MAX_TAIL_TOKENS}]", "num_reason_tokens")
+        problems.expect(self, f"in [1, {MAX_THINK_TOKENS}]", "max_think_tokens")
         problems.unless(
             self.readout_start == "random" or self.num_readout_tokens == 1,
             f"num_readout_tokens = {self.num_readout_tokens} with readout_start = "
@@ -175,14 +189,22 @@ class TwnConfig:
         Raises:
             ValueError: For keys this version does not know.
         """
+        if not isinstance(data, dict):
+            raise ValueError(
+                f"{CONFIG_FILE} holds {type(data).__name__}; expected an object of settings; use "
+                "the file that save_pretrained wrote"
+            )
         _check_keys(CONFIG_FILE, data, [f.name for f in fields(cls)])
+        _check_types(CONFIG_FILE, data, cls)
         values = {"max_length": None, "max_image_pixels": None, **data}
         lora_keys = [f.name for f in fields(LoraSettings)]
         for name in ("reasoning_lora", "embedding_lora"):
             if name in values:
                 _check_keys(name, values[name], lora_keys)
+                _check_types(name, values[name], LoraSettings)
                 values[name] = LoraSettings(**values[name])
         if "renderer" in values:
+            _check_types("renderer", values["renderer"], Renderer)
             values["renderer"] = Renderer.from_dict(values["renderer"])
         return cls(**values)
 
@@ -201,7 +223,17 @@ class TwnConfig:
 
     @classmethod
     def load(cls, directory: str | Path, *, folder: str | Path | None = None) -> "TwnConfig":
-        """Read `twn_config.json` from `directory`; arguments are those of `save`."""
-        config = cls.from_dict(json.loads((Path(directory) / CONFIG_FILE).read_text("utf-8")))
+        """Read `twn_config.json` from `directory`; arguments are those of `save`.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            ValueError: If it cannot be read, or for settings that cannot work; the file is named.
+        """
+        path = Path(directory) / CONFIG_FILE
+        data = load_json(path)
+        try:
+            config = cls.from_dict(data)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         config.backbone = found_name(config.backbone, directory if folder is None else folder)
         return config

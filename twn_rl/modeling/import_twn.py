@@ -4,7 +4,6 @@ The layout is `reasoning/` and `embedding/` (PEFT), `gate_mlp.pt` and `queries.p
 the two `.pt` files is not documented, so whatever cannot be read with certainty is refused.
 """
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -22,6 +21,7 @@ from twn_rl.modeling.checkpoint import EMBEDDING_DIR, REASONING_DIR, freeze_unle
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.tensor_files import read_tensors
+from twn_rl.runtime.reading import load_json
 
 _ROWS_KEY = "trainable_tokens_delta"
 
@@ -135,7 +135,7 @@ def _read_settings(directory: Path) -> tuple[LoraSettings, str]:
             raise FileNotFoundError(
                 f"{needed} does not exist; expected TWN's released layout; check the folder"
             )
-    config = json.loads(config_path.read_text("utf-8"))
+    config = load_json(config_path)
     weights, _ = read_tensors(weights_path)
     found = [re.search(r"(\w+)\.lora_A\.weight$", key) for key in weights]
     targets = sorted({match.group(1) for match in found if match})

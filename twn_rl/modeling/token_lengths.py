@@ -15,6 +15,7 @@ from twn_rl.modeling.backbone import Backbone, load_backbone
 from twn_rl.modeling.collator import collate_prompts, completion_ids
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.limits import PromptLimits, context_tokens, settle_limits
+from twn_rl.modeling.readout import readout_tokens, reason_tokens
 
 _REMEMBERED_ITEMS = 100_000
 _SEED = 0
@@ -26,6 +27,7 @@ class TokenCounter:
     Attributes:
         longest: Positions the backbone has; None if it does not say.
         limits: What prompts are cut to.
+        markup: What gives prompts their structure.
     """
 
     def __init__(self, backbone: Backbone, config: TwnConfig) -> None:
@@ -33,6 +35,8 @@ class TokenCounter:
         self.backbone, self.config = backbone, settle_limits(backbone, config)
         self.longest = context_tokens(backbone)
         self.limits = PromptLimits(self.config.max_length, self.config.max_image_pixels)
+        tail = readout_tokens(config.num_readout_tokens) + reason_tokens(config.num_reason_tokens)
+        self.markup = backbone.markup(config.renderer).extended(tail)
         self._prompts: dict[Item, tuple[int, int]] = {}
 
     @classmethod

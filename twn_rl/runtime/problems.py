@@ -2,9 +2,11 @@
 
 import operator
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+
+import msgspec
 
 from twn_rl.runtime.nearest import nearest
 
@@ -51,10 +53,33 @@ class Problems(list[str]):
             value = getattr(settings, name)
             if value is None and re.search(r"\b(None|null)\b", expected):
                 continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                self.append(f"{name} = {value!r:.80}, expected a number {expected}")
+                continue
             bounds = [*_LOW.findall(expected), *(found[::-1] for found in _HIGH.findall(expected))]
             assert bounds, f"{expected!r} names no bounds"
             if not all(_COMPARISONS[sign](value, float(bound)) for sign, bound in bounds):
                 self.append(f"{name} = {value}, expected {expected}")
+
+    def typed(self, values: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
+        """Add a problem for each value that is not of the type of its name in `kinds`.
+
+        Types that JSON and YAML cannot tell apart are passed over.
+
+        >>> problems = Problems()
+        >>> problems.typed({"seed": "one", "rate": 1}, {"seed": int, "rate": float})
+        >>> problems
+        ["seed = 'one', expected `int`, got `str`"]
+        """
+        for name in [name for name in values if name in kinds]:
+            try:
+                msgspec.convert(values[name], kinds[name])
+            except msgspec.ValidationError as error:
+                complaint = str(error)
+                told = complaint[:1].lower() + complaint[1:]
+                self.append(f"{name} = {values[name]!r:.80}, {told}")
+            except TypeError:  # a type that only Python has
+                continue
 
     def one_of(self, settings: Any, allowed: Collection[Any], *names: str) -> None:
         """Add a problem for each named field of `settings` that is none of the allowed values."""

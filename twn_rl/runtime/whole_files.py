@@ -17,9 +17,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
+
+from twn_rl.runtime.reading import regular_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What safetensors and torch say in place of such an error.
@@ -131,8 +134,8 @@ def write_json_lines(path: Path, rows: Iterable[Any]) -> None:
 def read_json(path: Path) -> Any:
     """Return the parsed file, or `None` if it is absent or cut short."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return json.loads(regular_file(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -156,9 +159,9 @@ def write_array_header(file: Any, shape: tuple[int, int]) -> None:
 def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | None:
     """Return the memory-mapped array, or `None` if it is absent, truncated or of another shape."""
     try:
-        vectors = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return None
+        vectors = np.load(regular_file(path), mmap_mode="r")
+    except (OSError, ValueError, EOFError, TokenError, SyntaxError, TypeError, OverflowError):
+        return None  # a damaged header is parsed as Python literals
     fits = vectors.ndim == 2 and all(
         want in (None, size) for want, size in zip(shape, vectors.shape, strict=True)
     )

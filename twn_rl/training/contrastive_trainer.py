@@ -22,6 +22,7 @@ from transformers import Trainer
 
 from twn_rl.data.mixture import Mixture, MixtureSampler
 from twn_rl.data.record import Record
+from twn_rl.data.verification import refuse_markup_in_thoughts
 from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import encode_images
@@ -66,6 +67,7 @@ class ContrastiveTrainer(Trainer):
 
         A step calls `module`, the model itself or what holds it; `kwargs` go to HF's trainer.
         """
+        refuse_markup_in_thoughts(records, dual_model.backbone.markup(dual_model.renderer))
         drop_gates(dual_model, "training changes what it reads", args.output_dir or "OUTPUT_DIR")
         self.dual_model, self.records = dual_model, records
         self._noted: dict[str, list[float]] = defaultdict(list)

@@ -289,7 +289,7 @@ class CheckedReward:
             return None
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if not abs(number) <= LARGEST_REWARD:  # not for NaN either
             raise RewardError(

@@ -12,10 +12,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from twn_rl.data.jsonl import JsonLines
 from twn_rl.data.record import RecordError, bad_file, bad_type
+from twn_rl.runtime.reading import RepeatedKeyError, load_yaml, regular_file, unrepeated
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow")
 # Files that datasets and the hub put beside the data.
@@ -189,7 +188,7 @@ def read_file(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
+    with regular_file(path).open("rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()
     return start.startswith(b"[")
 
@@ -200,7 +199,7 @@ def read_list(path: Path, *, chunk_characters: int = 1 << 20) -> Iterator[Any]:
     Raises:
         RecordError: Where the text is no JSON: unlike a bad line, it hides all that follows.
     """
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=unrepeated)
     try:
         with path.open(encoding="utf-8-sig") as file:
             text, size, is_first = file.read(chunk_characters), chunk_characters, True
@@ -223,7 +222,7 @@ def read_list(path: Path, *, chunk_characters: int = 1 << 20) -> Iterator[Any]:
                     raise _broken(path, f"near {text[start : start + 40]!r}")
                 yield member
                 at, size, is_first = end, chunk_characters, False
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, RepeatedKeyError) as error:
         raise _broken(path, str(error)) from error
 
 
@@ -231,7 +230,7 @@ def _decode(decoder: json.JSONDecoder, text: str, start: int) -> tuple[Any, int 
     try:
         return decoder.raw_decode(text, start)
     except (json.JSONDecodeError, RecursionError):
-        return None, None
+        return None, None  # perhaps cut off by the end of the chunk
 
 
 def _refuse_rest(path: Path, rest: str) -> None:
@@ -253,11 +252,9 @@ def read_yaml(path: Path, expected: str) -> Any:
         RecordError: If it is no YAML; the message says what was expected.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise bad_file(
-            path, f"no valid YAML ({error}); expected {expected}; correct the file"
-        ) from error
+        return load_yaml(path)
+    except ValueError as error:
+        raise bad_file(path, f"{error}; expected {expected}") from error
 
 
 def required(data: Mapping[str, Any], name: str, *, where: str = "") -> Any:

@@ -23,7 +23,8 @@ from twn_rl.evaluation.mmeb_v2.task_data import TaskData
 from twn_rl.inference.encode_file import Embedder, encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemRow, Side
-from twn_rl.inference.vector_files import open_vectors, read_details
+from twn_rl.inference.vector_files import open_vectors
+from twn_rl.inference.vector_meta import read_details
 from twn_rl.runtime.processes import Processes
 from twn_rl.runtime.sharded_pass import Progress, deal, make_shards, shard_ranges
 from twn_rl.runtime.whole_files import read_json, write_json

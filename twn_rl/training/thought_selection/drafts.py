@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from twn_rl.data.chat import Renderer
+from twn_rl.data.markup import KNOWN_MARKUP, Markup, unusable_character
 from twn_rl.data.record import Record
 from twn_rl.runtime.processes import Processes
 from twn_rl.runtime.sharded_pass import Progress, ShardedPass, make_shards
@@ -33,8 +34,9 @@ class Draft:
         cot: The text; of an unusable draft, what could be read.
         source: Who wrote it.
         problem: Why it cannot be taught, None if it can. A thought that was not written well has
-            one of `chat.Think`'s problems, "marker" or "too_long"; one that an endpoint did not
-            answer, one of `endpoint.FAILURES`; one that could not be judged, "no_negatives".
+            one of `chat.Think`'s problems, "marker", "character" or "too_long"; one that an
+            endpoint did not answer, one of `endpoint.FAILURES`; one that could not be judged,
+            "no_negatives".
     """
 
     cot: str
@@ -60,16 +62,20 @@ class Writer(Protocol):
         ...
 
 
-def problem_of(cot: str, renderer: Renderer) -> str | None:
+def problem_of(cot: str, renderer: Renderer, markup: Markup = KNOWN_MARKUP) -> str | None:
     """Return why a bare CoT cannot be rendered as a think, or None.
+
+    A thought with markup of its own would teach the model to write structure.
 
     >>> problem_of(" ", Renderer()), problem_of("a </think> b", Renderer())
     ('empty', 'marker')
     """
     if not cot.strip():
         return "empty"
-    if renderer.think_open in cot or renderer.think_close in cot:
+    if renderer.think_open in cot or renderer.think_close in cot or markup.found(cot):
         return "marker"
+    if unusable_character(cot):
+        return "character"
     return None
 
 

@@ -20,9 +20,12 @@ from typing import Any
 
 from twn_rl.data.chat import Renderer, parse_think
 from twn_rl.data.images import ImageSource, open_image
-from twn_rl.data.record import Record
+from twn_rl.data.jsonl import parse_json
+from twn_rl.data.markup import KNOWN_MARKUP, Markup, without_unusable
+from twn_rl.data.record import Record, RecordError
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.problems import Problems
+from twn_rl.training.thought_selection.answers import Answer, new_client, post
 from twn_rl.training.thought_selection.drafts import Draft, SelectionError, problem_of
 
 with extra("train"):
@@ -60,7 +63,7 @@ class EndpointSettings:
     endpoint_temperature: float = field(default=1.0, metadata={"help": "Of its sampling."})
     endpoint_max_tokens: int = field(default=512, metadata={"help": "Its longest answer."})
     endpoint_timeout_seconds: float = field(
-        default=60.0, metadata={"help": "Longest wait for one answer."}
+        default=60.0, metadata={"help": "Longest time for one answer, from first to last byte."}
     )
     endpoint_retries: int = field(
         default=4,
@@ -125,8 +128,10 @@ class EndpointWriter:
     name = "endpoint"
     shard_size = 16
 
-    def __init__(self, settings: EndpointSettings, renderer: Renderer) -> None:
-        self.settings, self.renderer = settings, renderer
+    def __init__(
+        self, settings: EndpointSettings, renderer: Renderer, markup: Markup = KNOWN_MARKUP
+    ) -> None:
+        self.settings, self.renderer, self.markup = settings, renderer, markup
         shapes_answers = ("url", "model", "thoughts", "temperature", "max_tokens", "prompt")
         described = asdict(settings)
         self.plan: dict[str, Any] = {n: described[f"endpoint_{n}"] for n in shapes_answers}
@@ -147,7 +152,7 @@ class EndpointWriter:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         jobs = [record for record in records for _ in range(asked.endpoint_thoughts)]
         with (
-            httpx2.Client(timeout=asked.endpoint_timeout_seconds, headers=headers) as client,
+            new_client(headers, asked.endpoint_timeout_seconds) as client,
             ThreadPoolExecutor(asked.endpoint_parallel) as pool,
         ):
             try:
@@ -179,17 +184,20 @@ class EndpointWriter:
 
     def _ask(self, client: httpx2.Client, record: Record) -> Draft | _Failure:
         try:
-            response = client.post(self._address(), json=self._request(record))
+            seconds = self.settings.endpoint_timeout_seconds
+            answer = post(client, self._address(), self._request(record), seconds=seconds)
         except httpx2.TimeoutException as error:
             return _Failure("timeout", repr(error))
         except httpx2.TransportError as error:
             return _Failure("refused", repr(error))
-        detail = f"status {response.status_code}: {response.text[:200]!r}"
-        if response.status_code == 200:
-            return self._parse(response) or _Failure("junk", detail)
-        if response.status_code in _RETRIED:
-            return _Failure("refused", detail, asked_pause_seconds=asked_pause(response))
-        if response.status_code in _ABOUT_THE_REQUEST:
+        except (ValueError, httpx2.DecodingError) as error:
+            return _Failure("junk", str(error))
+        detail = f"status {answer.status}: {answer.content[:200].decode(errors='replace')!r}"
+        if answer.status == 200:
+            return self._parse(answer) or _Failure("junk", detail)
+        if answer.status in _RETRIED:
+            return _Failure("refused", detail, asked_pause_seconds=asked_pause(answer))
+        if answer.status in _ABOUT_THE_REQUEST:
             return _Failure("refused", detail, is_final=True)
         raise SelectionError(
             f"endpoint {self._address()} answered {detail}; expected status 200; check "
@@ -231,27 +239,32 @@ class EndpointWriter:
             "max_tokens": self.settings.endpoint_max_tokens,
         }
 
-    def _parse(self, response: httpx2.Response) -> Draft | None:
+    def _parse(self, answer: Answer) -> Draft | None:
         """Return the draft of an answer, or None for junk."""
+        body = parse_json(answer.content, field=None)
         try:
-            choice = response.json()["choices"][0]
+            if isinstance(body, RecordError):
+                return None
+            choice = body["choices"][0]
             text = choice["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+            is_cut = choice.get("finish_reason") == "length"
+        except (KeyError, IndexError, TypeError, AttributeError):
             return None
         if not isinstance(text, str):
             return None
-        if choice.get("finish_reason") == "length":
-            return Draft(text.strip(), self._source, "truncated")
-        if self.renderer.think_open in text:
+        problem = "truncated" if is_cut else None
+        thought = text
+        if self.renderer.think_open in text and not is_cut:
             think = parse_think(text, self.renderer)
-            return Draft(think.text, self._source, think.problem)
-        return Draft(text.strip(), self._source, problem_of(text, self.renderer))
+            thought, problem = think.text, think.problem
+        problem = problem or problem_of(thought, self.renderer, self.markup)
+        return Draft(without_unusable(thought).strip(), self._source, problem)
 
 
-def asked_pause(response: httpx2.Response) -> float:
+def asked_pause(answer: Answer) -> float:
     """Return the seconds a server asks to wait (`Retry-After`, RFC 9110); 0 if it does not."""
-    text = response.headers.get("Retry-After", "").strip()
-    if text.isdigit():
+    text = answer.headers.get("Retry-After", "").strip()
+    if text.isdecimal() and text.isascii():
         return float(text)
     try:
         when = parsedate_to_datetime(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -11,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.data.chat import Renderer
-from twn_rl.data.record import Record
+from twn_rl.data.jsonl import parse_json
+from twn_rl.data.markup import KNOWN_MARKUP, Markup, unusable_in
+from twn_rl.data.record import Record, RecordError
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.whole_files import digest
@@ -27,16 +28,18 @@ class ListedDrafts:
 
     shard_size = 4096
 
-    def __init__(self, name: str, cots: Cots, renderer: Renderer) -> None:
+    def __init__(
+        self, name: str, cots: Cots, renderer: Renderer, markup: Markup = KNOWN_MARKUP
+    ) -> None:
         """Hold CoTs in their order; ids without any may be missing."""
-        self.name, self._cots, self._renderer = name, cots, renderer
+        self.name, self._cots, self._renderer, self._markup = name, cots, renderer, markup
         self.plan: dict[str, Any] = {"cots": digest(cots), "renderer": renderer.to_dict()}
 
     def write(self, records: Sequence[Record]) -> list[list[Draft]]:
-        """Return the listed drafts; blank ones and those with think markers have a problem."""
+        """Return the listed drafts; blank ones and those with markup have a problem."""
         return [
             [
-                Draft(cot, source, problem_of(cot, self._renderer))
+                Draft(cot, source, problem_of(cot, self._renderer, self._markup))
                 for source, cot in self._cots.get(record.id, [])
             ]
             for record in records
@@ -70,7 +73,7 @@ def read_draft_file(
             if not line.strip():
                 continue
             try:
-                row = _checked_row(json.loads(line))
+                row = _checked_row(parse_json(line, field=None))
             except ValueError as error:
                 skipped["bad_row"] += 1
                 problems.append(f"line {number}: {error}")
@@ -100,11 +103,16 @@ def read_draft_file(
 
 
 def _checked_row(row: Any) -> dict[str, Any]:
+    if isinstance(row, RecordError):
+        raise row
     if not isinstance(row, dict):
         raise ValueError(f"{type(row).__name__}, expected an object")
     wrong = [name for name in ("id", "cot") if not isinstance(row.get(name), str)]
     if wrong:
         raise ValueError(f"{wrong} missing or no string")
+    bad = unusable_in(row, "row")
+    if bad:
+        raise ValueError(f"{bad[0]} holds {bad[1]}, expected text without it")
     return row
 
 
@@ -149,6 +157,8 @@ class AdapterWriter:
     def write(self, records: Sequence[Record]) -> list[list[Draft]]:
         """Return the drafts about each record, malformed and truncated ones marked."""
         written: list[list[Draft]] = [[] for _ in records]
+        renderer = self.model.renderer
+        markup = self.model.backbone.markup(renderer)
         for start in range(0, len(records), self.batch_size):
             batch = records[start : start + self.batch_size]
             prompts = self.model.prepare(self.model.collate([record.query for record in batch]))
@@ -165,7 +175,9 @@ class AdapterWriter:
                 for row, completion in enumerate(ids):
                     think = self.model.think(completion)
                     source = f"{self.name}@{temperature:g}"
-                    draft = Draft(think.text, source, think.problem)
+                    # Letters can spell markup that its tokens could not write.
+                    problem = think.problem or problem_of(think.text, renderer, markup)
+                    draft = Draft(think.text, source, problem)
                     written[start + row // count].append(draft)
         return written
 
