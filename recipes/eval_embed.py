@@ -50,8 +50,9 @@ from twn_rl.launch.arguments import DataArguments, Split
 from twn_rl.launch.program import start
 from twn_rl.launch.report_facts import report_facts
 from twn_rl.launch.run_folder import save_run, set_up_logging
-from twn_rl.modeling.config import TwnConfig
+from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.model_card import write_card
 from twn_rl.recipes import eval_mmeb_v2
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.problems import Problems
@@ -174,6 +175,8 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
             )
             logger.info("Report: %s", output / "report.html")
         log_summary(before, after)
+        if output.parent == Path(script.model) and (output.parent / CONFIG_FILE).is_file():
+            write_card(script.model)
     join_processes().wait_for_everyone()
     return output
 

@@ -48,6 +48,7 @@ from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.modeling.gate_files import set_threshold
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -187,6 +188,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
             write_thresholds(path / FOLDER, found, rule.metric)
             write_text(path / FOLDER / "labels.md", label_tables(found))
             save_decision(model, path)
+            write_card(path)
             logger.info("Gate saved to %s", path)
         processes.wait_for_everyone()
     return path

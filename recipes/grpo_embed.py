@@ -28,7 +28,7 @@ from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.program import start
-from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
+from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_embed, sft_embed
@@ -142,6 +142,7 @@ def main(
                 model=str(output), before=script.warm_start, num_thoughts=2
             )
             eval_embed.main(evaluation, data)
+        publish(trainer, output)
     return output
 
 

@@ -26,7 +26,7 @@ from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.launch.program import start
-from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
+from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -93,6 +93,7 @@ def main(
 
         # Train and save
         train_and_save(trainer, output, script, model_args, data, training)
+        publish(trainer, output)
 
         # Check: from other queries' states the decoder must fail
         if not script.direct_only and script.check_records and data.has(script.check_split):  # pyright: ignore[reportArgumentType]

@@ -23,7 +23,7 @@ from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, Split
 from twn_rl.launch.program import start
-from twn_rl.launch.run_folder import owned_run, set_up_logging, train_and_save
+from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.problems import Problems
@@ -86,6 +86,7 @@ def main(
 
         # Train and save
         train_and_save(trainer, output, script, model_args, data, training)
+        publish(trainer, output)
     return output
 
 

@@ -1,6 +1,6 @@
 """Tiny random backbones of each family, built in code. Knows no expected values."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from hostile.table import PROPERTY, Tally, table_lines
+from huggingface_hub import constants
+from local_hub import LocalHub, running_hub
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -28,6 +30,7 @@ from transformers import (
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import hub as hub_of_transformers
 
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records, write_records
@@ -440,3 +443,16 @@ def records(tmp_path: Path) -> RecordSet:
     folder = tmp_path / "records"
     folder.mkdir()
     return picture_records(folder)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """Let everything that speaks to the hub speak to one on loopback, with an empty cache."""
+    with running_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hub_of_transformers, "_hf_api", None)  # remembers where the hub was
+        yield running

@@ -61,8 +61,6 @@ MISSING_METHODS = {
     "tokenize": "deprecated by them, and as `preprocess`",
     "save": "`save_pretrained`",
     "save_to_hub": "deprecated by them: `push_to_hub`",
-    "save_pretrained": "comes with the folder",
-    "push_to_hub": "comes with the folder",
     "set_pooling_include_prompt": "there is no pooling",
     "transformers_model": "`model.backbone.model`",
 }

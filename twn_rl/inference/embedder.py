@@ -141,13 +141,15 @@ class ThinkingEmbedder(ServedModel):
             access=access,
         )
         stored = read_settings(folder)
-        return cls(
+        embedder = cls(
             model.to(device),
             cot_cache_dir=cot_cache_dir,
             prompts={**stored.get("prompts", {}), **(prompts or {})},
             default_prompt_name=default_prompt_name or stored.get("default_prompt_name"),
             truncate_dim=truncate_dim or stored.get("truncate_dim"),
         )
+        embedder.source = folder
+        return embedder
 
     @takes(QueryOptions)
     def encode_query(self, inputs: Any, options: EncodeOptions) -> Any:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 import torch
@@ -18,32 +20,16 @@ from twn_rl.inference.inputs import InputRules
 from twn_rl.inference.options import EncodeOptions
 from twn_rl.inference.process_pool import EncodePool, start_pool
 from twn_rl.inference.vector_forms import as_float_rows
+from twn_rl.modeling.backbone_names import plain_name
 from twn_rl.modeling.limits import PromptLimits, prompt_room
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.model_card import CardNotes, write_card
+from twn_rl.modeling.publishing import push_folder
+from twn_rl.modeling.sentence_transformers_files import write_settings
 
 QUERY_PROMPTS = ("query",)
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 SIMILARITY = "cosine"
-
-
-@dataclass
-class CardNotes:
-    """What a model's card says beyond its folder.
-
-    Attributes:
-        base_model: The backbone, as the model's settings name it.
-        evaluations: Name of an evaluator of sentence-transformers -> what it found last.
-    """
-
-    base_model: str
-    evaluations: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def set_evaluation_metrics(
-        self, evaluator: Any, metrics: Mapping[str, Any], epoch: int = 0, step: int = 0
-    ) -> None:
-        """Note what an evaluator found; evaluators call it at their end."""
-        name = getattr(evaluator, "name", "") or type(evaluator).__name__
-        self.evaluations[name] = {key: float(value) for key, value in metrics.items()}
 
 
 class ServedModel:
@@ -54,7 +40,8 @@ class ServedModel:
         prompts: Name -> instruction for inputs that bring none; "" is no instruction.
         default_prompt_name: Which of them `encode` uses if it is given none.
         truncate_dim: How many numbers of a vector calls keep that do not say; None is all.
-        model_card_data: What evaluators found.
+        model_card_data: What the card says beyond the folder: licence, what evaluators found.
+        source: Folder the model was loaded from, whose run its card describes; None in memory.
     """
 
     def __init__(
@@ -68,7 +55,8 @@ class ServedModel:
         self.model = model
         self.prompts = {"query": "", "document": "", **(prompts or {})}
         self.default_prompt_name, self.truncate_dim = default_prompt_name, truncate_dim
-        self.model_card_data = CardNotes(model.config.backbone)
+        self.model_card_data = CardNotes(plain_name(model.config.backbone))
+        self.source: Path | None = None
         self._max_seq_length: int | None = None
         if default_prompt_name is not None:
             self._prompt(default_prompt_name)
@@ -228,6 +216,79 @@ class ServedModel:
     def stop_multi_process_pool(pool: EncodePool) -> None:
         """End the processes."""
         pool.stop()
+
+    def save_pretrained(
+        self,
+        path: str | Path,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: Sequence[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write the model with its prompts, as a folder that sentence-transformers loads, too.
+
+        Args:
+            path: Folder; created if needed.
+            model_name: What its card says to load it by; the folder's name if None.
+            create_model_card: Write `README.md`, unless somebody else's is there.
+            train_datasets: Names of what it was trained on, for the card.
+            safe_serialization: Always True: nothing else is written.
+
+        Raises:
+            ValueError: For `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError(
+                "safe_serialization = False; expected True: weights are written as safetensors "
+                "only; leave it out"
+            )
+        folder = Path(path)
+        self.model.save_pretrained(folder)
+        write_settings(folder, self.prompts, self.default_prompt_name, self.truncate_dim)
+        notes = self.model_card_data
+        if train_datasets:
+            notes = replace(notes, train_datasets=list(train_datasets))
+        if create_model_card:
+            write_card(folder, name=model_name, run=self.source, notes=notes)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        token: str | bool | None = None,
+        private: bool | None = None,
+        safe_serialization: bool = True,
+        commit_message: str | None = None,
+        local_model_path: str | Path | None = None,
+        exist_ok: bool = False,
+        replace_model_card: bool = False,
+        train_datasets: Sequence[str] | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the model and its card to the hub; return the address of the commit.
+
+        Arguments are those of `save_pretrained` and `twn_rl.modeling.publishing.push_folder`;
+        `local_model_path` is the folder of a model to upload instead of this one.
+
+        Raises:
+            OSError: If the hub refuses.
+        """
+        settings: dict[str, Any] = {
+            "commit_message": commit_message or "Add model",
+            "token": token,
+            "private": private,
+            "exist_ok": exist_ok,
+            "replace_model_card": replace_model_card,
+            "revision": revision,
+            "create_pr": create_pr,
+        }
+        if local_model_path is not None:
+            return push_folder(local_model_path, repo_id, **settings)
+        with TemporaryDirectory() as aside:
+            self.save_pretrained(
+                aside, repo_id, train_datasets=train_datasets, safe_serialization=safe_serialization
+            )
+            return push_folder(aside, repo_id, **settings)
 
     def evaluate(self, evaluator: Any, output_path: str | None = None) -> Any:
         """Return what one of sentence-transformers' evaluators finds, and note it for the card."""

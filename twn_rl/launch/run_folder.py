@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from twn_rl.launch.command_line import show_logs
+from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.processes import gather_objects, join_processes
 from twn_rl.runtime.whole_files import owned, write_json, write_text
 from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
@@ -88,6 +89,24 @@ def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
     logger.info("%s has trained; the model is in %s", type(trainer).__name__, output)
+
+
+def publish(trainer: Any, output: Path) -> None:
+    """Write the card of a run's model, and push both to the hub if the run was asked to.
+
+    Every process calls it, when the run is done.
+
+    Args:
+        trainer: Of any method.
+        output: Folder of the run.
+    """
+    processes = join_processes()
+    if processes.is_main_process:
+        is_pushed = trainer.args.push_to_hub
+        write_card(output, name=trainer.hub_model_id if is_pushed else None)
+        if is_pushed:
+            trainer.push_to_hub()
+    processes.wait_for_everyone()
 
 
 def _plain(arguments: Any) -> Any:

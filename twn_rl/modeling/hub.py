@@ -39,8 +39,8 @@ def model_folder(
 ) -> Path:
     """Return the folder of a model: `name` itself, or where files of the hub were put.
 
-    Only settings and safetensors are fetched, never code. A name whose first part is a folder here
-    is taken for a path, and the hub is not asked.
+    Only settings and safetensors are fetched, never code. A `Path`, and a name whose first part is
+    a folder here, is a path: the hub is not asked.
 
     Args:
         name: Folder, or "owner/name" on the hub.
@@ -51,13 +51,15 @@ def model_folder(
         FileNotFoundError: If the hub has no such model or revision, or cannot be asked.
     """
     path = Path(name)
-    if path.is_dir() or not _NAME.fullmatch(str(name)) or path.parent.is_dir():
+    if not isinstance(name, str) or path.is_dir() or path.parent.is_dir():
+        return path
+    if not _NAME.fullmatch(name):
         return path
     access = access or HubAccess()
     try:
         return Path(
             snapshot_download(
-                str(name),
+                name,
                 revision=revision,
                 allow_patterns=list(_FILES),
                 ignore_patterns=list(_CHECKPOINTS),
@@ -67,7 +69,7 @@ def model_folder(
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise FileNotFoundError(
-            f"{str(name)!r} is no folder here, and as a model of the hub"
+            f"{name!r} is no folder here, and as a model of the hub"
             f"{f' at revision {revision!r}' if revision else ''} it cannot be had: {reason[0]}; "
             "expected a folder written by save_pretrained or owner/name; check name, revision and "
             "token"

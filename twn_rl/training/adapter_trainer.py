@@ -14,11 +14,12 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import Trainer
 from transformers.integrations.deepspeed import set_hf_deepspeed_config
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from twn_rl.data.record import Record
 from twn_rl.modeling.checkpoint import load_weights, moments_bytes, stored_bytes
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.publishing import push_folder
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.processes import check_engaged, gather_objects, join_processes
 from twn_rl.runtime.whole_files import full_disk_told, read_json, write_json
@@ -173,8 +174,36 @@ class AdapterCheckpoints(Trainer):
         with full_disk_told(directory, stored_bytes(self.dual_model)):
             self._save(output_dir)
         join_processes().wait_for_everyone()  # what comes next may read it
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  (recipes call it)
+        self, commit_message: str = "End of training"
+    ) -> str | None:
+        """Upload the model in the run's folder and its card; nothing else of the run leaves it.
+
+        Recipes call it when they are done, evaluation included. The first process uploads.
+        """
+        return self._push(Path(self.args.output_dir), commit_message)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload a checkpoint's model while training goes on, unless only the end is asked for."""
+        if self.args.hub_strategy != HubStrategy.END:
+            self._push(Path(checkpoint_folder), f"Step {self.state.global_step}")
+
+    def _push(self, folder: Path, commit_message: str) -> str | None:
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        address = push_folder(
+            folder,
+            str(self.hub_model_id),
+            commit_message=commit_message,
+            token=self.args.hub_token,
+            private=self.args.hub_private_repo,
+            revision=self.args.hub_revision,
+        )
+        logger.info("%s is pushed: %s", folder, address)
+        return address
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None
