@@ -51,6 +51,7 @@ from twn_rl.launch.program import start
 from twn_rl.launch.report_facts import report_facts
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
+from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.model_card import write_card
 from twn_rl.recipes import eval_mmeb_v2
@@ -73,6 +74,7 @@ PLAIN_MODES = (
     *ABLATIONS,
 )
 GATE_MODES = ("auto", "random")
+JUDGE_MODE = "auto_better"
 LATENT_MODES = ("never", "latent")  # a latent model need not have learned to write
 POLICY_MODE = "policy"
 ROUTING_FILE = "routing.json"
@@ -126,7 +128,7 @@ class EvalScriptArguments:
         if self.modes is not None:
             problems.some_of(self, (*MODES, *ABLATIONS), "modes")
         problems.refuse("EvalScriptArguments", "correct the names")
-        users = {"gate_threshold": GATE_MODES, "policy_threshold": (POLICY_MODE,)}
+        users = {"gate_threshold": (*GATE_MODES, JUDGE_MODE), "policy_threshold": (POLICY_MODE,)}
         for name, modes in users.items():
             threshold = getattr(self, name)
             if threshold is None or self.modes is None or set(self.modes) & set(modes):
@@ -187,7 +189,7 @@ def measure(
     """Evaluate one model on every split."""
     model = DualLoraModel.from_pretrained(path).to(join_processes().device)
     if modes is None:
-        modes = default_modes(script, model.config)
+        modes = default_modes(script, model.config, has_judge=model.judge(QUERY_SIDE) is not None)
     return merge_evaluations(
         evaluate(
             model,
@@ -236,7 +238,9 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     return output
 
 
-def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, ...]:
+def default_modes(
+    script: EvalScriptArguments, config: TwnConfig, *, has_judge: bool = False
+) -> tuple[str, ...]:
     """Return every mode the model has; a threshold asks for a gate, so that a missing one shows.
 
     A model with reason tokens and without gate has learned latent thoughts only.
@@ -249,6 +253,7 @@ def default_modes(script: EvalScriptArguments, config: TwnConfig) -> tuple[str, 
         *PLAIN_MODES,
         *(("latent",) if config.num_reason_tokens else ()),
         *(GATE_MODES if has_gate else ()),
+        *((JUDGE_MODE,) if has_gate and has_judge else ()),
         *((POLICY_MODE,) if has_policy else ()),
     )
 
@@ -278,7 +283,7 @@ def log_summary(before: Evaluation | None, after: Evaluation) -> None:
     """Log hit@1 by group and mode of serving, before and after."""
     for key in sorted(after.metrics):
         parts = key.split("/")
-        served = ("never", "latent", "always", "auto", POLICY_MODE)
+        served = ("never", "latent", "always", "auto", JUDGE_MODE, POLICY_MODE)
         if parts[-1] == "hit@1" and parts[2] in served:
             old = before.metrics.get(key) if before else None
             was = "" if old is None else f" (before {100 * old:.1f})"

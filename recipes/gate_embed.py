@@ -27,9 +27,11 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import set_seed
 
 from twn_rl.evaluation.gate_threshold import (
@@ -47,6 +49,7 @@ from twn_rl.modeling.checkpoint import save_decision
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.modeling.gate_files import set_threshold
+from twn_rl.modeling.judge import Judge, fit_judge, judge_report
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.problems import Problems
@@ -107,6 +110,12 @@ class GateScriptArguments:
         default=None,
         metadata={"help": "Labels sigmoid((gain - margin) / this) instead of 1 and 0; null: off."},
     )
+    max_refused: float = field(
+        default=0.05,
+        metadata={
+            "help": "Share of helpful thoughts that keep='better' may refuse; the judge's level."
+        },
+    )
     rebuild_labels: bool = field(
         default=False,
         metadata={"help": "Measure anew what stored labels of others are in the way."},
@@ -127,6 +136,7 @@ class GateScriptArguments:
             f"lower_margin = {self.lower_margin}, expected <= margin {self.margin}",
         )
         problems.expect(self, "null or > 0", "soft_label_temperature")
+        problems.expect(self, "in (0, 1)", "max_refused")
         problems.refuse("GateScriptArguments", "change these")
 
     def label_settings(self) -> LabelSettings:
@@ -182,6 +192,8 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
                 train, validation = (labels[side, name] for name in records)
                 gate, found[side] = fit_side(script, rule, train, validation)
                 gate.fitted_to = Fingerprints(model).gate_origin
+                gate.judge = train_judge(script, train, validation)
+                found[side].metrics["judge"] = judged(gate, found[side], rule, validation)
                 model.gates[side] = gate
                 set_threshold(model.config, side, found[side].chosen.threshold)
                 log_choice(side, found[side], rule.metric)
@@ -229,6 +241,36 @@ def fit_side(
         "validation_labels": label_report(validation.rows, script.margin),
     }
     return gate, replace(found, metrics={**metrics, **found.metrics})
+
+
+def train_judge(
+    script: GateScriptArguments, train: GateLabels, validation: GateLabels
+) -> Judge | None:
+    """Return the judge of one side: helpful pairs of the one split, distances of the other."""
+    fit, held_out = (pairs_of(labels, labels.gains > 0) for labels in (train, validation))
+    return fit_judge(fit, held_out, max_refused=script.max_refused)
+
+
+def pairs_of(labels: GateLabels, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Return the states of some rows, (n, D) each, without and with the thought."""
+    return torch.from_numpy(labels.states[rows]), torch.from_numpy(labels.think_states[rows])
+
+
+def judged(
+    gate: Gate, found: ChosenThreshold, rule: ThresholdRule, labels: GateLabels
+) -> dict[str, Any]:
+    """Return how many thoughts are kept and what that does to the quality at the threshold."""
+    is_used = np.array([row["problem"] is None for row in labels.rows])
+    pairs = pairs_of(labels, is_used)
+    report = judge_report(gate.judge, pairs, torch.from_numpy(labels.gains[is_used]))
+    if gate.judge is None:
+        return report
+    is_kept = np.zeros(len(is_used), dtype=bool)
+    is_kept[is_used] = (gate.judge.plausibility(*pairs) > gate.judge.level).numpy()
+    probability = gate.probability(torch.from_numpy(labels.states)).numpy()
+    thinks = is_kept & (probability > found.chosen.threshold)
+    before, after = (quality(labels, mode, rule.metric) for mode in ("no_think", "think"))
+    return {**report, "quality_keep_better": float(np.where(thinks, after, before).mean())}
 
 
 def quality(labels: GateLabels, mode: str, metric: str) -> np.ndarray:

@@ -28,6 +28,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import Gate
+from twn_rl.modeling.judge import fit_judge
 from twn_rl.serving.app import create_app
 from twn_rl.serving.run import bind, make_server, run_server
 from twn_rl.serving.service import EmbeddingService
@@ -89,6 +90,11 @@ def _save_models(demo: Path) -> None:
         awaken(model)
         if name == "grpo":
             gate = Gate(model.hidden_size)
+            fit, held_out = (
+                torch.randn(2, 40, model.hidden_size),
+                torch.randn(2, 30, model.hidden_size),
+            )
+            gate.judge = fit_judge((fit[0], fit[1]), (held_out[0], held_out[1]))
             gate.fitted_to = Fingerprints(model).gate_origin
             model.gates["query"] = gate
             model.config.gate_threshold = 0.5

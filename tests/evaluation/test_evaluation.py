@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import picture
+from judged_model import TAUGHT, judged_model
 from torch import nn
 
 from twn_rl.data.record import Item, Record
@@ -26,6 +27,8 @@ from twn_rl.evaluation.modes import (
 )
 from twn_rl.evaluation.results import query_values, summarize
 from twn_rl.evaluation.retrieval_pools import CandidateScope, collect_candidates
+from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.modeling.gate import Gate
 from twn_rl.modeling.model import DualLoraModel
 
 WORDS = ("camel", "pizza", "zebra", "tree")
@@ -325,3 +328,42 @@ def test_merging_keeps_both_splits() -> None:
     merged = merge_evaluations(parts)
     assert set(merged.metrics) == {"test/all/never/mrr", "ood/all/never/mrr"}
     assert [row["split"] for row in merged.queries] == ["test", "ood"]
+
+
+def test_a_refused_thought_ranks_as_none_and_costs_as_one(
+    make_model: Callable[..., DualLoraModel],
+) -> None:
+    model = judged_model(make_model)
+    records = [
+        dataclasses.replace(record, query=Item(text=text))
+        for record, text in zip(make_records(), TAUGHT, strict=False)
+    ]
+    modes = ("never", "always", "auto", "auto_better")
+    found = evaluate(model, records, dataclasses.replace(QUIET, modes=modes, max_think_tokens=None))
+    rows = {mode: [row for row in found.queries if row["mode"] == mode] for mode in modes}
+    refused = [row["refused_rate"] for row in rows["auto_better"]]
+    assert refused[4] == 0.0, "what is no thought cannot be refused"
+    assert sum(refused) == 2.0
+    for judged, auto, never in zip(rows["auto_better"], rows["auto"], rows["never"], strict=True):
+        like = never if judged["refused_rate"] else auto
+        assert (judged["ranks"], judged["nearest"]) == (like["ranks"], like["nearest"])
+        paid = ("think_tokens", "think_rate", "seconds", "cot", "gate_probability", "problems")
+        assert [judged[name] for name in paid] == [auto[name] for name in paid]
+    assert found.metrics["test/all/auto_better/refused_rate"] == 0.4
+    # What is served is what is measured.
+    served = ThinkingEmbedder(model).encode_query(
+        [record.query for record in records], keep="better", return_details=True
+    )
+    assert [problems == ["implausible"] for problems in served.problems] == [
+        r == 1 for r in refused
+    ]
+
+    # Somebody who does not think is not judged, and a gate without judge cannot be asked.
+    nobody = dataclasses.replace(QUIET, modes=modes, max_think_tokens=None, gate_threshold=1.0)
+    rows = evaluate(model, records, nobody).queries
+    assert {row["refused_rate"] for row in rows if row["mode"] == "auto_better"} == {0.0}
+    gate = model.gates["query"]
+    assert isinstance(gate, Gate)
+    gate.judge = None
+    with pytest.raises(ValueError, match="without a judge"):
+        evaluate(model, records, nobody)

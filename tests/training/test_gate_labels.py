@@ -154,6 +154,8 @@ def test_states_are_the_read_out_before_normalisation(model, word_records, tmp_p
     batch = model.collate([example.item for example in examples])
     expected = model.read_out(model.read(model.prepare(batch)))
     torch.testing.assert_close(torch.from_numpy(labels.states), expected, atol=1e-4, rtol=1e-4)
+    is_unused = [row["problem"] is not None for row in labels.rows]
+    assert (labels.states == labels.think_states).all(axis=1).tolist() == is_unused
     assert not np.allclose(np.linalg.norm(labels.states, axis=1), 1.0)
 
 

@@ -55,6 +55,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "eval": ("eval_embed", "measure a model, on records or on a benchmark"),
     "probe": ("experiments.probe_cot", "ask whether vectors read their thoughts"),
     "probe-injection": ("experiments.probe_injection", "ask how far texts can steer a vector"),
+    "compare-checks": ("experiments.compare_checks", "ask what notices a thought of no use"),
     "ablate": ("experiments.ablate", "compare SFT only with SFT and GRPO over seeds"),
     "compare-methods": ("experiments.compare_methods", "compare ways to think over seeds"),
     "compare-selection": ("experiments.compare_selection", "compare what is taught over seeds"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, get_args
 
 from twn_rl.inference.encode_settings import EncodeSettings
+from twn_rl.inference.options import Keep
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "always", "never", "latent"),
         help="when to write a thought; if not given, queries: auto if something in the model "
         "decides, as a gate, else never; documents: never",
+    )
+    parser.add_argument(
+        "--keep",
+        choices=get_args(Keep),
+        default=off.keep,
+        help="better: leave out thoughts that the gate's judge finds implausible",
     )
     parser.add_argument("--think_rate", type=float, help="share of a shard that may think")
     parser.add_argument(
@@ -35,7 +42,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def encode_settings(arguments: argparse.Namespace, **settings: Any) -> EncodeSettings:
     """Return the settings that `add_model_arguments` and the command itself declared."""
-    names = ("think", "think_rate", "max_think_tokens", "batch_size", "shard_size", "dtype")
+    names = ("think", "think_rate", "keep", "max_think_tokens", "batch_size", "shard_size", "dtype")
     return EncodeSettings(**{name: getattr(arguments, name) for name in names}, **settings)
 
 

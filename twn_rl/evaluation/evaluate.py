@@ -18,6 +18,7 @@ from twn_rl.evaluation.modes import (
     WORDLESS_MODES,
     Thought,
     choose,
+    judge,
 )
 from twn_rl.evaluation.results import Evaluation, summarize
 from twn_rl.evaluation.retrieval_pools import collect_candidates, describe_item
@@ -25,6 +26,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import ThinkMode
 from twn_rl.metrics.ranking import TIE_TOLERANCE, positive_ranks
 from twn_rl.modeling.config import ThinkingDecision
+from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.model import DualLoraModel
 
 __all__ = ["EvaluationSettings", "evaluate"]
@@ -32,7 +34,7 @@ __all__ = ["EvaluationSettings", "evaluate"]
 NEAREST = 5
 # Who decides -> in which modes, first the one that does what it says.
 _DECIDERS: dict[ThinkingDecision, tuple[str, ...]] = {
-    "gate": ("auto", "random"),
+    "gate": ("auto", "auto_better", "random"),
     "policy": ("policy",),
 }
 
@@ -51,8 +53,8 @@ def evaluate(
 
     Raises:
         ValueError: For no records, an item that cannot be embedded, mode "auto" without gate or
-            threshold, mode "latent" without reason tokens, or mode "policy" of a model whose
-            policy does not decide.
+            threshold, mode "auto_better" without judge, mode "latent" without reason
+            tokens, or mode "policy" of a model whose policy does not decide.
     """
     settings = settings or EvaluationSettings()
     if not len(records):
@@ -83,6 +85,12 @@ class _Run:
                     "the modes auto and random"
                 )
             self.thresholds[decider] = threshold
+        self.judge = embedder.model.judge(QUERY_SIDE)
+        if self.judge is None and "auto_better" in settings.modes:
+            raise ValueError(
+                f"modes = {settings.modes} without a judge; expected a gate that was fitted with "
+                "one; fit it with recipes/gate_embed.py, or drop the mode auto_better"
+            )
         self.candidates = collect_candidates(records, scope=settings.candidates)
 
     def run(self) -> Evaluation:
@@ -212,5 +220,17 @@ class _Run:
             ]
             if decider == "gate":
                 rate = sum(thinks) / len(thinks)
+                rows["auto_better"] = self._judge_all(rows["auto"], never)
                 rows["random"] = [choose("random", *pair, rate) for pair in pairs]
         return rows
+
+    def _judge_all(
+        self, auto: list[dict[str, Any]], never: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Return the rows of the gate's decisions once the judge has seen the thoughts."""
+        if self.judge is None:
+            return []
+        said = [thoughts[0].plausibility for thoughts in self.vectors.queries["always"].thoughts]
+        is_refused = [chance is not None and not self.judge.keeps(chance) for chance in said]
+        rows = zip(auto, never, is_refused, strict=True)
+        return [judge(decided, without, is_refused=refused) for decided, without, refused in rows]

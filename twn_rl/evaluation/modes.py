@@ -3,7 +3,8 @@
 A mode gives each query a thought or leaves the query out. `never` and `always` are the two ways
 of serving, `latent` a third for models with reason tokens; `oracle` takes the better of the first
 two per query and is the ceiling of any gate; `auto` is what a gate chooses and `random` what chance
-would at the same rate, `policy` what a policy that learned to decide chooses by its first token;
+would at the same rate, `auto_better` what becomes of `auto` when its judge leaves implausible
+thoughts out, `policy` what a policy that learned to decide chooses by its first token;
 `sampled` averages over sampled thoughts, `averaged` embeds a query as the mean vector of its first
 1, 2, ... sampled thoughts. Targets never think, but for `never_to_thinking` and
 `always_to_thinking`, in which they always do.
@@ -27,6 +28,7 @@ MODES = (
     "always",
     "oracle",
     "auto",
+    "auto_better",
     "random",
     "policy",
     "sampled",
@@ -36,7 +38,7 @@ MODES = (
 # Modes in which nothing is written: no thoughts, no think tokens.
 WORDLESS_MODES = ("never", "latent")
 # Modes that choose between the two ways of serving, query by query.
-CHOOSING_MODES = ("oracle", "auto", "random", "policy")
+CHOOSING_MODES = ("oracle", "auto", "auto_better", "random", "policy")
 ABLATIONS = ("gold", "shuffled", "foreign", "empty", "truncated")
 # Ablations made of the model's own thoughts.
 BORROWING_MODES = ("shuffled", "foreign", "truncated")
@@ -46,6 +48,7 @@ MODE_NAMES = {
     "latent": "latent thoughts",
     "always": "own thoughts",
     "auto": "gate decides",
+    "auto_better": "gate decides, judge checks",
     "random": "chance decides",
     "policy": "policy decides",
     "oracle": "oracle",
@@ -79,12 +82,14 @@ class Thought:
         text: The chain of thought to show.
         think_tokens: Tokens the model wrote for it, end of turn not counted.
         problem: Why the thought was not used ("truncated", "no_open", ...); None if it was.
+        plausibility: What the judge says of it; None without one, or if it was not used.
     """
 
     content: GivenThought | None = None
     text: str = ""
     think_tokens: int = 0
     problem: str | None = None
+    plausibility: float | None = None
 
 
 NO_THOUGHT = Thought()
@@ -92,11 +97,12 @@ NO_THOUGHT = Thought()
 
 def written_thoughts(details: EncodeDetails) -> list[list[Thought]]:
     """Return the thoughts a model wrote about each query; those left out have no content."""
-    rows = zip(details.thought_ids, details.thoughts, details.problems, strict=True)
+    columns = details.thought_ids, details.thoughts, details.problems, details.plausibilities
+    rows = zip(*columns, strict=True)
     return [
         [
-            Thought(tuple(ids) if problem is None else None, text, len(ids), problem)
-            for ids, text, problem in zip(*row, strict=True)
+            Thought(tuple(ids) if problem is None else None, text, len(ids), problem, plausibility)
+            for ids, text, problem, plausibility in zip(*row, strict=True)
         ]
         for row in rows
     ]
@@ -142,6 +148,22 @@ def choose(
         for key in ("ranks", "think_tokens", "problems"):
             row[key] = [never[key][0], always[key][0]]
         row["weights"] = [1.0 - chance, chance]
+    return row
+
+
+def judge(auto: Mapping[str, Any], never: Mapping[str, Any], *, is_refused: bool) -> dict[str, Any]:
+    """Return the row of a query whose thought, if it has one, was judged.
+
+    A thought that is refused has been paid for all the same.
+
+    Args:
+        auto: Row with the gate's decision.
+        never: Row without thinking.
+        is_refused: Whether the thought is left out.
+    """
+    row = {**auto, "mode": "auto_better", "refused_rate": 0.0}
+    if is_refused and auto["think_rate"]:
+        row |= {"ranks": never["ranks"], "nearest": never["nearest"], "refused_rate": 1.0}
     return row
 
 

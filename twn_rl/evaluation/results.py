@@ -29,7 +29,7 @@ class Evaluation:
         metrics: Flat, `<split>/<group>/<mode>/<metric>`; groups are `all`, tasks and hops.
         queries: Rows with `split, id, task, hop, mode, ranks, cot, think_tokens, problems,
             nearest, positive, query, think_rate, seconds`, and by mode `gate_probability,
-            policy_probability, weights`.
+            policy_probability, refused_rate, weights`.
         targets: Target key -> `instruction, text, images`.
     """
 
@@ -103,7 +103,8 @@ def query_values(row: Mapping[str, Any]) -> dict[str, float]:
         "truncated_ratio": mean([problem == "truncated" for problem in problems]),
         "malformed_ratio": mean([problem is not None for problem in problems]),
     }
-    return metrics | {key: float(row[key]) for key in ("think_rate", "seconds") if key in row}
+    own = ("think_rate", "refused_rate", "seconds")
+    return metrics | {key: float(row[key]) for key in own if key in row}
 
 
 def summarize(

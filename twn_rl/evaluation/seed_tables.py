@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 GROUPS = ("hop0", "hop1", "hop2", "hop3", "all")
-MODES = ("never", "always", "auto", "policy", "sampled", "gold")
+MODES = ("never", "always", "auto", "auto_better", "policy", "sampled", "gold")
 # What thinking costs: metric -> modes in which the numbers are not the same for every arm.
 COST_MODES = {
     "think_tokens": ("always", "auto", "policy", "sampled"),

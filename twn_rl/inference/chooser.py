@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from torch import Tensor
 
-from twn_rl.inference.options import EncodeOptions, GivenThought, Side
+from twn_rl.inference.options import EncodeOptions, GivenThought, Keep, Side
 from twn_rl.modeling.gate import THRESHOLD_FIELDS, Gate
+from twn_rl.modeling.judge import Judge
 from twn_rl.modeling.model import DualLoraModel
 
 
@@ -23,12 +24,16 @@ class Chooser:
         gate: No-think states (N, D) -> probabilities (N,); None with no entries asks the policy.
         threshold: Probability above which to think; unused with a rate.
         is_latent: Vectors without a written thought have a latent one.
+        judge: Says how plausible thoughts are; None where the side has none.
+        keep: Whether what it says counts, see `EncodeOptions`.
     """
 
     entries: Sequence[bool | GivenThought] | None = None
     gate: Callable[[Tensor], Tensor] | None = None
     threshold: float | None = None
     is_latent: bool = False
+    judge: Judge | None = None
+    keep: Keep = "thought"
 
     @property
     def is_policy(self) -> bool:
@@ -52,6 +57,22 @@ def make_chooser(model: DualLoraModel, side: Side, options: EncodeOptions, count
     """
     if side not in THRESHOLD_FIELDS:
         raise ValueError(f"side = {side!r}; expected one of {tuple(THRESHOLD_FIELDS)}; correct it")
+    judge = _judge(model, side, options)
+    return replace(_chooser(model, side, options, count), judge=judge, keep=options.keep)
+
+
+def _judge(model: DualLoraModel, side: Side, options: EncodeOptions) -> Judge | None:
+    """Return the judge of one side, if it has one; `keep` = "better" needs it."""
+    judge = model.judge(side)
+    if judge is None and options.keep == "better":
+        raise ValueError(
+            f"keep = 'better' but the model has no judge of {side} thoughts; expected a gate that "
+            "was fitted with one; run recipes/gate_embed.py on this checkpoint, or leave keep out"
+        )
+    return judge
+
+
+def _chooser(model: DualLoraModel, side: Side, options: EncodeOptions, count: int) -> Chooser:
     entries = options.per_input(count)
     is_latent = side == "document" and model.config.latent_documents
     if isinstance(options.think, str) and options.think == "latent":

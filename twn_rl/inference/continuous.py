@@ -22,7 +22,8 @@ from twn_rl.inference.batches import collate_usable
 from twn_rl.inference.chooser import Chooser
 from twn_rl.inference.inputs import InputError
 from twn_rl.inference.job import Job
-from twn_rl.inference.thought_pool import NOT_FINITE, Chunk, merge_chunks, written_thought
+from twn_rl.inference.thought import note_states, written_thought
+from twn_rl.inference.thought_pool import Chunk, merge_chunks
 from twn_rl.modeling.decoding import Writing
 from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.kv_prefix import Prefix, merge
@@ -318,12 +319,19 @@ class ContinuousPass:
             prefix = merge([t.chunk.prefix.select([t.row]) for t in usable])
             states = self.model.read_out(prefix, [t.job.thought_ids for t in usable])
             for thinker, state in zip(usable, states.float().cpu(), strict=True):
-                if torch.isfinite(state).all():
-                    thinker.job.state = state.numpy()
-                elif thinker.job.thought is not None:
-                    thinker.job.thought.problem = NOT_FINITE
+                _note(thinker.job, state)
         for thinker in thinkers:
             self._finish(thinker.job)
+
+
+def _note(job: Job, state: Tensor) -> None:
+    """Take over the state (D,) with the thought, if that is used."""
+    assert job.thought is not None
+    assert job.no_think_state is not None
+    without, chooser = torch.from_numpy(job.no_think_state)[None], job.chooser
+    note_states([job.thought], state[None], without, judge=chooser.judge, keep=chooser.keep)
+    if job.thought.state is not None:
+        job.state = job.thought.state.numpy()
 
 
 def _problem(chooser: Chooser, state: Tensor, probability: float | None) -> str | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from twn_rl.inference.inputs import InputError
 from twn_rl.inference.options import EncodeOptions
+from twn_rl.inference.thought import IMPLAUSIBLE
 from twn_rl.inference.vector_forms import in_form
 
 logger = logging.getLogger(__name__)
@@ -32,7 +33,10 @@ class EncodeDetails:
             that closes a thought: it is not embedded.
         thought_embeddings: Vectors (n, D) with each of its n thoughts alone, in the form of
             `embeddings`; the no-think vector for one that was left out.
-        problems: Beside each thought None, or why it was left out ("truncated", "no_open", ...).
+        problems: Beside each thought None, or why it was left out ("truncated", "no_open",
+            "implausible", ...).
+        plausibilities: Beside each thought how plausible the judge finds it, in (0, 1]; None
+            without a judge, and of a thought that was left out before.
         think_tokens: Tokens written for all thoughts of each input, end of turn not counted.
         gate_probabilities: What the gate said of each input; None where it was not asked.
         policy_probabilities: How likely the policy was to open a thought about each input; None
@@ -52,6 +56,7 @@ class EncodeDetails:
     thought_ids: list[list[list[int]]]
     thought_embeddings: list[Any]
     problems: list[list[str | None]]
+    plausibilities: list[list[float | None]]
     think_tokens: list[int]
     gate_probabilities: list[float | None]
     policy_probabilities: list[float | None]
@@ -72,6 +77,7 @@ class EncodeDetails:
             thought_ids=[[] for _ in range(count)],
             thought_embeddings=[],
             problems=[[] for _ in range(count)],
+            plausibilities=[[] for _ in range(count)],
             think_tokens=[0] * count,
             gate_probabilities=[None] * count,
             policy_probabilities=[None] * count,
@@ -118,8 +124,11 @@ class EncodeDetails:
 
     def log(self) -> None:
         """Warn once of each kind of thing that went another way than asked for."""
-        left_out = sum(problem is not None for row in self.problems for problem in row)
-        total = sum(len(row) for row in self.problems)
+        problems = [problem for row in self.problems for problem in row if problem is not None]
+        judged, total = problems.count(IMPLAUSIBLE), sum(len(row) for row in self.problems)
+        left_out = len(problems) - judged
+        if judged:
+            logger.info("%d of %d thoughts were implausible and left out", judged, total)
         if left_out:
             logger.warning(
                 "%d of %d thoughts were truncated or malformed and left out; %d inputs keep their "
@@ -146,6 +155,7 @@ _PER_INPUT = (
     "thoughts",
     "thought_ids",
     "problems",
+    "plausibilities",
     "think_tokens",
     "gate_probabilities",
     "policy_probabilities",

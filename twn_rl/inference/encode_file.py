@@ -106,13 +106,19 @@ def encode_file(
     plan = {
         "model": dict(
             model_fingerprints
-            or fingerprints(embedder.model, source.side, settings.think_mode(source.side))
+            or fingerprints(
+                embedder.model,
+                source.side,
+                settings.think_mode(source.side),
+                is_judged=settings.keep == "better",
+            )
         ),
         "settings": {
             "side": source.side,
             "think": settings.think_mode(source.side),
             "think_rate": settings.think_rate,
             "think_threshold": settings.think_threshold,
+            **({} if settings.keep == "thought" else {"keep": settings.keep}),
             "max_think_tokens": settings.max_think_tokens,
             "shard_size": settings.shard_size,
             "dtype": settings.dtype,
@@ -132,7 +138,9 @@ def encode_file(
     return report
 
 
-def fingerprints(model: DualLoraInference, side: Side, think: ThinkMode) -> dict[str, str | None]:
+def fingerprints(
+    model: DualLoraInference, side: Side, think: ThinkMode, *, is_judged: bool = False
+) -> dict[str, str | None]:
     """Return what tells models apart: `space`, who embeds, and `thinker`, who decides and thinks.
 
     Vectors of one space can be compared, whoever wrote the thoughts. If nothing is written
@@ -143,11 +151,12 @@ def fingerprints(model: DualLoraInference, side: Side, think: ThinkMode) -> dict
         model: A `DualLoraModel`.
         side: Whose gate decides.
         think: When it thinks.
+        is_judged: Whether its judge may leave thoughts out.
     """
     found = Fingerprints(model)
     thinker = None
     if think not in ("never", "latent"):
-        decision = found.decision(side) if think == "auto" else None
+        decision = found.decision(side) if think == "auto" or is_judged else None
         thinker = digest([found.thoughts, model.config.max_think_tokens, decision])
     return {"space": found.vectors, "thinker": thinker}
 
@@ -216,6 +225,7 @@ def _encode_shard(
             max_think_tokens=settings.max_think_tokens,
             think_rate=settings.think_rate,
             think_threshold=settings.think_threshold,
+            keep=settings.keep,
             on_bad_input="skip",
             show_progress_bar=False,
             return_details=True,

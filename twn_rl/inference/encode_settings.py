@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from twn_rl.inference.item_rows import Side
-from twn_rl.inference.options import ThinkMode
+from twn_rl.inference.options import Keep, ThinkMode
 from twn_rl.runtime.problems import Problems
 
 
@@ -18,6 +18,7 @@ class EncodeSettings:
             model has a gate, a policy that decides or reason tokens, else "never".
         think_rate: Share of the items of a shard that may think, in [0, 1]; None is off.
         think_threshold: Gate probability above which to think, in [0, 1]; None is the model's.
+        keep: "better" leaves out thoughts that the gate's judge finds implausible.
         max_think_tokens: Budget of one thought; None is the model's.
         batch_size: Items per forward pass. It may change between runs, as after a full memory.
         shard_size: Rows between two writes; a kill loses at most these.
@@ -28,6 +29,7 @@ class EncodeSettings:
     think: ThinkMode | None = None
     think_rate: float | None = None
     think_threshold: float | None = None
+    keep: Keep = "thought"
     max_think_tokens: int | None = None
     batch_size: int = 32
     shard_size: int = 1024
@@ -41,6 +43,7 @@ class EncodeSettings:
         problems.unless(
             self.think in modes, f"think = {self.think!r}, expected one of {modes[:-1]} or none"
         )
+        problems.one_of(self, get_args(Keep), "keep")
         problems.expect(self, "in [0, 1] or None", "think_rate", "think_threshold")
         problems.expect(self, "None or >= 1", "max_think_tokens")
         problems.expect(self, ">= 1", "batch_size", "shard_size")

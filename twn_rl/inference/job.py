@@ -12,7 +12,7 @@ from PIL import Image
 
 from twn_rl.data.record import Item
 from twn_rl.inference.chooser import Chooser
-from twn_rl.inference.thought_pool import Thought
+from twn_rl.inference.thought import Thought
 
 
 @dataclass(eq=False)

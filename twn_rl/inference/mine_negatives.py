@@ -235,7 +235,9 @@ def mine_file(
         return open_vectors(path)
 
     queries = embed("query", encoding)
-    candidates = embed("document", replace(encoding, think="never", think_rate=None))
+    candidates = embed(
+        "document", replace(encoding, think="never", think_rate=None, keep="thought")
+    )
     report = MiningReport(len(records), left_out=sum(records.skipped.values()))
     chosen = _mine(plan, queries, candidates, settings, report, show_progress_bar)
     items = plan.items({int(row) for rows in chosen.values() for row in rows})

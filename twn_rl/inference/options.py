@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 ThinkMode = Literal["auto", "always", "never", "latent"]
 Side = Literal["query", "document"]
+# What becomes of a usable thought: it is used, or the judge says whether it is.
+Keep = Literal["thought", "better"]
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 # The text of a thought without markers, or the token ids of one with them.
 GivenThought = str | Sequence[int]
@@ -66,6 +68,8 @@ class EncodeOptions:
             then depends on the other inputs of the call.
         think_threshold: With "auto", think above this probability; None takes the model's. With 1
             nobody thinks, and the details still hold the probabilities.
+        keep: "better" asks the gate's judge about each usable thought: one that is not like those
+            that helped is left out, and the input keeps its no-think vector. "thought" uses it.
         max_think_tokens: Longest thought in tokens; None takes the model's. Longer thoughts count
             as truncated and leave the no-think vector.
         do_sample: Sample thoughts instead of taking the likeliest tokens.
@@ -99,6 +103,7 @@ class EncodeOptions:
     think_decision: ThinkingDecision | None = None
     think_rate: float | None = None
     think_threshold: float | None = None
+    keep: Keep = "thought"
     max_think_tokens: int | None = None
     do_sample: bool = False
     temperature: float = 1.0
@@ -136,6 +141,12 @@ class EncodeOptions:
                 f"{name} = {value!r:.80}, expected a text or None",
             )
         problems.one_of(self, (None, *get_args(ThinkingDecision)), "think_decision")
+        problems.one_of(self, get_args(Keep), "keep")
+        problems.unless(
+            self.keep == "thought" or str(self.think) not in ("never", "latent"),
+            f"keep = {self.keep!r} where nothing is written, expected it with think='auto', "
+            "'always' or a list",
+        )
         problems.one_of(self, (None, *get_args(Precision)), "precision")
         problems.one_of(self, ("sentence_embedding", None), "output_value")
         problems.one_of(self, ("raise", "skip"), "on_bad_input")

@@ -12,12 +12,13 @@ from torch import Tensor
 from twn_rl.inference.details import Ledger, timed
 from twn_rl.inference.inputs import InputError
 from twn_rl.inference.options import EncodeOptions, GivenThought
+from twn_rl.inference.thought import Thought, note_states, written_thought
 from twn_rl.inference.thought_cache import CotCache, cache_key
+from twn_rl.modeling.judge import Judge
 from twn_rl.modeling.kv_prefix import Prefix, merge, prefix_bytes
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.prompt_features import Prompts, merge_prompts
 
-NOT_FINITE = "not_finite"  # one more problem beside those of `Think`
 _SAMPLING = ("temperature", "top_p", "num_thoughts")
 
 
@@ -82,33 +83,6 @@ def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
     )
 
 
-@dataclass
-class Thought:
-    """One thought of an input.
-
-    Attributes:
-        ids: What is embedded of it, end of turn left out.
-        text: Its text, also of one that is not used.
-        problem: Why it is not used; None if it is.
-        written_tokens: Tokens the model wrote for it, end of turn not counted.
-        state: (D,) once it has been read out.
-    """
-
-    ids: list[int]
-    text: str
-    problem: str | None = None
-    written_tokens: int = 0
-    state: Tensor | None = None
-
-
-def written_thought(model: DualLoraModel, ids: Sequence[int]) -> Thought:
-    """Return the thought in a completion that the model wrote."""
-    think, eos = model.think(ids), model.backbone.eos_token_id
-    written = [token for token in ids if token != eos]
-    embedded = model.until_close(written) if think.is_complete else written
-    return Thought(embedded, think.text, think.problem, written_tokens=len(written))
-
-
 class ThoughtPool:
     """Collects rows that are to think until there are enough of them to write together."""
 
@@ -119,11 +93,15 @@ class ThoughtPool:
         ledger: Ledger,
         *,
         given: Mapping[int, GivenThought],
+        judge: Judge | None = None,
         cache: ThoughtCache | None = None,
     ) -> None:
-        """Write thoughts of `model`, or read `given` ones, by position; leave all in `ledger`."""
+        """Write thoughts of `model`, or read `given` ones, by position; leave all in `ledger`.
+
+        The judge, if there is one, says how plausible each is; `options.keep` makes that count.
+        """
         self.model, self.options, self.ledger, self.cache = model, options, ledger, cache
-        self.given = given
+        self.given, self.judge = given, judge
         self.budget = options.max_think_tokens or model.config.max_think_tokens
         self.capacity = max(1, options.batch_size // options.num_thoughts)
         self.waiting: list[Chunk] = []
@@ -236,15 +214,14 @@ class ThoughtPool:
         usable = [(row, thought) for row, thought in flat if thought.problem is None]
         with timed("read_out", positions, [self.ledger]):
             states = self._states(prefix, usable)
-        for (_, thought), state in zip(usable, states, strict=True):
-            if torch.isfinite(state).all():
-                thought.state = state
-            else:
-                thought.problem = NOT_FINITE
+            without = torch.from_numpy(no_think[[row for row, _ in usable]])
+            read, keep = [thought for _, thought in usable], self.options.keep
+            note_states(read, states, without, judge=self.judge, keep=keep)
         for position, own, without in zip(positions, thoughts, no_think, strict=True):
             details.thoughts[position] += [thought.text for thought in own]
             details.thought_ids[position] += [thought.ids for thought in own]
             details.problems[position] += [thought.problem for thought in own]
+            details.plausibilities[position] += [thought.plausibility for thought in own]
             details.think_tokens[position] += sum(thought.written_tokens for thought in own)
             if self.options.return_details:
                 self.ledger.thought_states[position] += [

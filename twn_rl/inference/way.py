@@ -48,7 +48,9 @@ class Way:
             details.policy_probabilities if chooser.is_policy else details.gate_probabilities
         )
         given = {position: entry for position, entry in entries if not isinstance(entry, bool)}
-        self.pool = ThoughtPool(model, options, ledger, given=given, cache=cache)
+        self.pool = ThoughtPool(
+            model, options, ledger, given=given, judge=chooser.judge, cache=cache
+        )
         self.shortlist: Shortlist[Chunk | None] | None = None
         if options.think_rate is not None:
             # 0.29 * 100 is a little less than 29 in floating point; the summand keeps that one.

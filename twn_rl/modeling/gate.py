@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twn_rl.metrics.calibration import expected_calibration_error, roc_auc
+from twn_rl.modeling.judge import Judge
 from twn_rl.runtime.problems import Problems
 
 logger = logging.getLogger(__name__)
@@ -30,12 +31,14 @@ class Gate(nn.Module):
         width: Width D of the states it reads.
         hidden_size: Width of the hidden layer.
         fitted_to: What it was fitted to, see `Fingerprints.gate_origin`; empty if unknown.
+        judge: Judges the thoughts of those that thought; None where none was fitted.
     """
 
     def __init__(self, width: int, hidden_size: int = 256) -> None:
         super().__init__()
         self.width, self.hidden_size = width, hidden_size
         self.fitted_to: dict[str, str] = {}
+        self.judge: Judge | None = None
         # With so small an epsilon the scale of a state does not matter: a unit vector does as well.
         self.norm = nn.LayerNorm(width, eps=1e-12, dtype=torch.float32)
         self.hidden = nn.Linear(width, hidden_size, dtype=torch.float32)

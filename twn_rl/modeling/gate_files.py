@@ -1,7 +1,7 @@
 """Gates beside a checkpoint: writing, reading back, refusing those of another model.
 
-`gate.safetensors` holds the tensors of every side, prefixed by it; what they were fitted to
-(`Fingerprints.gate_origin`) is in the file's metadata.
+`gate.safetensors` holds the tensors of every side, prefixed by it, those of its judge among them;
+what they were fitted to (`Fingerprints.gate_origin`) is in the file's metadata.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, THRESHOLD_FIELDS, Gate
 from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.modeling.judge import Judge
 from twn_rl.modeling.tensor_files import read_tensors
 from twn_rl.runtime.whole_files import written_aside
 
@@ -64,6 +65,9 @@ def save_gates(model: DualLoraInference, path: str | Path) -> None:
         "backbone": plain_name(model.config.backbone),
         "hidden_size": str(model.hidden_size),
         "sides": json.dumps({side: gate.hidden_size for side, gate in gates.items()}),
+        "judges": json.dumps(
+            {side: gate.judge.sizes for side, gate in gates.items() if gate.judge}
+        ),
         **next(gate.fitted_to for gate in gates.values()),
     }
     with written_aside(target) as aside:
@@ -91,6 +95,8 @@ def load_gates(model: DualLoraInference, path: str | Path, file: Path) -> None:
     _check_origin(file, metadata, model, now)
     sides: dict[str, int] = json.loads(metadata["sides"])
     gates = {side: Gate(model.hidden_size, size) for side, size in sides.items()}
+    for side, sizes in json.loads(metadata.get("judges", "{}")).items():
+        gates[side].judge = Judge(model.hidden_size, *sizes)
     fitting = torch.nn.ModuleDict(gates)
     remedy = f"delete the file and {_refit(path)}"
     check_fit(file, "its gates", tensors, fitting.state_dict(), remedy, dtype=torch.float32)

@@ -25,6 +25,8 @@ from twn_rl.modeling.collator import (
 )
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.decoding import Decoding, decode, dice
+from twn_rl.modeling.gate import Gate
+from twn_rl.modeling.judge import Judge
 from twn_rl.modeling.kv_prefix import Prefix, read_rows, read_tail
 from twn_rl.modeling.limits import LimitCounts, PromptLimits, settle_limits
 from twn_rl.modeling.prompt_features import Prompts, prepare_prompts
@@ -110,6 +112,11 @@ class DualLoraInference(nn.Module):
     def think_open_ids(self) -> list[int]:
         """Ids a thought opens with; the first of them is the decision to think."""
         return self.completion_ids(self.renderer.think_open)
+
+    def judge(self, side: str) -> Judge | None:
+        """Return what judges the thoughts of one side; None if its gate has no judge."""
+        gate = dict(self.gates.items()).get(side)
+        return gate.judge if isinstance(gate, Gate) else None
 
     @property
     def is_policy_deciding(self) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from twn_rl.inference.options import Side, ThinkMode
+from twn_rl.inference.options import Keep, Side, ThinkMode
 from twn_rl.serving.errors import ServiceError
 from twn_rl.serving.received import Received, received_messages
 from twn_rl.serving.service import Wish
@@ -21,6 +21,7 @@ class ThinkFields(BaseModel):
             think, unless `think` says so: one space serves both.
         think: "auto", "always", "never" or "latent".
         think_threshold: With auto, think above this probability instead of the model's threshold.
+        keep: "better" leaves out thoughts that the gate's judge finds implausible.
         max_think_tokens: Longest thought.
         return_thoughts: Return the texts of thoughts, too.
     """
@@ -31,6 +32,7 @@ class ThinkFields(BaseModel):
     input_type: Side | None = None
     think: ThinkMode | None = None
     think_threshold: float | None = Field(default=None, ge=0, le=1)
+    keep: Keep = "thought"
     max_think_tokens: int | None = Field(default=None, ge=1)
     return_thoughts: bool = False
 
@@ -59,7 +61,8 @@ class ThinkFields(BaseModel):
         think = self.think
         if think is None and self.input_type is None:
             think = "never" if self.think_threshold is None else "auto"
-        return Wish(self.input_type, think, self.think_threshold, self.max_think_tokens)
+        limit = self.max_think_tokens
+        return Wish(self.input_type, think, self.think_threshold, self.keep, limit)
 
 
 class EmbeddingRequest(ThinkFields):

@@ -21,7 +21,7 @@ from twn_rl.inference.continuous import ContinuousPass
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.inputs import InputError, InputRules
 from twn_rl.inference.job import Job
-from twn_rl.inference.options import EncodeOptions, Side, ThinkMode
+from twn_rl.inference.options import EncodeOptions, Keep, Side, ThinkMode
 from twn_rl.inference.served_model import DOCUMENT_PROMPTS, QUERY_PROMPTS
 from twn_rl.serving.admission import Admission
 from twn_rl.serving.engine import Engine, EngineStoppedError
@@ -41,12 +41,14 @@ class Wish:
         input_type: Whose gate is asked, and with whose prompt; None is a query without a prompt.
         think: When to think; None is "auto" for queries where the model can decide, else "never".
         think_threshold: With auto, think above this probability; None is the model's.
+        keep: "better" leaves out thoughts that the gate's judge finds implausible.
         max_think_tokens: Longest thought; None is the model's.
     """
 
     input_type: Side | None = None
     think: ThinkMode | None = None
     think_threshold: float | None = None
+    keep: Keep = "thought"
     max_think_tokens: int | None = None
 
     @property
@@ -157,7 +159,9 @@ class EmbeddingService:
                 param="max_think_tokens",
             )
         try:
-            options = EncodeOptions(think=self.mode(wish), think_threshold=wish.think_threshold)
+            options = EncodeOptions(
+                think=self.mode(wish), think_threshold=wish.think_threshold, keep=wish.keep
+            )
             chooser = make_chooser(self.embedder.model, wish.side, options, 1)
             self.embedder.prompt_limits(wish.max_think_tokens)  # some room must be left
         except ValueError as error:

@@ -1,7 +1,7 @@
 """Gate labels: what thinking changed for each input, on disk and as classes; knows no model.
 
 A folder holds `plan.json` (what the labels are about), one Parquet file a shard with every measured
-quantity of its inputs, and one `.npy` file a shard with their no-think states.
+quantity of its inputs, and one `.npy` file a shard with their states without and with the thought.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ with extra("train"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-LABEL_FORMAT = 1
+LABEL_FORMAT = 2
 IGNORED = -1
 
 SCHEMA = pa.schema(
@@ -62,11 +62,22 @@ class GateLabels:
         rows: One dict an input, with the fields of `SCHEMA`. Losses are in nats, means over the
             partners; `gain` = `no_think_loss` - `think_loss`; `problem` says why a thought could
             not be used, and the input then counts as not having thought.
-        states: (N, D) float32 no-think states before normalisation.
+        both_states: (N, 2D) float32 states before normalisation, without and then with the thought;
+            both halves are equal where no thought could be used.
     """
 
     rows: list[dict[str, Any]]
-    states: NDArray[np.float32]
+    both_states: NDArray[np.float32]
+
+    @property
+    def states(self) -> NDArray[np.float32]:
+        """No-think states, (N, D)."""
+        return self.both_states[:, : self.both_states.shape[1] // 2]
+
+    @property
+    def think_states(self) -> NDArray[np.float32]:
+        """States with the thought, (N, D)."""
+        return self.both_states[:, self.both_states.shape[1] // 2 :]
 
     @property
     def gains(self) -> NDArray[np.float64]:

@@ -195,7 +195,7 @@ class _Gauge:
     def measure(
         self, examples: Sequence[GateExample], progress: Progress
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """Return one row an example, and the no-think states (N, D)."""
+        """Return one row an example, and the states (N, 2D) without and with its thought."""
         # A batch is as long as its longest prompt; pictures decide before words.
         order = sorted(range(len(examples)), key=lambda i: _size(examples[i].item))
         no_think = torch.empty(len(examples), self.model.hidden_size)
@@ -213,7 +213,7 @@ class _Gauge:
             _row(example, thought, before, after)
             for example, thought, before, after in zip(examples, thoughts, *measured, strict=True)
         ]
-        return labelled, no_think.numpy()
+        return labelled, torch.cat([no_think, think], dim=1).numpy()
 
     def _read(self, items: Sequence[Item]) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
         """Return states (n, D) without and with each input's own thought, and the thoughts."""

@@ -7,7 +7,7 @@ from typing import Any
 from twn_rl.evaluation.modes import MODE_NAMES, THINKING_TARGETS, mode_name
 from twn_rl.evaluation.results import Evaluation
 
-TABLE_MODES = ("never", "latent", "always", "auto", "policy", "oracle", "sampled")
+TABLE_MODES = ("never", "latent", "always", "auto", "auto_better", "policy", "oracle", "sampled")
 # Chance is measured at the rate of the gate.
 ROUTING_MODES = {
     "auto": ("never", "always", "auto", "random", "oracle"),
