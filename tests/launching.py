@@ -7,10 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
 GLOBAL_BATCH = 8
 TORCHRUN = "torchrun"
+WORKER = Path(__file__).parent / "zero_worker.py"
+ADAPTERS = ("reasoning", "embedding")
 
 
 def skip_without_compiler(config: str | None) -> None:
@@ -41,3 +45,54 @@ def launch(
         timeout=600,
         check=False,
     )
+
+
+def launch_worker(
+    folder: Path,
+    config: str | None,
+    *flags: str,
+    fails: bool = False,
+    dropout: float = 0.0,
+    environment: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess:
+    """Run the worker on one process (None), under torchrun, or under a launch file."""
+    command = [sys.executable, str(WORKER)]
+    if config == TORCHRUN:
+        launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+        command = [sys.executable, "-m", *launcher, "--rdzv_endpoint=localhost:0", str(WORKER)]
+    elif config is not None:
+        path = ROOT / "recipes" / "accelerate" / config
+        launcher = ["accelerate.commands.launch", "--config_file", str(path)]
+        command = [sys.executable, "-m", *launcher, "--main_process_port=0", str(WORKER)]
+    done = subprocess.run(
+        [*command, str(folder), *flags],
+        cwd=WORKER.parent,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "WORKER_DROPOUT": str(dropout),
+            **(environment or {}),
+        },
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert (done.returncode != 0) == fails, (done.stdout + done.stderr)[-4000:]
+    return done
+
+
+def adapters_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return all adapter weights of a model's folder."""
+    return {
+        f"{name}/{key}": tensor
+        for name in ADAPTERS
+        for key, tensor in load_file(folder / name / "adapter_model.safetensors").items()
+    }
+
+
+def farthest(one: Path, other: Path) -> float:
+    """Return the largest difference of any adapter weight."""
+    a, b = adapters_of(one), adapters_of(other)
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max()) for key in a)

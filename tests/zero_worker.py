@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from conftest import picture
+from save_kills import KillPoints
 from short_runs import small_model
 from torch import Tensor
 from transformers import TrainerCallback
@@ -260,14 +261,18 @@ def run(
     """Train one stage, save it, and write down which engine ran and what it logged."""
     folder.mkdir(parents=True, exist_ok=True)
     trainer: Any = STAGES[stage](folder, data, **extra)
-    if kill and os.environ.get("WORKER_DIES_IN_SAVE"):
+    point, rank = os.environ.get("WORKER_KILL_POINT"), os.environ.get("WORKER_KILL_RANK", "0")
+    if kill and point is not None:
+        if str(join_processes().process_index) == rank:
+            KillPoints(folder, f"checkpoint-{STEPS}", point=int(point))
+    elif kill and os.environ.get("WORKER_DIES_IN_SAVE"):
         trainer._save_rng_state = die_in_save
     elif kill:
         trainer.add_callback(Kill())
     checkpoint = checkpoint_to_resume(folder, "true") if resume else None
     if resume:
         assert checkpoint is not None
-        assert checkpoint.endswith("checkpoint-2")
+        assert checkpoint.endswith(os.environ.get("WORKER_RESUMES_FROM", "checkpoint-2"))
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model(str(folder))
     engine, differences = trainer.model_wrapped, []

@@ -4,16 +4,13 @@ One launch trains all stages (`zero_worker.py`); the figures of one process are 
 """
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import make_idefics3
-from launching import ROOT, TORCHRUN, skip_without_compiler
+from launching import TORCHRUN, adapters_of, farthest, launch_worker, skip_without_compiler
 from safetensors.torch import load_file
 from short_runs import small_model
 
@@ -24,10 +21,8 @@ from twn_rl.modeling.model import DualLoraModel
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
-WORKER = Path(__file__).parents[1] / "zero_worker.py"
 STAGES = ("sft", "grpo", "adaptive", "latent")
 ZERO = ("zero2_cpu.yaml", "zero3_cpu.yaml")
-ADAPTERS = ("reasoning", "embedding")
 LOSS_TOLERANCE = 2e-5  # relative; gradients of up to 860 are summed in another order
 WEIGHT_TOLERANCE = 5e-5  # absolute, of weights around 0.3 after four steps at a rate of 0.01
 
@@ -42,35 +37,6 @@ GRADIENT = {
 }
 CHUNKED = {"contrastive_chunk_tokens": 60}  # two to four rows a chunk, of a batch of eight
 RECOMPUTED = {"gradient_checkpointing": True}
-
-
-def launch_worker(
-    folder: Path,
-    config: str | None,
-    *flags: str,
-    fails: bool = False,
-    dropout: float = 0.0,
-) -> subprocess.CompletedProcess:
-    """Run the worker on one process (None), under torchrun, or under a launch file."""
-    command = [sys.executable, str(WORKER)]
-    if config == TORCHRUN:
-        launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-        command = [sys.executable, "-m", *launcher, "--rdzv_endpoint=localhost:0", str(WORKER)]
-    elif config is not None:
-        path = ROOT / "recipes" / "accelerate" / config
-        launcher = ["accelerate.commands.launch", "--config_file", str(path)]
-        command = [sys.executable, "-m", *launcher, "--main_process_port=0", str(WORKER)]
-    done = subprocess.run(
-        [*command, str(folder), *flags],
-        cwd=WORKER.parent,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "WORKER_DROPOUT": str(dropout)},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert (done.returncode != 0) == fails, (done.stdout + done.stderr)[-4000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -103,21 +69,6 @@ def report_of(run: Path, stage: str) -> dict[str, Any]:
 
 def logged(run: Path, stage: str, name: str) -> list[float]:
     return [row[name] for row in report_of(run, stage)["logs"] if name in row]
-
-
-def adapters_of(folder: Path) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": tensor
-        for name in ADAPTERS
-        for key, tensor in load_file(folder / name / "adapter_model.safetensors").items()
-    }
-
-
-def farthest(one: Path, other: Path) -> float:
-    """Return the largest difference of any adapter weight."""
-    a, b = adapters_of(one), adapters_of(other)
-    assert a.keys() == b.keys()
-    return max(float((a[key] - b[key]).abs().max()) for key in a)
 
 
 def reward_columns(run: Path, stage: str) -> dict[str, list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -20,7 +21,6 @@ from twn_rl.modeling.adapter_files import save_adapter
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
 from twn_rl.modeling.backbone import Backbone, load_backbone
 from twn_rl.modeling.backbone_names import plain_name
-from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.hub import model_folder
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.whole_files import write_text, written_aside
@@ -116,9 +116,8 @@ def _export_sentence_transformers(model: DualLoraModel, folder: Path) -> None:
     bare.model.save_pretrained(folder / BACKBONE_DIR)
     bare.processor.save_pretrained(folder / BACKBONE_DIR)
     model.save_pretrained(folder)
-    stored = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
-    stored |= {"backbone": f"./{BACKBONE_DIR}", "backbone_revision": None}
-    write_text(folder / CONFIG_FILE, json.dumps(stored, indent=2, ensure_ascii=False) + "\n")
+    inside = str(folder / BACKBONE_DIR)
+    replace(model.config, backbone=inside, backbone_revision=None).save(folder)
     _write_card(model, folder, "sentence-transformers")
 
 

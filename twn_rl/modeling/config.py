@@ -1,6 +1,7 @@
 """What a model is made of: LoRA sizes, read-out, interface, renderer. Knows no tensors."""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -9,9 +10,12 @@ from twn_rl.data.chat import Renderer
 from twn_rl.modeling.backbone_names import found_name, stored_name
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.reading import load_json
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.runtime.whole_files import digest, write_text
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "twn_config.json"
+_SAVED = "settings_digest"  # of all else in the file
 INTERFACES = ("reencode", "kv_detach")
 # As Qwen3-VL-Embedding.
 MAX_LENGTH = 8192
@@ -218,6 +222,7 @@ class TwnConfig:
         """
         backbone = stored_name(self.backbone, directory if folder is None else folder)
         data = {**self.to_dict(), "backbone": backbone}
+        data = {**data, _SAVED: digest(data)}
         text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
         write_text(Path(directory) / CONFIG_FILE, text)
 
@@ -225,15 +230,20 @@ class TwnConfig:
     def load(cls, directory: str | Path, *, folder: str | Path | None = None) -> "TwnConfig":
         """Read `twn_config.json` from `directory`; arguments are those of `save`.
 
+        Settings that were changed since they were saved are warned of.
+
         Raises:
             FileNotFoundError: If there is none.
             ValueError: If it cannot be read, or for settings that cannot work; the file is named.
         """
         path = Path(directory) / CONFIG_FILE
         data = load_json(path)
+        saved = data.pop(_SAVED, None) if isinstance(data, dict) else None
         try:
             config = cls.from_dict(data)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if saved not in (None, digest(data)):
+            logger.warning("%s has been changed since it was saved", path)
         config.backbone = found_name(config.backbone, directory if folder is None else folder)
         return config

@@ -84,17 +84,28 @@ class AdapterCheckpoints(Trainer):
         Raises:
             FloatingPointError: With the step, and the weights that are not finite.
         """
-        loss: Tensor = super().training_step(*args, **kwargs)
+        try:
+            loss: Tensor = super().training_step(*args, **kwargs)
+        except RuntimeError as error:  # of sampling, whose probabilities were none
+            if not self._not_finite():
+                raise
+            raise self._no_number(str(error)) from error
         if not torch.isfinite(loss):
-            named = self.dual_model.named_parameters()
-            bad = [name for name, p in named if p.requires_grad and not torch.isfinite(p).all()]
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: loss = {loss.item()}, expected a finite "
-                f"number; {len(bad)} trained tensors are not finite{': ' if bad else ''}"
-                f"{', '.join(bad[:3])}; nothing is saved; lower learning_rate, raise warmup_steps, "
-                "or resume from the last checkpoint"
-            )
+            raise self._no_number(f"loss = {loss.item()}, expected a finite number")
         return loss
+
+    def _not_finite(self) -> list[str]:
+        """Return the names of the trained tensors of this process that hold NaN or infinity."""
+        named = self.dual_model.named_parameters()
+        return [name for name, p in named if p.requires_grad and not torch.isfinite(p).all()]
+
+    def _no_number(self, what: str) -> FloatingPointError:
+        bad = self._not_finite()
+        return FloatingPointError(
+            f"step {self.state.global_step + 1}: {what}; {len(bad)} trained tensors are not finite"
+            f"{': ' if bad else ''}{', '.join(bad[:3])}; nothing is saved; lower learning_rate, "
+            "raise warmup_steps, or resume from the last checkpoint"
+        )
 
     def _describe_records(self, checkpoint: Path | None) -> None:
         """Note what this run is trained on, which must be what a checkpoint was trained on."""

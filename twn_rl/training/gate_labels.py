@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ with extra("train"):
 
 LABEL_FORMAT = 2
 IGNORED = -1
+_CHECKSUM = b"states_crc32"
 
 SCHEMA = pa.schema(
     {
@@ -217,10 +219,13 @@ def read_shard(
     """Return rows and states of a shard, or None if it is absent, cut short or damaged."""
     states = map_file(folder / f"{number:06d}.npy", (size, None))
     try:
-        table = pq.read_table(folder / f"{number:06d}.parquet")
-    except (OSError, pa.ArrowInvalid):
+        table = pq.read_table(folder / f"{number:06d}.parquet", page_checksum_verification=True)
+    except (OSError, pa.ArrowException):
         return None
     if states is None or len(table) != size or table.schema.names != SCHEMA.names:
+        return None
+    checksum = (table.schema.metadata or {}).get(_CHECKSUM)
+    if checksum not in (None, _checksum(states)):
         return None
     return table.to_pylist(), states
 
@@ -231,5 +236,11 @@ def write_shard(
     """Write a shard; its rows come last and make it whole."""
     write_array(folder / f"{number:06d}.npy", states)
     path = folder / f"{number:06d}.parquet"
+    schema = SCHEMA.with_metadata({_CHECKSUM: _checksum(states)})
     with written_aside(path) as aside:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), aside)
+        table = pa.Table.from_pylist(rows, schema=schema)
+        pq.write_table(table, aside, write_page_checksum=True)
+
+
+def _checksum(states: NDArray[np.float32]) -> bytes:
+    return str(crc32(np.ascontiguousarray(states, dtype="<f4").data)).encode()

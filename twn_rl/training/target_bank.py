@@ -8,6 +8,7 @@ file per finished shard, so that a killed build goes on where it stopped.
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -16,7 +17,14 @@ from torch import Tensor
 from twn_rl.data.record import Item
 from twn_rl.runtime.processes import Processes, is_main, wait
 from twn_rl.runtime.sharded_pass import Progress, ShardedPass, make_shards
-from twn_rl.runtime.whole_files import digest, map_file, read_json, write_array, write_json
+from twn_rl.runtime.whole_files import (
+    digest,
+    file_digest,
+    map_file,
+    read_json,
+    write_array,
+    write_json,
+)
 
 BANK_FORMAT = 1
 ROWS_PER_CHECK = 65_536
@@ -146,7 +154,16 @@ class TargetBank:
             )
         write_array(self.directory / "embeddings.npy", parts)
         write_json(self.directory / "targets.json", {"ids": ids, "pools": pool_rows})
-        meta = {**work.plan, "rows": len(ids), "width": parts[0].shape[1]}
+        checksum = 0
+        for part in parts:
+            checksum = crc32(np.ascontiguousarray(part, dtype="<f4").data, checksum)
+        meta = {
+            **work.plan,
+            "rows": len(ids),
+            "width": parts[0].shape[1],
+            "crc32": checksum,
+            "targets": file_digest(self.directory / "targets.json"),
+        }
         write_json(self.directory / "meta.json", meta)
         shutil.rmtree(work.folder)
 
@@ -179,8 +196,17 @@ class TargetBank:
                 f"bank {self.directory} is damaged, expected embeddings.npy of shape {shape} and "
                 "as many ids in targets.json; build it with rebuild=True"
             )
+        checksum = 0
         for start in range(0, len(embeddings), ROWS_PER_CHECK):
-            _check_finite(embeddings[start : start + ROWS_PER_CHECK], start, str(self.directory))
+            rows = embeddings[start : start + ROWS_PER_CHECK]
+            _check_finite(rows, start, str(self.directory))
+            checksum = crc32(np.ascontiguousarray(rows).data, checksum)
+        found = {"crc32": checksum, "targets": file_digest(self.directory / "targets.json")}
+        if changed := [name for name in found if meta.get(name, found[name]) != found[name]]:
+            raise BankError(
+                f"bank {self.directory}: the content of {' and '.join(changed)} has changed since "
+                "it was built, expected what meta.json says; build it with rebuild=True"
+            )
         self.ids = targets["ids"]
         self.row_of = {target_id: row for row, target_id in enumerate(self.ids)}
         self.pools = {name: np.array(rows) for name, rows in targets["pools"].items()}
