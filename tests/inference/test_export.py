@@ -118,12 +118,12 @@ def test_forms_that_a_model_cannot_have_are_refused_and_leave_nothing(
     detached = TwnConfig(interface="kv_detach", **SMALL)
     DualLoraModel.from_backbone(BACKBONE_DIR, detached).save_pretrained(tmp_path / "model")
     arguments = ["export", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")]
-    assert cli.main([*arguments, "--to", "merged"]) == 1
+    assert cli.main([*arguments, "--to", "merged"]) == 2
     assert "interface = 'kv_detach': two adapters make its vectors" in caplog.text
     assert not list(tmp_path.glob("*out*"))
     assert cli.main([*arguments, "--to", "reasoner"]) == 0
     assert (tmp_path / "out" / "generation_config.json").is_file()
-    assert cli.main([*arguments, "--to", "reasoner"]) == 1
+    assert cli.main([*arguments, "--to", "reasoner"]) == 2
     assert "exists; expected a new folder" in caplog.text
     with pytest.raises(ValueError, match="to = 'gguf'; expected one of"):
         export(tmp_path / "model", tmp_path / "new", "gguf")

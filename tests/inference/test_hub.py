@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.model_card import write_card
+from twn_rl.modeling.publishing import push_folder
 from twn_rl.runtime.whole_files import write_json
 
 TEXTS = ["which object is above the camel", "camel"]
@@ -104,10 +107,6 @@ def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(
 def test_only_the_model_of_a_run_is_pushed_and_a_card_that_is_there_stays(
     hub: LocalHub, tmp_path: Path
 ) -> None:
-    import shutil
-
-    from twn_rl.modeling.publishing import push_folder
-
     backbone, run = tmp_path / "far" / "backbone", tmp_path / "run"
     shutil.copytree(BACKBONE_DIR, backbone)
     small_model(backbone).save_pretrained(run)
@@ -135,6 +134,24 @@ def test_only_the_model_of_a_run_is_pushed_and_a_card_that_is_there_stays(
     assert hub.repositories["somebody/run"]["main"]["README.md"] == b"mine"
     back.push_to_hub("somebody/run", token=TOKEN, exist_ok=True, replace_model_card=True)
     assert b"# somebody/run" in hub.repositories["somebody/run"]["main"]["README.md"]
+
+
+def test_sentence_transformers_pushes_the_same_files_with_our_card(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone, run, aside = tmp_path / "far" / "backbone", tmp_path / "run", tmp_path / "aside"
+    shutil.copytree(BACKBONE_DIR, backbone)
+    small_model(backbone).save_pretrained(run)
+    write_card(run)
+    theirs: Any = SentenceTransformer(str(run), device="cpu")
+    aside.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(aside))  # where their push writes what it uploads
+    theirs.push_to_hub("somebody/theirs", token=TOKEN)
+    files = hub.repositories["somebody/theirs"]["main"]
+    assert set(files) == FILES
+    assert files["README.md"] == (run / "README.md").read_bytes()
+    assert json.loads(files["twn_config.json"])["backbone"] == "./backbone"
+    assert not any(b"far" in files[name] for name in FILES if name.endswith(".json"))
 
 
 def test_the_card_says_what_the_files_beside_it_say(tmp_path: Path) -> None:

@@ -119,6 +119,24 @@ def test_the_walk_would_notice_a_new_argument() -> None:
     assert len(SHARED) >= 10
 
 
+def test_loading_takes_what_their_constructor_takes_or_says_why_not() -> None:
+    missing = {
+        "model_name_or_path": "`path`",
+        "modules": "a model is loaded whole",
+        "trust_remote_code": "no code of the hub is ever run",
+        "use_auth_token": "deprecated by them: `token`",
+        "model_kwargs": "`dtype` and `backbone`",
+        "processor_kwargs": "the checkpoint's settings decide",
+        "config_kwargs": "same",
+        "model_card_data": "an attribute: `model_card_data`",
+        "backend": "torch is the only one",
+        "similarity_fn_name": "always the cosine",
+    }
+    theirs = set(inspect.signature(SentenceTransformer.__init__).parameters) - {"self"}
+    ours = set(inspect.signature(ThinkingEmbedder.from_pretrained).parameters)
+    assert theirs - ours == set(missing)
+
+
 @pytest.fixture
 def embedder(make_model: Any) -> Any:
     """Return an embedder whose gate lets some queries think; typed loosely, as theirs is asked."""

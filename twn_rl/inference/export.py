@@ -63,12 +63,16 @@ def _export_merged(model: DualLoraModel, folder: Path) -> None:
     problems = []
     if config.interface != "reencode":
         problems.append(f"interface = {config.interface!r}: two adapters make its vectors")
+    if config.readout_start == "pooled_token":
+        problems.append(
+            "readout_start = 'pooled_token': its read-out replaces a prompt's last token"
+        )
     if config.latent_documents:
         problems.append("latent_documents: its documents are read with a latent thought")
     if problems:
         raise ValueError(
             f"--to merged of a model with {'; '.join(problems)}; expected one adapter that reads "
-            "all; export it --to sentence-transformers"
+            "all, and read-outs behind the prompt; export it --to sentence-transformers"
         )
     readouts = model.tokenizer.convert_ids_to_tokens(model.readout_ids)
     merged: Any = model.peft_model.merge_and_unload(adapter_names=[EMBEDDING_ADAPTER])
@@ -133,12 +137,15 @@ def _write_card(model: DualLoraModel, folder: Path, form: str, **facts: Any) -> 
     is_multimodal, config = model.backbone.is_multimodal, model.config
     system, text = config.renderer.system_prompt, "which object is it"
     parts: Any = [{"type": "text", "text": system}] if is_multimodal else system
-    message = {"role": "system", "content": parts}
+    opening = "" if system is None else f"{json.dumps({'role': 'system', 'content': parts})}, "
     facts |= {
         "backbone": plain_name(config.backbone) or "(built in code)",
         "auto_class": f"AutoModelFor{'ImageTextToText' if is_multimodal else 'CausalLM'}",
         "auto_processor": "AutoProcessor" if is_multimodal else "AutoTokenizer",
-        "system": "" if system is None else f"{json.dumps(message)}, ",
+        "messages": f'[{opening}{{"role": "user", "content": content}}]',
+        "instruction_place": "in the system message, in place of any other"
+        if config.renderer.instruction_in_system
+        else "before the text, on a line of its own",
         "content_help": 'parts {"type": "image", "image": ...}, then text'
         if is_multimodal
         else "a text",

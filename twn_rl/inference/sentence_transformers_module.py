@@ -8,6 +8,8 @@ has imported, and a checkpoint holds none. Needs the extra `st`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import gettempdir
 from typing import Any, ClassVar, Self
 
 import torch
@@ -19,6 +21,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import Side
 from twn_rl.modeling.hub import HubAccess
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.publishing import forget_ways
 from twn_rl.modeling.sentence_transformers_files import MODULE_CLASS
 
 # What `SentenceTransformer.encode` may be told besides its own arguments. Left out is what asks
@@ -99,8 +102,16 @@ class ThinkingModule(InputModule):
         return cls(ThinkingEmbedder(model))
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **_: Any) -> None:
-        """Write the checkpoint, as safetensors whatever is asked for."""
+        """Write the checkpoint, as safetensors whatever is asked for.
+
+        What is saved under the system's temporary folder is on its way to the hub: it names no way
+        to a backbone elsewhere on this machine.
+        """
         self.model.save_pretrained(output_path)
+        folder, temporary = Path(output_path).resolve(), Path(gettempdir()).resolve()
+        backbone = Path(self.model.config.backbone).resolve()
+        if folder.is_relative_to(temporary) and not backbone.is_relative_to(temporary):
+            forget_ways(folder, folder)
 
     def preprocess(
         self, inputs: Sequence[Any], prompt: str | None = None, **_: Any

@@ -4,8 +4,11 @@ A name on the hub stays what it is. The backbone inside the package is called by
 any other folder by its way from the checkpoint.
 """
 
+import json
 import os
 from pathlib import Path
+
+from twn_rl.runtime.whole_files import write_text
 
 _PACKAGE = Path(__file__).parent.parent
 # Longer than "owner/name": no name on the hub can be the same.
@@ -47,8 +50,20 @@ def plain_name(name: str) -> str:
     ('Qwen/Qwen3-VL-2B-Instruct', 'mine', 'mine')
     """
     if name.startswith((".", os.sep)) or Path(name).is_dir():
-        return _EMBEDDED if Path(name).resolve() == _package_folder() else Path(name).name
+        return _EMBEDDED if Path(name).as_posix().endswith(_EMBEDDED) else Path(name).name
     return name
+
+
+def forget_way(file: Path, key: str, folder: Path) -> None:
+    """Rename a backbone outside of `folder` in a JSON file: its last part, as if it lay inside.
+
+    What leaves this machine must not name its folders.
+    """
+    data = json.loads(file.read_text("utf-8"))
+    name = data.get(key) or ""
+    if name.startswith((os.pardir, os.sep)):
+        data[key] = f"./{plain_name(os.path.normpath(folder / name))}"
+        write_text(file, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_found(name: str, folder: str | Path) -> None:

@@ -128,7 +128,7 @@ def _facts(
     rows = [
         ("Method", "; ".join(methods) or "not recorded"),
         ("Backbone", f"`{plain_name(config.backbone) or 'built in code'}`"),
-        ("Revision of the backbone", config.backbone_revision or "its default branch, not pinned"),
+        ("Revision of the backbone", config.backbone_revision or "not pinned"),
         ("Data", ", ".join(files) or "not recorded"),
         ("Interface", f"{config.interface}, {config.num_readout_tokens} read-out tokens{latent}"),
         ("Ranks", f"reasoning {config.reasoning_lora.r}, embedding {config.embedding_lora.r}"),

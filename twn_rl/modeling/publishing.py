@@ -5,16 +5,14 @@ Settings of runs, logs, optimizers, vectors and pickles stay here, and so do pat
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from twn_rl.modeling.backbone_names import plain_name
+from twn_rl.modeling.backbone_names import forget_way
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model_card import CARD_FILE
 
@@ -94,15 +92,11 @@ def copy_model(folder: Path, target: Path) -> None:
             copy = target / file.relative_to(folder)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(file, copy)
-    _rename(target / CONFIG_FILE, "backbone", folder)
+    forget_ways(target, folder)
+
+
+def forget_ways(target: Path, folder: Path) -> None:
+    """Name the backbone of a copied model without the way to it from the original's folder."""
+    forget_way(target / CONFIG_FILE, "backbone", folder)
     for config in target.glob(f"*/{_ADAPTER_CONFIG}"):
-        _rename(config, "base_model_name_or_path", folder)
-
-
-def _rename(file: Path, key: str, folder: Path) -> None:
-    """Name a backbone that lies outside of the folder by its last part, as if it lay inside."""
-    data: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    name = data.get(key) or ""
-    if name.startswith(("..", "/")) or (name and (folder / name).is_dir() and "/" not in name):
-        data[key] = f"./{plain_name(name)}"
-        file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        forget_way(config, "base_model_name_or_path", folder)
