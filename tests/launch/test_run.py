@@ -121,8 +121,24 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
             assert (ROOT / getattr(values[0], name)).is_file()
     else:
         pytest.fail(f"{path.name} belongs to no recipe this test knows; add it here")
-    held = {name for value in values for name in vars(value)}
-    assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= held
+    held = {name: setting for value in values for name, setting in vars(value).items()}
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert set(written) - {"base"} <= set(held)
+    if "base" in written:  # what it does not say is what its base says
+        base = yaml.safe_load((path.parent / written["base"]).read_text(encoding="utf-8"))
+        name = next(name for name in ("warmup_steps", "max_examples") if name in base)
+        assert held[name] == base[name]
+        assert all(held[name] == written[name] for name in ("output_dir", "model") & written.keys())
+
+
+def test_a_file_may_rest_on_another_that_lies_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("reasoning_rank: 5\nembedding_rank: 6\n", encoding="utf-8")
+    path = write_yaml(tmp_path, base="base.yaml", embedding_rank=7)
+    (model, _) = parse((ModelArguments, SftConfig), path, "--num_readout_tokens", "2")
+    assert (model.reasoning_rank, model.embedding_rank, model.num_readout_tokens) == (5, 7, 2)
+    path = write_yaml(tmp_path, base="absent.yaml")
+    with pytest.raises(FileNotFoundError, match=r"absent\.yaml is no file"):
+        parse((ModelArguments, SftConfig), path)
 
 
 def test_model_arguments_become_a_model_config() -> None:

@@ -232,7 +232,8 @@ def parse_arguments(
     """Parse YAML, then flags, into one object per dataclass.
 
     Without `--config` the default file is read. Unknown keys and flags raise. `arguments` are the
-    process's own if None. A mapping `env` in the file sets environment variables.
+    process's own if None. A mapping `env` in the file sets environment variables; `base` names a
+    file beside it whose settings are taken where it has none of its own.
 
     Raises:
         ValueError: With the problems of all dataclasses together.
@@ -386,14 +387,20 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds {type(config).__name__}; expected a mapping of settings; correct it"
         )
-    environment = config.pop("env", {})
+    environment, base = config.pop("env", {}), config.pop("base", None)
     if not isinstance(environment, dict) or "\x00" in str(environment):
         raise ValueError(
             f"{path}: env = {environment!r:.80}; expected a mapping of names and values of "
             "environment variables; correct it"
         )
+    shared: dict[str, Any] = {}
+    if base is not None:
+        below = Path(path).parent / str(base)
+        if below.resolve() == Path(path).resolve():
+            raise ValueError(f"{path}: base = {base!r} is the file itself; name another")
+        shared = _read_config(str(below))
     os.environ.update({str(key): str(value) for key, value in environment.items()})
-    return config
+    return {**shared, **config}
 
 
 def _refusal(kind: Any, words: Sequence[str], config: Mapping[str, Any]) -> str | None:
