@@ -17,7 +17,6 @@ cores.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,6 +33,7 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_embed, sft_embed
 from twn_rl.rewards import REWARDS
 from twn_rl.runtime.processes import join_processes
+from twn_rl.runtime.reading import decode_json
 from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
@@ -85,7 +85,13 @@ class GrpoScriptArguments:
     def __post_init__(self) -> None:
         """Read parameters that came as a flag."""
         if isinstance(self.reward_parameters, str):
-            self.reward_parameters = json.loads(self.reward_parameters)
+            try:
+                self.reward_parameters = decode_json(self.reward_parameters)
+            except ValueError as error:
+                raise ValueError(
+                    f"reward_parameters is no valid JSON ({error}); expected an object of rewards "
+                    "and their parameters; correct it"
+                ) from error
 
 
 ARGUMENTS = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)

@@ -14,7 +14,7 @@ import pytest
 from hostile.judging import Outcome, attempt, judge
 from hostile.table import Tally, Verdict
 from hostile.test_inputs import QUICK_AND_ALL
-from hostile.texts import damaged, hostile_json, hostile_texts, hostile_values
+from hostile.texts import damaged, hostile_json, hostile_texts, hostile_values, repeats_a_key
 from twn_rl.data.formats.input_files import read_file
 from twn_rl.data.markup import KNOWN_MARKUP, unusable_in
 from twn_rl.data.mixture import is_mixture, load_mixture
@@ -77,6 +77,8 @@ def wrong_records(records: Any, line: bytes) -> str:
     others = [record for record in loaded if not record.id.startswith("good")]
     if len(others) > 1:
         return "one row gave several records"
+    if others and repeats_a_key(line):
+        return "one of two values of a key was taken"
     for record in others:
         row = json.loads(line)
         given = (row["id"], row["source"], row["query"].get("text"), row.get("query_cot"))

@@ -15,7 +15,7 @@ from conftest import BACKBONES, awaken
 from hostile.judging import attempt, judge
 from hostile.table import Tally
 from hostile.test_inputs import QUICK_AND_ALL
-from hostile.texts import damaged, hostile_json, hostile_values
+from hostile.texts import damaged, hostile_json, hostile_values, repeats_a_key
 from twn_rl.launch.arguments import RECIPES, DataArguments, ModelArguments, parse_arguments
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.config import CONFIG_FILE, LoraSettings, TwnConfig
@@ -146,11 +146,13 @@ def test_model_folders(tally: Tally, tmp_path: Path, size: str) -> None:
             )
         )
 
-        def complaint(loaded: DualLoraModel) -> str:
+        def complaint(loaded: DualLoraModel, path: Path = path) -> str:
+            if repeats_a_key(path.read_text()):
+                return "one of two values of a key was taken"
             kept = (loaded.config.num_readout_tokens, loaded.config.reasoning_lora.r)
             return "" if kept == (2, 2) else f"read-outs and rank = {kept}"
 
         shown = f"{case}: {key} = {value!a:.40}"
-        tally.add("model folders", shown, *judge(outcome, [folder.name, key], complaint))
+        tally.add("model folders", shown, *judge(outcome, [folder.name, key, "LoraSettings."], complaint))
         shutil.rmtree(folder)
     tally.check(at_least=count)

@@ -100,12 +100,29 @@ def damaged(content: bytes, die: random.Random) -> bytes:
     return die.randbytes(len(content) or 1)
 
 
+def repeats_a_key(text: str | bytes) -> bool:
+    """Return whether an object of a JSON text has a key twice."""
+    found: list[bool] = []
+
+    def look(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found.append(len(dict(pairs)) < len(pairs))
+        return dict(pairs)
+
+    try:
+        json.loads(text, object_pairs_hook=look)
+    except ValueError:
+        return False
+    return any(found)
+
+
 def hostile_json(die: random.Random, value: dict[str, Any]) -> str:
     """Return the text of a JSON object after one hostile change to its text."""
     text, way = json.dumps(value), die.randrange(8)
     key = json.dumps(die.choice(sorted(value)))
     if way == 0:
-        return text[:-1] + f", {key}: 1}}"  # the key twice
+        first = value[json.loads(key)]
+        second = f"{first} again" if isinstance(first, str) else first
+        return text[:-1] + f", {key}: {json.dumps(second)}}}"  # a key twice, both of use
     if way == 1:
         return text.replace(f"{key}:", f"{key}: " + "[" * 3000 + "]" * 3000 + ', "x":', 1)
     if way == 2:

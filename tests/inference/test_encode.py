@@ -296,8 +296,11 @@ def test_given_thoughts_are_embedded_and_nothing_is_written(taught, monkeypatch,
     assert details.thoughts == [["zebra left"], [], [""], ["row two"], []]
     assert details.has_thought == [True, False, True, True, False]
     assert details.think_tokens == [0] * 5
-    with pytest.raises(InputError, match=r"input 1: cot = .* contains '</think>'"):
-        embedder.encode_query(items, think=["camel", "</think>", None, None, None])
+    eos = model.tokenizer.eos_token
+    for thought, found in (("</think>", "</think>"), (f"a{eos}b", eos), ("a\ud800", "U+D800")):
+        with pytest.raises(InputError, match=r"input 1: field think: think holds") as error:
+            embedder.encode_query(items, think=["camel", thought, None, None, None])
+        assert found in str(error.value)
     with pytest.raises(ValueError, match=r"3\.5.*expected one bool or thought per input"):
         embedder.encode_query(items, think=[True, None, "a", 3.5, [1, 2]])
 

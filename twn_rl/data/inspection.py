@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from twn_rl.data.images import image_facts
 from twn_rl.data.markup import KNOWN_MARKUP, Markup
-from twn_rl.data.record import Record, RecordError, refuse_markup
+from twn_rl.data.record import Record, RecordError, refuse_in_thought
 from twn_rl.data.record_files import RecordSet
 from twn_rl.runtime.whole_files import write_text
 
@@ -187,7 +187,7 @@ def add_markup(report: RecordReport, records: Iterable[Record], markup: Markup) 
         report.marked_texts += _count_marked(record, markup)
         for name in ("query_cot", "positive_cot"):
             try:
-                refuse_markup(getattr(record, name), name, markup)
+                refuse_in_thought(getattr(record, name), name, markup)
             except RecordError as error:
                 where = f"record {record.id!r}"
                 report.problems.append(Problem(where, error.reason, f"{where}: {error}"))

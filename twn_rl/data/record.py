@@ -271,10 +271,10 @@ class Record:
                 field=absent[0],
             )
         row = checked_fields(data, _RecordFields, None)
-        for name in ("id", "source", "query_cot", "positive_cot", "metadata"):
+        for name in ("id", "source", "metadata"):
             _refuse_unusable(getattr(row, name), name)
         for name in ("query_cot", "positive_cot"):
-            refuse_markup(getattr(row, name), name)
+            refuse_in_thought(getattr(row, name), name)
         negatives = enumerate(row.negatives or ())
         return cls(
             id=row.id,
@@ -299,8 +299,8 @@ def _refuse_unusable(value: Any, name: str) -> None:
         )
 
 
-def refuse_markup(cot: str | None, name: str, markup: Markup = KNOWN_MARKUP) -> None:
-    """Refuse a thought with markup, which would teach the model to write structure.
+def refuse_in_thought(cot: str | None, name: str, markup: Markup = KNOWN_MARKUP) -> None:
+    """Refuse a thought with markup, which would be structure, or with an unusable character.
 
     Args:
         cot: The thought.
@@ -311,6 +311,7 @@ def refuse_markup(cot: str | None, name: str, markup: Markup = KNOWN_MARKUP) -> 
     Raises:
         RecordError: If it has any.
     """
+    _refuse_unusable(cot, name)
     found = markup.found(cot) if cot else []
     if found:
         raise RecordError(

@@ -23,7 +23,7 @@ from twn_rl.data.images import (
 )
 from twn_rl.data.jsonl import Row
 from twn_rl.data.markup import Markup
-from twn_rl.data.record import Record, RecordError, named_in_errors, refuse_markup
+from twn_rl.data.record import Record, RecordError, named_in_errors, refuse_in_thought
 from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def refuse_markup_in_thoughts(records: Iterable[Record], markup: Markup) -> None
     for record in tqdm(records, desc="Reading thoughts", unit="record", delay=5.0):
         for name in ("query_cot", "positive_cot"):
             try:
-                refuse_markup(getattr(record, name), name, markup)
+                refuse_in_thought(getattr(record, name), name, markup)
             except RecordError as error:
                 detail = f"record {record.id!r}: {error.detail}"
                 raise RecordError(detail, reason=error.reason, field=name) from error

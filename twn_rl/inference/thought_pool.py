@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twn_rl.data.record import refuse_in_thought
 from twn_rl.inference.details import Ledger, timed
 from twn_rl.inference.inputs import InputError
 from twn_rl.inference.options import EncodeOptions, GivenThought
@@ -149,6 +150,7 @@ class ThoughtPool:
         """Return a given thought, whose span may be empty."""
         model, renderer, eos = self.model, self.model.renderer, self.model.backbone.eos_token_id
         if isinstance(thought, str):
+            refuse_in_thought(thought, "think", model.backbone.markup(renderer))
             empty = f"{renderer.think_open} {renderer.think_close}"
             span = renderer.completion(thought) if thought else empty
             return Thought(model.completion_ids(span), thought)

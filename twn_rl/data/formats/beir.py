@@ -18,6 +18,7 @@ from twn_rl.data.formats.conversion import Conversion, Fields, Outcome
 from twn_rl.data.formats.corpus import Corpus, open_corpus
 from twn_rl.data.formats.input_files import DataFile, Row, find_files, first_id, read_rows
 from twn_rl.data.record import Item, Record, RecordError, bad_file
+from twn_rl.runtime.reading import regular_file
 
 _QUERY_IDS = ("_id", "query-id", "query_id", "id")
 _CORPUS_IDS = ("_id", "corpus-id", "corpus_id", "id", "docid")
@@ -165,7 +166,7 @@ def _read_qrels(folder: Path, split: str | None) -> Judgements:
 
 
 def _tsv_rows(path: Path) -> Iterator[tuple[Path, int, str, str, Any]]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with regular_file(path).open(encoding="utf-8-sig", newline="") as file:
         cells_of_rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
         for number, cells in enumerate(cells_of_rows, start=1):
             if not cells or (number == 1 and cells[-1].strip().lower() == "score"):

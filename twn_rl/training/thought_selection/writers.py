@@ -15,6 +15,7 @@ from twn_rl.data.markup import KNOWN_MARKUP, Markup, unusable_in
 from twn_rl.data.record import Record, RecordError
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.reading import regular_file
 from twn_rl.runtime.whole_files import digest
 from twn_rl.training.thought_selection.drafts import Draft, SelectionError, problem_of
 
@@ -68,7 +69,7 @@ def read_draft_file(
     skipped: Counter[str] = Counter()
     problems: list[str] = []
     unknown: list[str] = []
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with regular_file(path).open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
