@@ -153,6 +153,8 @@ def test_model_folders(tally: Tally, tmp_path: Path, size: str) -> None:
             return "" if kept == (2, 2) else f"read-outs and rank = {kept}"
 
         shown = f"{case}: {key} = {value!a:.40}"
-        tally.add("model folders", shown, *judge(outcome, [folder.name, key, "LoraSettings."], complaint))
+        tally.add(
+            "model folders", shown, *judge(outcome, [folder.name, key, "LoraSettings."], complaint)
+        )
         shutil.rmtree(folder)
     tally.check(at_least=count)

@@ -76,5 +76,5 @@ def test_probing_writes_a_row_for_each_attack_and_mode(tmp_path: Path) -> None:
     assert cells == [(a, m) for m in modes for a in DOCUMENT_ATTACKS]
     first = rows["queries"][0]
     assert first["cosine"] == pytest.approx(1, abs=1e-5)
-    assert first["queries"] == 6
+    assert 0 < first["queries"] <= 6
     assert all(0 <= row["steered"] + row["hit"] <= 1 for part in rows.values() for row in part)
