@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.inference.embedder import ThinkingEmbedder
+from twn_rl.inference.options import EncodeOptions
 from twn_rl.inference.sentence_transformers_module import THINKING, ThinkingModule
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
@@ -104,6 +106,13 @@ def test_what_their_model_promises_holds(both: Any) -> None:
     relevant = {name: {name} for name in ids}
     evaluator = InformationRetrievalEvaluator(ids, ids, relevant)
     assert evaluator(theirs) == evaluator(ours)
+
+
+def test_every_way_to_think_is_offered_but_what_a_batch_cannot_know() -> None:
+    own = [f.name for f in fields(EncodeOptions) if f.kw_only and f.name != "_"]
+    left_out = {"think_rate", "on_bad_input", "prefix_cache_gib", "return_details"}
+    assert set(own) - set(THINKING) == left_out
+    assert set(THINKING) <= set(own)
 
 
 def test_what_a_batch_cannot_know_is_refused(both: Any) -> None:

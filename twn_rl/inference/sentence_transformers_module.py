@@ -30,6 +30,7 @@ THINKING = (
     "think",
     "think_decision",
     "think_threshold",
+    "keep",
     "max_think_tokens",
     "do_sample",
     "temperature",

@@ -32,7 +32,7 @@ _METHODS = {
     "LatentConfig": "latent thoughts in learned reason tokens (arXiv 2606.13061)",
 }
 _FILES = ("train_file", "rl_file", "validation_file", "test_file", "ood_file")
-_MODES = ("never", "always", "auto", "policy", "latent")
+_MODES = ("never", "always", "auto", "auto_better", "policy", "latent")
 
 
 @dataclass
