@@ -12,8 +12,11 @@ from conftest import make_idefics3, picture_records
 from safetensors.torch import load_file
 from short_runs import SHORT_RUN, small_model, weights
 
-from twn_rl.launch.run_folder import checkpoint_to_resume
+from twn_rl.launch.run_folder import checkpoint_to_resume, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, adapter_parameters
+from twn_rl.modeling.checkpoint import save_decision
+from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.modeling.gate import QUERY_SIDE, Gate
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.sft import SftConfig, SftTrainer
 from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
@@ -135,6 +138,29 @@ def test_a_finished_run_is_read_back_and_not_trained_on(
     longer = make_trainer(tmp_path / "run", records, max_steps=6)
     longer.train(resume_from_checkpoint=checkpoint_to_resume(tmp_path / "run", "true"))
     assert longer.state.global_step == 6
+
+
+def test_resuming_a_finished_run_changes_no_file_and_keeps_its_gate(
+    unbroken: tuple[Path, Any], tmp_path: Path
+) -> None:
+    records = unbroken[1]
+    first = make_trainer(tmp_path / "run", records)
+    train_and_save(first, tmp_path / "run", {"the": "settings"})
+    model = DualLoraModel.from_pretrained(tmp_path / "run", backbone=make_idefics3())
+    gate = Gate(model.hidden_size, 4)
+    gate.fitted_to = Fingerprints(model).gate_origin
+    model.gates[QUERY_SIDE] = gate
+    save_decision(model, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    again = make_trainer(tmp_path / "run", records, resume_from_checkpoint="true")
+    train_and_save(again, tmp_path / "run", {"other": "settings"})
+    assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
+    # If the model did not get as far as its folder, it is saved from the checkpoint.
+    (tmp_path / "run" / "embedding" / "adapter_model.safetensors").unlink()
+    train_and_save(again, tmp_path / "run", {"other": "settings"})
+    found = DualLoraModel.from_pretrained(tmp_path / "run", backbone=make_idefics3())
+    own, wanted = weights(found), weights(first.dual_model)
+    assert all(torch.equal(own[key], wanted[key]) for key in wanted)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_saved(

@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from twn_rl.launch.command_line import show_logs
+from twn_rl.modeling.checkpoint import has_adapters_of
 from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.processes import gather_objects, join_processes
 from twn_rl.runtime.whole_files import owned, write_json, write_text
-from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, newest_whole
+from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, is_finished, newest_whole
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +85,13 @@ def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
         output: Folder of the run.
         arguments: Settings for `save_run`.
     """
-    save_run(output, *arguments)
     resume = checkpoint_to_resume(output, trainer.args.resume_from_checkpoint)
+    if resume is not None and is_finished(Path(resume), trainer.args):
+        trainer.train(resume_from_checkpoint=resume)  # reads the weights back
+        if has_adapters_of(output, resume):  # a gate may have been fitted to them since
+            logger.info("%s holds the model of this finished run: nothing is changed", output)
+            return
+    save_run(output, *arguments)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
     logger.info("%s has trained; the model is in %s", type(trainer).__name__, output)

@@ -159,6 +159,18 @@ def find_files(path: str | Path) -> tuple[TwnConfig, dict[str, Path]]:
     return config, files
 
 
+def has_adapters_of(path: str | Path, other: str | Path) -> bool:
+    """Return whether the folder of a model holds whole what another one holds, gates aside."""
+    try:
+        (own, files), (theirs, _) = find_files(path), find_files(other)
+    except (OSError, ValueError):
+        return False
+    return all(
+        files[name].is_file() and own.digests.get(name) == theirs.digests.get(name, "unknown")
+        for name in _WEIGHTS.values()
+    )
+
+
 def _find(path: Path, config: TwnConfig) -> tuple[dict[str, Path], list[str]]:
     """Return where the files are that a model's settings name, and which are not those."""
     files = {name: path / name for name in (*_WEIGHTS.values(), GATE_FILE)}
