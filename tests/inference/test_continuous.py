@@ -51,7 +51,7 @@ def test_vectors_are_those_of_the_embedder_whoever_arrives_in_between(taught, na
     done: list[Job] = []
     for each in jobs:  # one more arrives before every token
         work.inbox.append(each)
-        done += work.step(is_interrupted=lambda: True)
+        done += work.step(max_tokens=1)
     done += run(work)
     assert sorted(map(id, done)) == sorted(map(id, jobs))
     assert [each.error for each in jobs] == [None] * len(jobs)
@@ -76,10 +76,10 @@ def test_one_who_does_not_think_is_done_at_the_next_step_beside_thoughts(taught)
     work = make_pass(embedder)
     thinker, other = (job(embedder, items[2], think) for think in ("always", "never"))
     work.inbox.append(thinker)
-    assert work.step(is_interrupted=lambda: True) == []
+    assert work.step(max_tokens=1) == []
     assert work.num_writing == 1
     work.inbox.append(other)
-    assert work.step(is_interrupted=lambda: True) == [other]
+    assert work.step(max_tokens=1) == [other]
     assert work.num_writing == 1
     assert run(work) == [thinker]
 
@@ -89,14 +89,14 @@ def test_places_are_never_exceeded_and_a_cancelled_job_frees_its_own(taught):
     work = make_pass(embedder, places=2)
     jobs = [job(embedder, items[2], "always") for _ in range(6)]
     work.inbox.extend(jobs)
-    work.step(is_interrupted=lambda: True)
+    work.step(max_tokens=1)
     assert (work.num_writing, work.num_waiting) == (2, 0)
-    work.step(is_interrupted=lambda: True)
+    work.step(max_tokens=1)
     # What has been read of those who wait fills memory: no more than there are places.
     assert (work.num_writing, work.num_waiting, len(work.inbox)) == (2, 2, 2)
     for each in (jobs[0], jobs[2], jobs[5]):
         each.is_cancelled = True
-    assert {id(each) for each in work.step(is_interrupted=lambda: True)} == {
+    assert {id(each) for each in work.step(max_tokens=1)} == {
         id(each) for each in (jobs[0], jobs[2], jobs[5])
     }
     assert (work.num_writing, work.num_waiting) == (2, 1)
@@ -112,17 +112,17 @@ def test_an_error_ends_the_jobs_it_belongs_to_and_no_others(taught, monkeypatch)
     work = make_pass(embedder)
     writing, reading = job(embedder, items[2], "always"), job(embedder, items[1], "never")
     work.inbox.append(writing)
-    work.step(is_interrupted=lambda: True)
+    work.step(max_tokens=1)
     work.inbox.append(reading)
     with monkeypatch.context() as patch:
         patch.setattr(embedder.model, "embed", lambda *args, **kwargs: 1 / 0)
-        assert work.step(is_interrupted=lambda: True) == [reading]
+        assert work.step(max_tokens=1) == [reading]
     assert isinstance(reading.error, ZeroDivisionError)
     assert run(work) == [writing]
     assert writing.error is None
     again = job(embedder, items[2], "always")
     work.inbox.append(again)
-    work.step(is_interrupted=lambda: True)
+    work.step(max_tokens=1)
     with monkeypatch.context() as patch:
         patch.setattr(work.decoding, "step", lambda: 1 / 0)
         assert work.step() == [again]
@@ -148,3 +148,25 @@ def test_listeners_hear_the_decision_and_every_token(taught):
     run(work)
     # The end of turn is heard, too.
     assert heard == [True, *range(1, len(each.thought_ids) + 2)]
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_5_text"])
+def test_caches_that_drop_keys_are_written_from_one_at_a_time(make_model, make_items, name):
+    model, items = make_model(name), make_items("llama")
+    embedder, work = ThinkingEmbedder(model), make_pass(ThinkingEmbedder(model))
+    jobs = [job(embedder, item, "always") for item in items]
+    work.inbox.extend(jobs)
+    while not work.is_idle:
+        work.step(max_tokens=1)
+        assert work.num_writing <= 1
+    eos = model.backbone.eos_token_id
+    alone = [model.reason(model.collate([item]))[0] for item in items]
+    assert [each.think_tokens for each in jobs] == [
+        len([token for token in ids if token != eos]) for ids in alone
+    ]
+    assert [each.thought_ids for each in jobs if not each.has_thought] == [
+        [token for token in ids if token != eos]
+        for each, ids in zip(jobs, alone, strict=True)
+        if not each.has_thought
+    ]
+    assert [each.error for each in jobs] == [None] * len(jobs)

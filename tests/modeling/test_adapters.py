@@ -1,5 +1,6 @@
 """Attaching, switching and freezing the two adapters."""
 
+import contextlib
 import copy
 
 import pytest
@@ -12,6 +13,7 @@ from twn_rl.modeling.adapters import (
     active_adapter,
     adapter_parameters,
     attach_adapters,
+    quick_switches,
     set_trainable,
     snapshot_reasoning_adapter,
     use_adapter,
@@ -85,6 +87,35 @@ def test_switching_changes_no_flag_inside_or_after(make_model):
         assert _flags(model) == before
     assert active_adapter(model.peft_model) == REASONING_ADAPTER
     assert _flags(model) == before
+
+
+def _switched(model):
+    return {
+        name: vars(module).get("_active_adapter")
+        for name, module in model.peft_model.named_modules()
+        if "_active_adapter" in vars(module)
+    } | {"": (active_adapter(model.peft_model), model.peft_model.base_model.active_adapter)}
+
+
+def test_quick_switches_set_what_pefts_switch_sets_and_leave_nothing_behind(make_model):
+    model = make_model()
+    set_trainable(model.peft_model, [REASONING_ADAPTER])
+    before, flags, expected = _switched(model), _flags(model), {}
+    for name in BOTH:
+        with use_adapter(model.peft_model, name):
+            expected[name] = _switched(model)
+    assert expected[REASONING_ADAPTER] != expected[EMBEDDING_ADAPTER]
+    with contextlib.suppress(ZeroDivisionError), quick_switches(model.peft_model):
+        for name in (*BOTH, *BOTH, BOTH[1]):  # the first time as PEFT does, later from memory
+            with use_adapter(model.peft_model, name):
+                assert _switched(model) == expected[name]
+                assert _flags(model) == flags
+            assert _switched(model) == before
+        with pytest.raises(ValueError, match="unknown"), use_adapter(model.peft_model, "unknown"):
+            pass
+        assert _switched(model) == before
+        raise ZeroDivisionError
+    assert (_switched(model), _flags(model)) == (before, flags)
 
 
 def test_switching_is_undone_after_an_exception(make_model):

@@ -38,7 +38,7 @@ TEXTS = [
     "strawberry east",
     "which object is at the east",
 ]
-_START_SECONDS = 60
+_START_SECONDS = 180
 
 
 def save_thinking_model(folder: Path) -> Path:
@@ -137,6 +137,7 @@ class Server:
                 return found[1]
             time.sleep(0.05)
         self.process.kill()
+        self.process.wait()
         raise AssertionError(f"the server does not answer: {self.log.read_text()[-2000:]}")
 
     def memory_mib(self) -> float:

@@ -116,6 +116,31 @@ def test_a_thought_is_told_while_it_is_written(server: Server, embedder: Thinkin
     assert len(events) - 2 == done["usage"]["think_tokens"] + 1
 
 
+def test_coheres_request_gets_vectors_in_several_types(server: Server, embedder: ThinkingEmbedder):
+    types = ["float", "int8", "ubinary", "base64"]
+    body = {"model": "small", "texts": TEXTS, "input_type": "search_query"}
+    reply = post(server, {**body, "embedding_types": types}, "/v2/embed").json()
+    expected = embedder.encode_query(TEXTS)
+    found = reply["embeddings"]
+    np.testing.assert_allclose(found["float"], expected, **NEAR)
+    decoded = [np.frombuffer(base64.b64decode(row), "<f4") for row in found["base64"]]
+    np.testing.assert_array_equal(decoded, np.array(found["float"], np.float32))
+    assert (
+        np.abs(np.array(found["int8"]) - embedder.encode_query(TEXTS, precision="int8")).max() <= 1
+    )
+    assert np.array(found["ubinary"]).shape == (len(TEXTS), 20)
+    assert reply["meta"]["billed_units"]["output_tokens"] > 0
+    uri = data_uri(picture_bytes())
+    picture = embedder.encode_document(Image.open(io.BytesIO(picture_bytes())))
+    parts = [{"content": [{"type": "image_url", "image_url": {"url": uri}}]}]
+    for source in ({"images": [uri]}, {"inputs": parts}):
+        told = post(server, {"model": "small", "input_type": "image", **source}, "/v2/embed").json()
+        np.testing.assert_allclose(told["embeddings"]["float"][0], picture, **NEAR)
+    long = {**body, "texts": ["camel " * 2000], "truncate": "NONE"}
+    assert post(server, long, "/v2/embed").status_code == 400
+    assert post(server, {**body, "images": [uri]}, "/v2/embed").status_code == 400
+
+
 def test_search_finds_with_and_without_the_thought(server: Server, embedder: ThinkingEmbedder):
     assert httpx2.get(f"{server.url}/collection").json()["rows"] == len(TEXTS) + 1
     picture = Image.open(io.BytesIO(picture_bytes()))

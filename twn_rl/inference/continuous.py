@@ -25,7 +25,6 @@ from twn_rl.inference.job import Job
 from twn_rl.inference.thought import note_states, written_thought
 from twn_rl.inference.thought_pool import Chunk, merge_chunks
 from twn_rl.modeling.decoding import Writing
-from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.kv_prefix import Prefix, merge
 from twn_rl.modeling.limits import PromptLimits
 from twn_rl.modeling.model import DualLoraModel
@@ -39,6 +38,13 @@ class _Thinker:
     chunk: Chunk
     row: int
     writing: Writing
+    told: int = 0  # tokens
+
+
+# Who has ended a thought, or may begin one, waits for others: until they are this share of those
+# that are being written, but at most so many tokens.
+_SHARE = 4
+_PATIENCE_TOKENS = 4
 
 
 class ContinuousPass:
@@ -96,20 +102,37 @@ class ContinuousPass:
         """How many inputs have been read and wait for a place."""
         return len(self._waiting)
 
-    def step(self, is_interrupted: Callable[[], bool] = lambda: False) -> list[Job]:
+    def step(
+        self, take_in: Callable[[], None] = lambda: None, *, max_tokens: int | None = None
+    ) -> list[Job]:
         """Read what waits, go on with all thoughts, and return the jobs that are done.
 
-        Thoughts are gone on with until one of them ends or `is_interrupted`, by one token at least.
-        Jobs that were cancelled leave and are returned, too. A job never raises: see `Job.error`.
+        Thoughts are gone on with by one token at least, until there is something better to do: one
+        who does not think has come, a job was cancelled, or enough have ended or may begin, for
+        whom a few tokens are waited so that they are read together. Jobs that were cancelled leave
+        and are returned, too. A job never raises: see `Job.error`.
+
+        Args:
+            take_in: Called between two tokens; puts what has come into the inbox.
+            max_tokens: The most tokens to go on by; None is unlimited.
         """
-        with torch.no_grad(), evaluating(self.model):
+        with self.model.session():
             self._drop_cancelled()
             self._guarded(self._next_to_read(), self._read)
+            self._read_urgent(take_in)
             self._start()
-            ended = self._write(is_interrupted)
+            self._read_urgent(take_in)
+            ended = self._write(take_in, max_tokens)
+            self._read_urgent(take_in)
             self._guarded([thinker.job for thinker in ended], partial(self._read_out, ended))
         done, self._done = self._done, []
         return done
+
+    def _read_urgent(self, take_in: Callable[[], None]) -> None:
+        """Read those who do not think and have come since: they wait for one piece of work only."""
+        take_in()
+        if any(not job.may_think for job in self.inbox):
+            self._guarded(self._next_to_read(only_plain=True), self._read)
 
     def _guarded(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:
         """Do some jobs' work; an exception is theirs alone, and ends them."""
@@ -149,12 +172,12 @@ class ContinuousPass:
         for job in (*gone, *(thinker.job for thinker in leaving)):
             self._finish(job)
 
-    def _next_to_read(self) -> list[Job]:
+    def _next_to_read(self, *, only_plain: bool = False) -> list[Job]:
         """Take the jobs that are read next: who cannot think first, all of one longest prompt.
 
         What was read of a thinker fills memory until it has a place, so at most `places` wait.
         """
-        room = self.places - len(self._waiting)
+        room = 0 if only_plain else self.places - len(self._waiting)
         ready = [job for job in self.inbox if not job.may_think]
         ready += [job for job in self.inbox if job.may_think][: max(0, room)]
         same = [job for job in ready if self._kind(job) == self._kind(ready[0])]
@@ -286,18 +309,22 @@ class ContinuousPass:
         self.decoding.join(prefix, [thinker.writing for thinker in thinkers])
         self._writing += thinkers
 
-    def _write(self, is_interrupted: Callable[[], bool]) -> list[_Thinker]:
-        """Go on with all thoughts; return those that have ended, of which one at least ended."""
+    def _write(self, take_in: Callable[[], None], max_tokens: int | None) -> list[_Thinker]:
+        """Go on with all thoughts; return those that have ended."""
         ended: list[Writing] = []
+        tokens = waited = 0
         try:
             with self.model.writing():
-                while self._writing and not ended:
-                    self.note_batch("write", len(self._writing))
-                    ended = self.decoding.step()
-                    for thinker in self._writing:
-                        if thinker.job.on_token is not None:
-                            thinker.job.on_token(thinker.job, thinker.writing.ids)
-                    if is_interrupted():
+                while self.decoding.rows and tokens != max_tokens:
+                    self.note_batch("write", len(self.decoding))
+                    ended += self.decoding.step()
+                    tokens += 1
+                    self._tell_tokens()
+                    take_in()
+                    pending = len(ended) + self._num_beginners()
+                    waited += bool(pending)
+                    share = pending * _SHARE >= len(self.decoding)
+                    if self._is_urgent() or waited >= _PATIENCE_TOKENS or (pending and share):
                         break
         except Exception as error:  # the batch of thoughts is lost, nothing else
             self.decoding = self.model.start_decoding()
@@ -309,6 +336,23 @@ class ContinuousPass:
         finished = [t for t in self._writing if id(t.writing) in have_ended]
         self._writing = [t for t in self._writing if id(t.writing) not in have_ended]
         return finished
+
+    def _tell_tokens(self) -> None:
+        """Tell those who listen what has been written, once for each token."""
+        for thinker in self._writing:
+            listener, ids = thinker.job.on_token, thinker.writing.ids
+            if listener is not None and len(ids) > thinker.told:
+                thinker.told = len(ids)
+                listener(thinker.job, ids)
+
+    def _is_urgent(self) -> bool:
+        """Whether somebody has come who does not think, or somebody has left."""
+        jobs = (*self.inbox, *(t.job for t in self._writing))
+        return any(job.is_cancelled for job in jobs) or any(not j.may_think for j in self.inbox)
+
+    def _num_beginners(self) -> int:
+        """Return how many that may think could be read now."""
+        return max(0, min(len(self.inbox), self.places - len(self._waiting)))
 
     def _read_out(self, thinkers: Sequence[_Thinker], _: Sequence[Job]) -> None:
         """Replace the no-think vectors of those whose thought is usable."""

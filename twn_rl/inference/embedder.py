@@ -51,6 +51,7 @@ class ThinkingEmbedder(ServedModel):
 
     Attributes:
         cot_cache: Thoughts on disk, or None.
+        turn: Held by whoever uses the model.
     """
 
     def __init__(
@@ -76,20 +77,20 @@ class ThinkingEmbedder(ServedModel):
         super().__init__(model, prompts, default_prompt_name, truncate_dim)
         self.cot_cache: CotCache | None = None
         self._cache: ThoughtCache | None = None
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
         if cot_cache_dir is not None:
             self.cot_cache = CotCache(cot_cache_dir)
             self._cache = ThoughtCache(self.cot_cache, Fingerprints(model).thoughts)
 
     def __getstate__(self) -> dict[str, Any]:
         # Other processes get what they need to make locks and connections of their own.
-        state = {name: value for name, value in vars(self).items() if name != "_turn"}
+        state = {name: value for name, value in vars(self).items() if name != "turn"}
         folder = self.cot_cache.path.parent if self.cot_cache else None
         return {**state, "cot_cache": folder, "_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._turn = threading.RLock()
+        self.turn = threading.RLock()
         if state["cot_cache"] is not None:
             self.cot_cache = CotCache(state["cot_cache"])
             self._cache = ThoughtCache(self.cot_cache, Fingerprints(self.model).thoughts)
@@ -254,7 +255,7 @@ class ThinkingEmbedder(ServedModel):
                     f"truncate_dim = {options.truncate_dim}; expected at most the width {width}; "
                     "lower it or leave it out"
                 )
-        with self._turn:
+        with self.turn:
             place = every[0].device
             if place is not None and not isinstance(place, list):  # a list has gone to a pool
                 self.to(place)

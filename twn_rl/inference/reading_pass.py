@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -19,7 +18,6 @@ from twn_rl.inference.details import Ledger, timed
 from twn_rl.inference.shortlist import Shortlist
 from twn_rl.inference.thought_pool import Chunk
 from twn_rl.inference.way import Way
-from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.limits import PromptLimits
 from twn_rl.modeling.model import DualLoraModel
 
@@ -57,7 +55,7 @@ class ReadingPass:
 
     def run(self) -> None:
         """Embed everything."""
-        with timed("total", (), self._ledgers()), torch.no_grad(), evaluating(self.model):
+        with timed("total", (), self._ledgers()), self.model.session():
             for items in self._batches(self.items, self.title):
                 self._embed(items)
             for way in self.ways:

@@ -8,10 +8,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from twn_rl.modeling.backbone import Backbone, whole_parameters
@@ -178,13 +180,64 @@ def use_adapter(peft_model: PeftModel, name: str) -> Iterator[None]:
     Inside the body and after it, also after an exception, every `requires_grad` flag is what it was
     before, and afterwards the previous adapter is active again.
     """
+    previous, switches = active_adapter(peft_model), _SWITCHES.get(peft_model)
+    if switches is not None:
+        switches.to(name)
+        try:
+            yield
+        finally:
+            switches.to(previous)
+        return
     flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
-    previous = active_adapter(peft_model)
     try:
         _activate(peft_model, name, flags)
         yield
     finally:
         _activate(peft_model, previous, flags)
+
+
+class _Switches:
+    """What PEFT's switch to each adapter sets in each layer, so that it need not search for it."""
+
+    def __init__(self, peft_model: PeftModel) -> None:
+        self.peft_model: Any = peft_model
+        self.flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+        self.active: dict[str, list[tuple[Any, Any]]] = {}
+        self.to(active_adapter(peft_model))
+
+    def to(self, name: str) -> None:
+        """Activate an adapter: the first time as PEFT does, later as that left it."""
+        if name not in self.active:
+            _activate(self.peft_model, name, self.flags)
+            kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+            layers = [m for m in self.peft_model.modules() if isinstance(m, kinds)]
+            self.active[name] = [(layer, vars(layer)["_active_adapter"]) for layer in layers]
+        elif active_adapter(self.peft_model) != name:
+            for layer, active in self.active[name]:
+                layer._active_adapter = active
+            self.peft_model.base_model.active_adapter = self.peft_model.active_adapter = name
+
+
+_SWITCHES: WeakKeyDictionary[PeftModel, _Switches] = WeakKeyDictionary()
+
+
+@contextmanager
+def quick_switches(peft_model: PeftModel) -> Iterator[None]:
+    """Let `use_adapter` walk through no modules in the body, in which nothing is trained.
+
+    In a small model, or at each token, the walk takes as long as the work between two switches. No
+    adapter may be added in the body, and nobody else may switch.
+    """
+    if peft_model in _SWITCHES:
+        yield
+        return
+    previous = active_adapter(peft_model)
+    switches = _SWITCHES[peft_model] = _Switches(peft_model)
+    try:
+        yield
+    finally:
+        del _SWITCHES[peft_model]
+        _activate(peft_model, previous, switches.flags)
 
 
 def _activate(peft_model: PeftModel, name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:

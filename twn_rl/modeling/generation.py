@@ -14,7 +14,12 @@ from torch import Tensor, nn
 
 from twn_rl.data.chat import Think, parse_think
 from twn_rl.data.record import Item
-from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
+from twn_rl.modeling.adapters import (
+    EMBEDDING_ADAPTER,
+    REASONING_ADAPTER,
+    quick_switches,
+    use_adapter,
+)
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.collator import (
     Completion,
@@ -85,6 +90,7 @@ class DualLoraInference(nn.Module):
         self.readout_ids, self.reason_ids = readout_ids, list(reason_ids)
         self.prefill_adapter = REASONING_ADAPTER
         self.gates = nn.ModuleDict()
+        self._sessions = 0
 
     @property
     def device(self) -> torch.device:
@@ -349,9 +355,31 @@ class DualLoraInference(nn.Module):
         return self.config.interface == "kv_detach"
 
     @contextmanager
+    def session(self) -> Iterator[None]:
+        """Prepare for inference once for all calls in the body, in which nothing is trained.
+
+        Modes are set and adapters' layers looked for here instead of in every call. For one thread;
+        a session inside a session is the same one.
+        """
+        if self._sessions:
+            with torch.no_grad():
+                yield
+            return
+        with self._inference(), evaluating(self), quick_switches(self.peft_model):
+            self._sessions += 1
+            try:
+                yield
+            finally:
+                self._sessions -= 1
+
+    @contextmanager
     def _inference(self) -> Iterator[None]:
         """Switch gradient, dropout and recomputation off in the body."""
         model = self.peft_model
+        if self._sessions:
+            with torch.no_grad():
+                yield
+            return
         with torch.no_grad(), without_checkpointing(model), evaluating(model):
             yield
 

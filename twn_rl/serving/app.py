@@ -12,7 +12,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from twn_rl import __version__
 from twn_rl.inference.collection import Collection
 from twn_rl.inference.encode_file import fingerprints
-from twn_rl.serving import routes, search_routes
+from twn_rl.serving import cohere, routes, search_routes
 from twn_rl.serving.errors import add_handlers
 from twn_rl.serving.gatekeeper import Gatekeeper
 from twn_rl.serving.service import EmbeddingService
@@ -58,7 +58,7 @@ def create_app(
     )
     app.state.service, app.state.collection = service, collection
     add_handlers(app)
-    for each in (routes.router, search_routes.router, *routers):
+    for each in (routes.router, cohere.router, search_routes.router, *routers):
         app.include_router(each)
     settings = service.settings
     app.add_middleware(

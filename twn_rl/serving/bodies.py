@@ -17,8 +17,6 @@ class ThinkFields(BaseModel):
 
     Attributes:
         model: Name of the model; None takes the only one there is.
-        input_type: "query" or "document"; without it an input is read as a query that does not
-            think, unless `think` says so: one space serves both.
         think: "auto", "always", "never" or "latent".
         think_threshold: With auto, think above this probability instead of the model's threshold.
         keep: "better" leaves out thoughts that the gate's judge finds implausible.
@@ -29,7 +27,6 @@ class ThinkFields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
     model: str | None = None
-    input_type: Side | None = None
     think: ThinkMode | None = None
     think_threshold: float | None = Field(default=None, ge=0, le=1)
     keep: Keep = "thought"
@@ -56,13 +53,13 @@ class ThinkFields(BaseModel):
                 param="model",
             )
 
-    def wish(self) -> Wish:
-        """Return how to embed."""
+    def wish_as(self, side: Side | None) -> Wish:
+        """Return how to embed; without a side nobody thinks unless it is said."""
         think = self.think
-        if think is None and self.input_type is None:
+        if think is None and side is None:
             think = "never" if self.think_threshold is None else "auto"
         limit = self.max_think_tokens
-        return Wish(self.input_type, think, self.think_threshold, self.keep, limit)
+        return Wish(side, think, self.think_threshold, self.keep, limit)
 
 
 class EmbeddingRequest(ThinkFields):
@@ -72,6 +69,8 @@ class EmbeddingRequest(ThinkFields):
         input: A text or a list of texts.
         messages: Instead of `input`, one conversation with pictures as data URIs.
         instruction: For inputs that bring none of their own.
+        input_type: "query" or "document"; without it an input is read as a query that does not
+            think, unless `think` says so: one space serves both.
         encoding_format: "float", or "base64" of little-endian float32.
         dimensions: Keep the first numbers only, normalised again.
         user: Taken and not used, as OpenAI's clients send it.
@@ -81,6 +80,7 @@ class EmbeddingRequest(ThinkFields):
     input: str | list[str] | None = None
     messages: list[dict[str, Any]] | None = None
     instruction: str | None = None
+    input_type: Side | None = None
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(default=None, ge=1)
     user: str | None = None
@@ -110,6 +110,10 @@ class EmbeddingRequest(ThinkFields):
         if (self.input is None) == (self.messages is None):
             raise ValueError("expected either input or messages; send one of them")
         return self
+
+    def wish(self) -> Wish:
+        """Return how to embed."""
+        return self.wish_as(self.input_type)
 
     def received(self) -> list[Received]:
         """Return the inputs.

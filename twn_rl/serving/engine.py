@@ -6,6 +6,8 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from twn_rl.inference.continuous import ContinuousPass
 from twn_rl.inference.job import Job
@@ -26,9 +28,16 @@ class Engine:
         work: What the thread works on; others may look at its sizes.
     """
 
-    def __init__(self, make_work: Callable[[], ContinuousPass]) -> None:
-        """Prepare a thread that is not started yet; `make_work` returns an empty pass."""
-        self.work = make_work()
+    def __init__(
+        self, make_work: Callable[[], ContinuousPass], turn: AbstractContextManager[Any]
+    ) -> None:
+        """Prepare a thread that is not started yet.
+
+        Args:
+            make_work: Returns an empty pass.
+            turn: Held while the model is used, see `ThinkingEmbedder`.
+        """
+        self.work, self.turn = make_work(), turn
         self._make_work = make_work
         # A pair is a job and whom to tell; None wakes the thread so that it looks around.
         self._incoming: queue.SimpleQueue[tuple[Job, Delivery] | None] = queue.SimpleQueue()
@@ -73,12 +82,18 @@ class Engine:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
+        with self.work.model.session():
+            self._work_on()
+
+    def _work_on(self) -> None:
         while True:
-            self._take_in()
+            # Asked before it waits: what wakes it at the end may have been taken while it worked.
             if self.work.is_idle and self._incoming.empty() and self._is_stopping.is_set():
                 return
+            self._take_in()
             try:
-                done = self.work.step(is_interrupted=self._has_news)
+                with self.turn:
+                    done = self.work.step(self._take_what_came)
             except Exception as error:
                 # A pass guards its jobs; what gets here is a fault of the pass itself.
                 logger.exception("the engine lost %d jobs", len(self._deliveries))
@@ -91,16 +106,18 @@ class Engine:
 
     def _take_in(self) -> None:
         """Take over what has come; wait for it if there is nothing else to do."""
-        is_idle = self.work.is_idle
-        while is_idle or not self._incoming.empty():
-            entry = self._incoming.get()
-            if entry is not None:
-                self._deliveries[id(entry[0])] = entry
-                self.work.inbox.append(entry[0])
-            is_idle = False
+        if self.work.is_idle:
+            self._put(self._incoming.get())
+        self._take_what_came()
 
-    def _has_news(self) -> bool:
-        return not self._incoming.empty()
+    def _take_what_came(self) -> None:
+        while not self._incoming.empty():
+            self._put(self._incoming.get())
+
+    def _put(self, entry: tuple[Job, Delivery] | None) -> None:
+        if entry is not None:
+            self._deliveries[id(entry[0])] = entry
+            self.work.inbox.append(entry[0])
 
     def _deliver(self, job: Job) -> None:
         _, deliver = self._deliveries.pop(id(job))

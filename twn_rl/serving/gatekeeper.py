@@ -49,7 +49,10 @@ class Gatekeeper:
             if body is not None:
                 await self._answer(scope, body, receive, counted)
         except ServiceError as error:
-            await error.response()(scope, receive, counted)
+            response = error.response()
+            # What is left of the body is not read, however long it goes on.
+            response.headers["Connection"] = "close"
+            await response(scope, receive, counted)
         finally:
             self.admission.give_back(body_bytes=held[0])
             route = getattr(scope.get("route"), "path", "other")

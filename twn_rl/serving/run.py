@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +21,7 @@ from twn_rl.serving.settings import ServeSettings
 logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_SECONDS = 5
+_SWITCH_SECONDS = 0.0005
 
 
 def quiet_protocol(seconds: float) -> type[H11Protocol]:
@@ -103,4 +105,6 @@ def run_server(server: Server, listener: socket.socket) -> None:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     logger.info("serving at http://%s:%d", shown, port)
+    # The engine's thread is busy in Python; by default it hands over to the network's every 5 ms.
+    sys.setswitchinterval(_SWITCH_SECONDS)
     asyncio.run(server.serve(sockets=[listener]))

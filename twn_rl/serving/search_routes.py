@@ -63,8 +63,7 @@ class SearchRequest(ThinkFields):
 
     def wish(self) -> Wish:
         """Return how to embed: what searches is a query."""
-        side = self.input_type or "query"
-        return Wish(side, self.think, self.think_threshold, self.max_think_tokens)
+        return self.wish_as("query")
 
 
 def collection_of(request: Request) -> Collection:

@@ -31,6 +31,7 @@ from twn_rl.serving.received import Received, to_item
 from twn_rl.serving.settings import ServeSettings
 
 _PARSERS = 4
+_AT_ONCE_BYTES = 1 << 15  # of pictures; handing so little to another thread takes longer
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class EmbeddingService:
         """Prepare; `start` begins to work."""
         self.embedder, self.settings, self.name = embedder, settings, settings.name or name
         self.admission, self.metrics = Admission(settings), Metrics()
-        self.engine = Engine(self._make_work)
+        self.engine = Engine(self._make_work, embedder.turn)
         self.started_at = int(time.time())
         workers = min(_PARSERS, os.cpu_count() or 1)
         self._parsers = ThreadPoolExecutor(workers, thread_name_prefix="twn-rl parser")
@@ -260,7 +261,10 @@ class EmbeddingService:
         try:
             loop = asyncio.get_running_loop()
             for number, received in enumerate(inputs):
-                item = await loop.run_in_executor(self._parsers, self._item, received, rules)
+                if sum(map(len, received.pictures)) <= _AT_ONCE_BYTES:
+                    item = self._item(received, rules)
+                else:
+                    item = await loop.run_in_executor(self._parsers, self._item, received, rules)
                 job = Job(item, chooser, wish.max_think_tokens, **listeners)
                 self.admission.take_pixels(job.pixels)
                 held[number] = job.pixels
