@@ -47,7 +47,7 @@ SHORTER: dict[str, list[str]] = {
 }
 # What a command needs that is not here: such commands are parsed only.
 ABSENT = (
-    r"Qwen/",  # the network
+    r"Qwen/|qwen3_vl|smolvlm",  # the network
     r"http://",  # a server
     r"MMEB-V2|mrmr|ViDoRe",  # benchmarks' data
     r"outputs/wordnet",  # WordNet and SmolLM2

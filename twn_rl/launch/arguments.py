@@ -396,6 +396,7 @@ def _read_config(path: str) -> dict[str, Any]:
     shared: dict[str, Any] = {}
     if base is not None:
         below = Path(path).parent / str(base)
+        below = below if below.exists() else Path(packaged(str(base)))
         if below.resolve() == Path(path).resolve():
             raise ValueError(f"{path}: base = {base!r} is the file itself; name another")
         shared = _read_config(str(below))
