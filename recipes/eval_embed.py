@@ -141,7 +141,13 @@ class EvalScriptArguments:
     @property
     def output(self) -> Path:
         """Where results go."""
-        return Path(self.model) / "evaluation" if self.output_dir is None else Path(self.output_dir)
+        if self.output_dir is not None:
+            return Path(self.output_dir)
+        folder = Path(self.model)
+        if not folder.is_dir() and not folder.parent.is_dir():
+            # A folder "owner/name" would be taken for the model the next time.
+            folder = Path("outputs") / folder.name
+        return folder / "evaluation"
 
 
 def main(script: EvalScriptArguments, data: DataArguments) -> Path:

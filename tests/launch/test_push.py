@@ -11,7 +11,7 @@ from short_runs import SHORT_RUN
 
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.launch.arguments import DataArguments, ModelArguments
-from twn_rl.recipes import sft_embed
+from twn_rl.recipes import eval_embed, sft_embed
 from twn_rl.training.sft import SftConfig
 
 
@@ -71,3 +71,16 @@ def test_a_run_that_pushes_nothing_has_a_card_and_asks_nobody(
     output = run(tmp_path)
     assert "# run" in (output / "README.md").read_text("utf-8")
     assert not hub.requests
+
+
+def test_results_of_a_model_of_the_hub_make_no_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "grpo").mkdir(parents=True)
+    for model, results in (
+        ("somebody/run", "outputs/run/evaluation"),
+        ("runs/grpo", "runs/grpo/evaluation"),
+        ("runs/absent", "runs/absent/evaluation"),
+    ):
+        assert eval_embed.EvalScriptArguments(model=model).output == Path(results)
