@@ -37,7 +37,8 @@ from transformers import set_seed
 
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate
 from twn_rl.evaluation.modes import ABLATIONS, MODES, THINKING_TARGETS
-from twn_rl.evaluation.results import REPORTED_SPLITS, Evaluation, merge_evaluations
+from twn_rl.evaluation.report.headline import summary_lines
+from twn_rl.evaluation.results import METRICS_FILE, REPORTED_SPLITS, Evaluation, merge_evaluations
 from twn_rl.evaluation.routing import (
     DECIDERS,
     describe_routing,
@@ -50,12 +51,14 @@ from twn_rl.launch.arguments import DataArguments, Split
 from twn_rl.launch.program import start
 from twn_rl.launch.report_facts import report_facts
 from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.trackers import check_trackers, track_metrics
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.model_card import write_card
 from twn_rl.recipes import eval_mmeb_v2
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -97,6 +100,7 @@ class EvalScriptArguments:
         num_thoughts: Sampled CoTs per query, mode sampled.
         seed: Of sampling, borrowed CoTs and the bootstrap.
         report: Write report.html.
+        report_to: Trackers that get the metrics: none, tensorboard, trackio, wandb, ...
         benchmark: Run this benchmark: a name of mteb's, mrmr, mmeb_v2, EmojiScenes.
         tasks: Tasks of the benchmark; default: all.
         think: Who thinks in a benchmark; default: auto with a gate, else never.
@@ -115,6 +119,7 @@ class EvalScriptArguments:
     num_thoughts: int = 4
     seed: int = 0
     report: bool = True
+    report_to: list[str] = field(default_factory=lambda: ["none"])
     benchmark: str | None = None
     tasks: list[str] | None = None
     think: ThinkMode | None = None
@@ -127,6 +132,8 @@ class EvalScriptArguments:
         problems.some_of(self, get_args(Split), "splits")
         if self.modes is not None:
             problems.some_of(self, (*MODES, *ABLATIONS), "modes")
+        with problems.told(ValueError):
+            check_trackers(self.report_to)
         problems.refuse("EvalScriptArguments", "correct the names")
         users = {"gate_threshold": (*GATE_MODES, JUDGE_MODE), "policy_threshold": (POLICY_MODE,)}
         for name, modes in users.items():
@@ -181,10 +188,15 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
                 facts=facts,
                 settings=settings,
             )
-            logger.info("Report: %s", output / "report.html")
         log_summary(before, after)
         if output.parent == Path(script.model) and (output.parent / CONFIG_FILE).is_file():
             write_card(script.model)
+        track_metrics(script.report_to, output, after.metrics)
+        for line in summary_lines(after, before):
+            logger.log(NOTICE, "%s", line)
+        logger.log(NOTICE, "Metrics: %s", output / METRICS_FILE)
+        if script.report:
+            logger.log(NOTICE, "Report: %s", output / "report.html")
     join_processes().wait_for_everyone()
     return output
 
@@ -240,7 +252,7 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     )
     embedder = ThinkingEmbedder.from_pretrained(script.model, device=join_processes().device)
     summary = run_benchmark(embedder, settings, name=Path(script.model).name, splits=splits)
-    logger.info("%s:\n%s", output, format_table(summary))
+    logger.log(NOTICE, "%s:\n%s", output, format_table(summary))
     return output
 
 

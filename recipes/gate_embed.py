@@ -52,6 +52,7 @@ from twn_rl.modeling.gate_files import set_threshold
 from twn_rl.modeling.judge import Judge, fit_judge, judge_report
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.model_card import write_card
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
@@ -201,7 +202,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
             write_text(path / FOLDER / "labels.md", label_tables(found))
             save_decision(model, path)
             write_card(path)
-            logger.info("Gate saved to %s", path)
+            logger.log(NOTICE, "Gate saved to %s", path)
         processes.wait_for_everyone()
     return path
 

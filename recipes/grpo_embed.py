@@ -27,11 +27,14 @@ from transformers import set_seed
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.program import start
+from twn_rl.launch.progress import Stages
 from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
+from twn_rl.launch.trackers import check_trackers
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_embed, sft_embed
 from twn_rl.rewards import REWARDS
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.reading import decode_json
 from twn_rl.training.grpo import (
@@ -124,7 +127,12 @@ def main(
 
     with owned_run(output):
         # Model and adapters
+        is_missing = not (Path(script.warm_start) / CONFIG_FILE).is_file()
+        stages = Stages(("warm start", is_missing), ("RL", True), ("evaluation", script.evaluate))
+        if is_missing:
+            stages.begin("warm start")
         ensure_warm_start(script, data, training)
+        stages.begin("RL")
         set_seed(training.seed)
         model = DualLoraModel.from_pretrained(
             script.warm_start, is_trainable=True, attn_implementation=script.attn_implementation
@@ -144,9 +152,11 @@ def main(
 
         # Evaluate
         if script.evaluate:
+            stages.begin("evaluation")
             evaluation = eval_embed.EvalScriptArguments(
                 model=str(output), before=script.warm_start, num_thoughts=2
             )
+            evaluation.report_to = check_trackers([*(training.report_to or [])])
             eval_embed.main(evaluation, data)
         publish(trainer, output)
     return output
@@ -166,7 +176,9 @@ def ensure_warm_start(
             "recipes/sft_embed.py; train it first, or pass --warm_start_config so that it is "
             "trained here"
         )
-    logger.info("No warm-started model in %s: running the warm start first", script.warm_start)
+    logger.log(
+        NOTICE, "No warm-started model in %s: running the warm start first", script.warm_start
+    )
     config = ["--config", script.warm_start_config, "--output_dir", script.warm_start]
     if training.deepspeed:
         config += ["--deepspeed", training.deepspeed]

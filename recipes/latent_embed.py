@@ -28,6 +28,7 @@ from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_text
 from twn_rl.training.latent import LatentConfig, LatentTrainer
@@ -103,7 +104,7 @@ def main(
             trainer.log(dict(check))
             if join_processes().is_main_process:
                 write_text(output / CHECK_FILE, json.dumps(check, indent=1) + "\n")
-            logger.info("Reconstruction of %d held-out targets: %s", count, check)
+            logger.log(NOTICE, "Reconstruction of %d held-out targets: %s", count, check)
     return output
 
 

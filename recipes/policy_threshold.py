@@ -32,6 +32,7 @@ from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import join_processes
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
             assert found.chosen.threshold is not None
             model.config.policy_threshold = found.chosen.threshold
             model.config.save(path)
-            logger.info("policy_threshold = %.3f saved to %s", found.chosen.threshold, path)
+            logger.log(NOTICE, "policy_threshold = %.3f saved to %s", found.chosen.threshold, path)
         join_processes().wait_for_everyone()
     return path
 

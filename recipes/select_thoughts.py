@@ -38,6 +38,7 @@ from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.whole_files import write_json, write_json_lines, write_text
@@ -301,8 +302,9 @@ def save(
     report = {**selection_report(records, rows, choices), "left_out": counts}
     write_json(output / "report.json", report, indent=1)
     write_text(output / "report.md", report_text(report))
-    logger.info("Selected:\n%s", report_text(report))
-    logger.info(
+    logger.log(NOTICE, "Selected:\n%s", report_text(report))
+    logger.log(
+        NOTICE,
         "Train on it with: recipes/sft_embed.py --train_file %s --data_root %s",
         output / "selected.jsonl",
         records.data_root,

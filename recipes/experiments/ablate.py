@@ -39,6 +39,7 @@ from twn_rl.launch.experiment import (
 )
 from twn_rl.launch.program import start
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.training.grpo import EmbedGRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
         for arm in (WARM_START, *script.arms)
     }
     text = save_arms(output, arms)
-    logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     return output
 
 

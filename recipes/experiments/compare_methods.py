@@ -56,6 +56,7 @@ from twn_rl.launch.experiment import (
     seconds_of,
 )
 from twn_rl.launch.program import start
+from twn_rl.runtime.log_levels import NOTICE
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +157,7 @@ def main(script: MethodsArguments, data: DataArguments) -> Path:
     text = method_table(summary)
     save_summary(output / "comparison", summary, text)
     plot_methods(summary, output / "comparison.png")
-    logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     return output
 
 

@@ -35,6 +35,7 @@ from twn_rl.launch.experiment import (
     run_experiment,
 )
 from twn_rl.launch.program import start
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.whole_files import write_json
 
@@ -96,11 +97,11 @@ def main(script: SelectionArguments, data: DataArguments) -> Path:
     text = save_arms(
         output, {arm: [seed.root / arm / EVALUATION_FOLDER for seed in seeds] for arm in arms}
     )
-    logger.info("Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
     if "selected" in arms:
         found = selection_summary([thoughts_folder(seed.root, "selected") for seed in seeds])
         write_json(output / "selection.json", found, indent=1)
-        logger.info("Selection: %s", json.dumps(found.get("all", found)))
+        logger.log(NOTICE, "Selection: %s", json.dumps(found.get("all", found)))
     return output
 
 

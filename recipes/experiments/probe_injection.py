@@ -21,7 +21,8 @@ from transformers import set_seed
 
 from twn_rl.evaluation.injection import choose_victims, measure_documents, measure_queries
 from twn_rl.inference.options import ThinkMode
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.processes import join_processes
@@ -95,4 +96,4 @@ def _cell(name: str, value: Any) -> str:
 
 
 if __name__ == "__main__":
-    main(*parse_arguments((InjectionScriptArguments, DataArguments), description=__doc__))
+    start(main, (InjectionScriptArguments, DataArguments), description=__doc__)

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import set_up_logging
 from twn_rl.modeling.backbone import load_backbone
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.whole_files import written_aside
 
 logger = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ def main(arguments: ConvertArguments) -> Path:
     with written_aside(output) as aside:
         convert(source, aside, getattr(torch, arguments.dtype))
         load_backbone(aside)
-    logger.info("Converted %s to %s", source.name, output)
+    logger.log(NOTICE, "Converted %s to %s", source.name, output)
     return output
 
 

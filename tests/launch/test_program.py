@@ -86,7 +86,7 @@ def test_nothing_else_is_printed_also_under_accelerate_launch(plain: Path) -> No
         env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert done.returncode != 0
-    assert "sft_embed.py: error: tran.jsonl: No such file" in done.stderr
+    assert "sft_embed.py: error: 'tran.jsonl' does not exist" in done.stderr
     assert "did you mean 'train.jsonl'?" in done.stderr
     assert "Traceback" not in done.stderr
 

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
+import time
 from pathlib import Path
 
+from twn_rl.launch.command_line import is_on, show_logs
 from twn_rl.launch.experiment import EVALUATION_FOLDER, Stage
+from twn_rl.launch.progress import STAGE_VARIABLE, clock
+from twn_rl.runtime.log_levels import NOTICE
 
 logger = logging.getLogger(__name__)
+
+# All that accelerate would otherwise say it chose; and no traceback of its own.
+LAUNCHER = ["--quiet", "--num_processes", "1", "--num_machines", "1"]
+LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,13 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Warm-start, reinforce, fit the gate, evaluate; finished stages are kept."""
+    show_logs(logging.INFO if is_on("--verbose") else NOTICE)
+    started = time.perf_counter()
     named = stages(arguments.output_dir, arguments.demo_scale, arguments.max_steps)
     for number, (name, stage) in enumerate(named.items(), start=1):
-        logger.info("Stage %d of %d: %s", number, len(named), name)
-        if not stage.run(["--num_processes", "1"], is_shown=True):
-            logger.info("It had been run; to run it again, remove %s", stage.target)
-    logger.info("Report: %s", named["evaluation"].target / "report.html")
+        os.environ[STAGE_VARIABLE] = f"{number} of {len(named)}, {name}"
+        logger.log(NOTICE, "Stage %s, %s so far", os.environ[STAGE_VARIABLE], so_far(started))
+        if not stage.run(LAUNCHER, is_shown=True):
+            logger.log(NOTICE, "It had been run; to run it again, remove %s", stage.target)
+            if name == "evaluation":
+                logger.log(NOTICE, "Report: %s", stage.target / "report.html")
     return 0
+
+
+def so_far(started: float) -> str:
+    """Return how long ago that was."""
+    return clock(time.perf_counter() - started)
 
 
 def stages(output: Path, demo_scale: float | None, max_steps: int | None) -> dict[str, Stage]:

@@ -141,7 +141,7 @@ def inspect_records(records: RecordSet, file: str | Path) -> RecordReport:
     negatives, frames, marked = [], [], 0
     repeats = _Repeats()
     progress = tqdm(
-        records, desc="Inspecting records", disable=len(records) < _PROGRESS_FROM_RECORDS
+        records, desc="Inspecting records", disable=len(records) < _PROGRESS_FROM_RECORDS or None
     )
     for record in progress:
         tasks.setdefault(record.source, Counter())[str(record.metadata.get("task", ""))] += 1

@@ -138,7 +138,9 @@ def _write_copy(copy: Path, file: pq.ParquetFile, signature: tuple[int, int]) ->
             pa.OSFile(str(aside), "wb") as sink,
             pa.ipc.new_file(sink, schema) as writer,
         ):
-            for batch in tqdm(batches, desc=f"Writing {copy.name}", total=total, delay=5.0):
+            for batch in tqdm(
+                batches, desc=f"Writing {copy.name}", total=total, delay=5.0, disable=None
+            ):
                 writer.write_batch(batch)
     except OSError as error:
         logger.warning("%s cannot be written (%s); its rows stay in memory", copy, error)

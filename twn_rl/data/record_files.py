@@ -157,7 +157,7 @@ def load_records(
 
 
 def _progress(rows: Iterable[T], label: str) -> Iterable[T]:
-    return tqdm(rows, desc=label, unit="row", delay=_PROGRESS_AFTER_SECONDS)
+    return tqdm(rows, desc=label, unit="row", delay=_PROGRESS_AFTER_SECONDS, disable=None)
 
 
 def write_records(

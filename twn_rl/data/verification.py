@@ -156,7 +156,7 @@ def _unusable(paths: list[str], workers: int, cache: Path) -> dict[str, ImageErr
         desc=f"Verifying images of {cache.name.removesuffix(CACHE_SUFFIX)}",
         unit="image",
         total=len(unknown),
-        disable=len(paths) < _PROGRESS_FROM_IMAGES,
+        disable=len(paths) < _PROGRESS_FROM_IMAGES or None,
     )
     for path, finding in zip(unknown, progress, strict=True):
         if isinstance(finding, ImageError):

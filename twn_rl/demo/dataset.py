@@ -171,7 +171,7 @@ def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
     picture, draws, size = "", _draws(split, settings), settings.size(split)
-    for i, kind, scene, draw in tqdm(draws, desc=f"writing {split}", total=size):
+    for i, kind, scene, draw in tqdm(draws, desc=f"writing {split}", total=size, disable=None):
         if i % QUESTIONS_PER_SCENE == 0:
             picture = f"images/scenes/{split}/{i // QUESTIONS_PER_SCENE:05d}.png"
             scene.draw().save(directory / picture, compress_level=1)

@@ -52,7 +52,9 @@ class PictureStore:
             singles.append(tile.resize((side, side), Image.Resampling.LANCZOS))
         return cls(
             drawn,
-            process_pictures(processor, [scene.draw() for scene in tqdm(drawn, desc="drawing")]),
+            process_pictures(
+                processor, [scene.draw() for scene in tqdm(drawn, desc="drawing", disable=None)]
+            ),
             names,
             process_pictures(processor, singles),
         )

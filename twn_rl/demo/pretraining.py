@@ -49,7 +49,7 @@ def align(
         projection = model.model.connector.modality_projection.proj
         projection.weight.mul_(words.norm(dim=-1).mean() / length)
     accuracy = 0.0
-    for step in tqdm(range(steps), desc="alignment"):
+    for step in tqdm(range(steps), desc="alignment", disable=None):
         rows = torch.randint(len(tiles), (batch_size,), generator=generator)
         lone = torch.randint(len(singles), (batch_size,), generator=generator)
         pixels = torch.cat([store.pixels[rows, :9].flatten(0, 1), store.single_pixels[lone, 9]])

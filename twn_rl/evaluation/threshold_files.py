@@ -11,6 +11,7 @@ from pathlib import Path
 
 from twn_rl.evaluation.gate_threshold import ChosenThreshold, CurvePoint, GateCurve, curve_rows
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ def write_curves(
 
 def log_choice(side: str, found: ChosenThreshold, metric: str) -> None:
     """Log what the decision to think costs and gives on the validation split."""
-    logger.info(
+    logger.log(
+        NOTICE,
         "%s: validation AUC %s, ECE %.3f, threshold %.3f",
         *(side, found.metrics["validation_auc"], found.metrics["validation_ece"]),
         found.chosen.threshold,
@@ -71,7 +73,8 @@ def log_choice(side: str, found: ChosenThreshold, metric: str) -> None:
     curve = found.curve
     points = (curve.never, found.chosen, curve.always, curve.oracle)
     for name, point in zip(("never", "chosen", "always", "oracle"), points, strict=True):
-        logger.info(
+        logger.log(
+            NOTICE,
             "%-8s %-7s %s %5.1f   %6.2f tokens   %5.1f %% think   random at that rate %5.1f",
             *(side, name, metric, 100 * point.quality, point.think_tokens),
             *(100 * point.think_rate, 100 * point.random_quality),

@@ -139,7 +139,9 @@ class MiningPlan:
     def _read_corpus(self, path: str | Path, root: Path) -> bool:
         """Add the items of a corpus; return whether any of them names a pool."""
         bad, named = 0, False
-        for row in tqdm(ItemFile(path, side="document", data_root=root), desc="corpus", unit="row"):
+        for row in tqdm(
+            ItemFile(path, side="document", data_root=root), desc="corpus", unit="row", disable=None
+        ):
             try:
                 if row.item is None:
                     raise row.error or ValueError(f"row {row.id} has no item")
@@ -160,7 +162,9 @@ class MiningPlan:
     def _read_records(
         self, records: RecordSet, are_candidates: bool, has_pools: bool, show_progress_bar: bool
     ) -> None:
-        for record in tqdm(records, desc="reading", unit="record", disable=not show_progress_bar):
+        for record in tqdm(
+            records, desc="reading", unit="record", disable=not show_progress_bar or None
+        ):
             query, positive = self.queries.add(record.query), self.candidates.add(record.positive)
             pool = pool_of(record) if has_pools else ""
             self.records_of.setdefault(pool, []).append(len(self.query))
@@ -262,7 +266,9 @@ def _mine(
     chosen: dict[int, NDArray[np.int64]] = {}
     query, positive = np.array(plan.query), np.array(plan.positive)
     has_vectors = queries.is_usable[query] & candidates.is_usable[positive]
-    with tqdm(total=len(query), desc="mining", unit="record", disable=not show_progress_bar) as bar:
+    with tqdm(
+        total=len(query), desc="mining", unit="record", disable=not show_progress_bar or None
+    ) as bar:
         for pool, members in plan.records_of.items():
             records = np.array(members)
             rows = plan.pools.get(pool, np.empty(0, dtype=np.int64))

@@ -128,7 +128,7 @@ def _chunks(
     ]
     parts = []
     try:
-        for job in tqdm(jobs, desc="chunks", disable=not options.show_progress_bar):
+        for job in tqdm(jobs, desc="chunks", disable=not options.show_progress_bar or None):
             parts.append(job.result())
     except InputError as error:
         raise InputError(starts[len(parts)] + error.position, error.problem) from error

@@ -68,7 +68,7 @@ class ReadingPass:
 
     def _batches(self, items: Sequence[Item | None], title: str) -> Iterator[dict[int, Item]]:
         total = sum(item is not None for item in items)
-        with tqdm(desc=title, total=total, disable=self.is_quiet) as bar:
+        with tqdm(desc=title, total=total, disable=self.is_quiet or None) as bar:
             for batch in in_batches(items, self.batch_size):
                 yield batch
                 bar.update(len(batch))

@@ -134,7 +134,9 @@ def search(
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     starts = range(0, len(index), index_block_rows)
-    for first in tqdm(starts, desc="searching", unit="block", disable=not show_progress_bar):
+    for first in tqdm(
+        starts, desc="searching", unit="block", disable=not show_progress_bar or None
+    ):
         numbers = first + np.flatnonzero(usable[first : first + index_block_rows])
         if not len(numbers):
             continue

@@ -20,6 +20,7 @@ from typing import Any
 
 from twn_rl.launch.arguments import DataArguments, packaged
 from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.whole_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -131,7 +132,12 @@ class Stage:
         command = [sys.executable, "-m", "accelerate.commands.launch", *map(packaged, launcher)]
         command += ["-m", f"twn_rl.recipes.{self.recipe}", *self.flags]
         log = self.target / "log.txt"
-        logger.info("Running %s%s", self.target, "" if is_shown else f", log in {log}")
+        logger.log(
+            NOTICE if not is_shown else logging.INFO,
+            "Running %s%s",
+            self.target,
+            "" if is_shown else f", log in {log}",
+        )
         started = time.perf_counter()
         if is_shown:
             status = subprocess.run(command, check=False).returncode
@@ -163,7 +169,7 @@ class Stage:
         command = json.loads(self.finished_file.read_text(encoding="utf-8"))["command"]
         names = [re.split(r"[./]", word.removesuffix(".py"))[-1] for word in command]
         if self.recipe in names and command[names.index(self.recipe) + 1 :] == self.flags:
-            logger.info("Kept %s", self.target)
+            logger.log(NOTICE, "Kept %s", self.target)
             return True
         if self.is_cheap:
             logger.info("%s was run with other flags: running it again", self.target)

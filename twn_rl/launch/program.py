@@ -32,6 +32,9 @@ def start(
         show_help(Path(main.__code__.co_filename), words)
     with errors_in_a_line(is_same_everywhere=True):
         from twn_rl.launch import arguments
+        from twn_rl.launch.progress import quieten
+
+        quieten()
 
         settings = arguments.parse_arguments(
             types, arguments=words, default_config=default_config, description=description

@@ -7,6 +7,7 @@ import logging
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, is_dataclass
@@ -16,9 +17,11 @@ from typing import Any
 
 import yaml
 
-from twn_rl.launch.command_line import show_logs
+from twn_rl.launch.command_line import is_on, show_logs
+from twn_rl.launch.progress import clock, quieten, show_progress
 from twn_rl.modeling.checkpoint import has_adapters_of
 from twn_rl.modeling.model_card import write_card
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import gather_objects, join_processes
 from twn_rl.runtime.whole_files import owned, write_json, write_text
 from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, is_finished, newest_whole
@@ -29,8 +32,10 @@ PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "
 
 
 def set_up_logging() -> None:
-    """Log at INFO on the first process and at WARNING on the others."""
-    level = logging.INFO if join_processes().is_main_process else logging.WARNING
+    """Show stages and results on the first process, warnings on all; with `--verbose` all of it."""
+    level = logging.INFO if is_on("--verbose") else NOTICE
+    level = level if join_processes().is_main_process else logging.WARNING
+    quieten()
     show_logs(level)
     for noisy in ("httpx", "filelock", "deepspeed", "DeepSpeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -86,15 +91,18 @@ def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
         arguments: Settings for `save_run`.
     """
     resume = checkpoint_to_resume(output, trainer.args.resume_from_checkpoint)
+    show_progress(trainer)
     if resume is not None and is_finished(Path(resume), trainer.args):
         trainer.train(resume_from_checkpoint=resume)  # reads the weights back
         if has_adapters_of(output, resume):  # a gate may have been fitted to them since
             logger.info("%s holds the model of this finished run: nothing is changed", output)
             return
     save_run(output, *arguments)
+    started = time.perf_counter()
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model(str(output))
-    logger.info("%s has trained; the model is in %s", type(trainer).__name__, output)
+    took = clock(time.perf_counter() - started)
+    logger.log(NOTICE, "Trained %d steps in %s: %s", trainer.state.global_step, took, output)
 
 
 def publish(trainer: Any, output: Path) -> None:

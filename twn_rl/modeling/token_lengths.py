@@ -104,7 +104,7 @@ def add_token_lengths(
     if 0 < sample < len(records):
         chosen = sorted(random.Random(_SEED).sample(chosen, sample))
     lengths: dict[str, list[int]] = defaultdict(list)
-    for index in tqdm(chosen, desc="Counting tokens", unit="record"):
+    for index in tqdm(chosen, desc="Counting tokens", unit="record", disable=None):
         record = records[index]
         try:
             measured = _measure(record, counter)

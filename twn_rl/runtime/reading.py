@@ -16,6 +16,8 @@ from typing import Any
 import msgspec
 import yaml
 
+from twn_rl.runtime.nearest import path_hint
+
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -46,7 +48,7 @@ def regular_file(path: str | Path) -> Path:
         kind = stat.S_IFMT(path.stat().st_mode)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{str(path)!r} does not exist; expected a file; check the path"
+            f"{str(path)!r} does not exist; expected a file{path_hint(path)} Check the path"
         ) from None
     except (ValueError, OSError) as error:  # NUL, too long, a loop of links
         raise ValueError(

@@ -157,7 +157,7 @@ def make_shards(
         total=sum(len(missing[number]) for number in mine),
         desc=description,
         unit=unit,
-        disable=not (show_progress_bar and is_main(processes)),
+        disable=not (show_progress_bar and is_main(processes)) or None,
     ) as bar:
         for number in mine:
             make(number, missing[number], bar.update)

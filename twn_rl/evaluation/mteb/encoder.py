@@ -220,7 +220,9 @@ def _calls(
 ) -> Iterator[list[Any]]:
     """Yield the items of `BATCHES_PER_CALL` batches at a time."""
     pending: list[Any] = []
-    for index, batch in enumerate(tqdm(loader, desc=description, disable=is_quiet, leave=False)):
+    for index, batch in enumerate(
+        tqdm(loader, desc=description, disable=is_quiet or None, leave=False)
+    ):
         pending += reader.items(batch)
         if (index + 1) % BATCHES_PER_CALL == 0:
             yield pending

@@ -72,6 +72,13 @@ def headline(after: Evaluation, before: Evaluation | None) -> Headline:
     return Headline(split, sentence, numbers)
 
 
+def summary_lines(after: Evaluation, before: Evaluation | None) -> list[str]:
+    """Return the same as two lines of text; one if there are no numbers."""
+    found = headline(after, before)
+    numbers = [f"{each.label} {each.value} ({each.detail})" for each in found.numbers]
+    return [found.sentence, *(["; ".join(numbers)] if numbers else [])]
+
+
 def _sentence(run: Evaluation, split: str, thinking: str) -> str:
     low, high = (_interval(run, split, mode) for mode in ("never", thinking))
     values = f"from {_percent(run, split, 'never')} to {_percent(run, split, thinking)}"
