@@ -186,21 +186,44 @@ class AdapterCheckpoints(Trainer):
             self._save(output_dir)
         join_processes().wait_for_everyone()  # what comes next may read it
 
-    def push_to_hub(  # pyright: ignore[reportIncompatibleMethodOverride]  (recipes call it)
-        self, commit_message: str = "End of training"
-    ) -> str | None:
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """Upload the model in the run's folder and its card; nothing else of the run leaves it.
 
-        Recipes call it when they are done, evaluation included. The first process uploads.
+        Recipes call it when they are done, evaluation included. The first process uploads, and gets
+        the address. What is None is taken from the run's settings.
+
+        Raises:
+            ValueError: If it shall not wait for the upload, or is given fields of HF's own card.
         """
-        return self._push(Path(self.args.output_dir), commit_message)
+        if kwargs or not blocking:
+            raise ValueError(
+                f"push_to_hub: blocking = {blocking}, fields of a card {sorted(kwargs)}; expected "
+                "blocking = True and no more fields: the card is made from the run's files"
+            )
+        message = commit_message or "End of training"
+        return self._push(Path(self.args.output_dir), message, token, revision, private)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload a checkpoint's model while training goes on, unless only the end is asked for."""
         if self.args.hub_strategy != HubStrategy.END:
             self._push(Path(checkpoint_folder), f"Step {self.state.global_step}")
 
-    def _push(self, folder: Path, commit_message: str) -> str | None:
+    def _push(
+        self,
+        folder: Path,
+        commit_message: str,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ) -> str | None:
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
@@ -209,9 +232,9 @@ class AdapterCheckpoints(Trainer):
             folder,
             str(self.hub_model_id),
             commit_message=commit_message,
-            token=self.args.hub_token,
-            private=self.args.hub_private_repo,
-            revision=self.args.hub_revision,
+            token=token or self.args.hub_token,
+            private=self.args.hub_private_repo if private is None else private,
+            revision=revision or self.args.hub_revision,
         )
         logger.info("%s is pushed: %s", folder, address)
         return address
