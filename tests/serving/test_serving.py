@@ -217,6 +217,8 @@ def image(url: Any) -> dict[str, Any]:
         ({}, 400, "bad_request", "either input or messages"),
         ({"input": "a", "messages": []}, 400, "bad_request", "either input or messages"),
         ({"input": "a", "colour": 1}, 400, "bad_request", "colour: unknown field"),
+        ({"input": "a", "think": "always", "keep": "better"}, 400, "bad_request", "no judge"),
+        ({"input": "a", "keep": "best"}, 400, "bad_request", "keep"),
         ({"input": "a", "dimensions": 161}, 400, "bad_request", "at most 160"),
         ({"input": "a", "dimensions": "16"}, 400, "bad_request", "dimensions"),
         ({"input": "a", "think": "often"}, 400, "bad_request", "'auto', 'always'"),

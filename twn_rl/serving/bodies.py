@@ -58,8 +58,13 @@ class ThinkFields(BaseModel):
         think = self.think
         if think is None and side is None:
             think = "never" if self.think_threshold is None else "auto"
-        limit = self.max_think_tokens
-        return Wish(side, think, self.think_threshold, self.keep, limit)
+        return Wish(
+            input_type=side,
+            think=think,
+            think_threshold=self.think_threshold,
+            keep=self.keep,
+            max_think_tokens=self.max_think_tokens,
+        )
 
 
 class EmbeddingRequest(ThinkFields):

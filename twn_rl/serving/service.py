@@ -34,7 +34,7 @@ _PARSERS = 4
 _AT_ONCE_BYTES = 1 << 15  # of pictures; handing so little to another thread takes longer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wish:
     """How the inputs of a request are embedded.
 
