@@ -95,7 +95,9 @@ def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
     if resume is not None and is_finished(Path(resume), trainer.args):
         trainer.train(resume_from_checkpoint=resume)  # reads the weights back
         if has_adapters_of(output, resume):  # a gate may have been fitted to them since
-            logger.info("%s holds the model of this finished run: nothing is changed", output)
+            logger.log(
+                NOTICE, "%s holds the model of this finished run: nothing is changed", output
+            )
             return
     save_run(output, *arguments)
     started = time.perf_counter()
@@ -163,7 +165,7 @@ def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> s
         if last is None:
             logger.warning("No checkpoint in %s to resume from; starting at step 0", output_dir)
             return None
-        logger.info("Resuming from %s", last)
+        logger.log(NOTICE, "Resuming from %s", last)
         return str(last)
     if not Path(resume).is_dir():
         raise FileNotFoundError(

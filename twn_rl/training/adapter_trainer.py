@@ -21,6 +21,7 @@ from twn_rl.modeling.checkpoint import load_weights, moments_bytes, stored_bytes
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.publishing import push_folder
 from twn_rl.runtime.extras import extra
+from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import check_engaged, gather_objects, join_processes
 from twn_rl.runtime.whole_files import full_disk_told, read_json, write_json
 from twn_rl.runtime.zero import (
@@ -73,7 +74,7 @@ class AdapterCheckpoints(Trainer):
         resume = resume_from_checkpoint
         self._describe_records(Path(resume) if isinstance(resume, str | Path) else None)
         if isinstance(resume, str | Path) and is_finished(Path(resume), self.args):
-            logger.info("%s is the end of this run: nothing is left to train", resume)
+            logger.log(NOTICE, "%s is the end of this run: nothing is left to train", resume)
             self._load_from_checkpoint(str(resume))
             return None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
@@ -236,7 +237,7 @@ class AdapterCheckpoints(Trainer):
             private=self.args.hub_private_repo if private is None else private,
             revision=revision or self.args.hub_revision,
         )
-        logger.info("%s is pushed: %s", folder, address)
+        logger.log(NOTICE, "%s is pushed: %s", folder, address)
         return address
 
     def _save(
@@ -273,7 +274,7 @@ class AdapterCheckpoints(Trainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         engine = self.model_wrapped
         save_trained_only(engine)
-        logger.info("%s", describe_engine(engine))
+        logger.log(NOTICE, "%s", describe_engine(engine))
         if resume is None:
             return prepared
         loaded, _ = engine.load_checkpoint(resume, load_module_strict=False)
