@@ -217,7 +217,7 @@ def test_a_save_cut_short_at_any_point_leaves_the_old_model_or_the_new_one(
 ) -> None:
     old, new = small_model(0), small_model(1)
     give_gate(old)
-    seen = set()
+    seen, last = set(), 0
     link = checkpoint.os.link
     for last in itertools.count():
         folder, done, is_cut = tmp_path / str(last), 0, False
