@@ -107,20 +107,27 @@ def data_uri(content: bytes, kind: str = "image/png") -> str:
 
 
 class Server:
-    """`twn-rl serve` in a process of its own.
+    """`twn-rl serve`, or another command with its flags, in a process of its own.
 
     Attributes:
         url: Where it answers.
     """
 
-    def __init__(self, model: Path, *flags: str, log: Path, env: dict[str, str] | None = None):
+    def __init__(
+        self,
+        model: Path,
+        *flags: str,
+        log: Path,
+        env: dict[str, str] | None = None,
+        name: str = "serve",
+    ):
         """Start it, and wait until it answers."""
         command = [
             sys.executable,
             "-c",
             "import sys; from twn_rl.cli import main; sys.exit(main())",
         ]
-        command += ["serve", "--model", str(model), "--port", "0", "--name", "small", *flags]
+        command += [name, "--model", str(model), "--port", "0", "--name", "small", *flags]
         self.log = log
         with log.open("w") as output:
             self.process = subprocess.Popen(

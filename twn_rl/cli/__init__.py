@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "encode": ("encode", "embed the items of a file into a file of vectors"),
     "search": ("search", "find the nearest vectors of one file to those of another"),
     "serve": ("serve", "answer OpenAI's embeddings requests over HTTP, thinking where it helps"),
+    "ui": ("ui", "serve a page on which one sees the model think"),
     "export": ("export", "write a model in a form that other programs load"),
     "index": ("index", "make the items of a file a collection that a server searches"),
     "convert": ("convert", "turn data of another format into records"),

@@ -58,6 +58,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_think_tokens", type=int, help="longest thought; else the model's")
 
 
+def settings_of(arguments: argparse.Namespace) -> ServeSettings:
+    """Return the settings that `add_arguments` declared.
+
+    Raises:
+        ValueError: If one of them cannot be.
+    """
+    given = {each.name: getattr(arguments, each.name) for each in fields(ServeSettings)}
+    given["api_key"] = given["api_key"] or os.environ.get(KEY_VARIABLE)
+    given["allowed_hosts"] = tuple(given["allowed_hosts"])
+    return ServeSettings(**given)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Serve until the process is told to end."""
     from twn_rl.inference.collection import Collection
@@ -66,10 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         from twn_rl.serving.app import create_app
         from twn_rl.serving.run import bind, make_server, run_server
         from twn_rl.serving.service import EmbeddingService
-    given = {each.name: getattr(arguments, each.name) for each in fields(ServeSettings)}
-    given["api_key"] = given["api_key"] or os.environ.get(KEY_VARIABLE)
-    given["allowed_hosts"] = tuple(given["allowed_hosts"])
-    settings = ServeSettings(**given)
+    settings = settings_of(arguments)
     listener = bind(settings)  # a port that is taken shows before the model is loaded
     with listener:
         embedder = load_embedder(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -130,25 +131,30 @@ async def picture(row: int, number: int, request: Request) -> Response:
             f"row {row} has no picture {number}; expected one of the hits' pictures; correct it",
             code="no_picture",
         )
-    path, media_type = found
-    headers = {"X-Content-Type-Options": "nosniff"}
-    return FileResponse(path, media_type=media_type, headers=headers)
+    return found
 
 
-def _picture(collection: Collection, row: int, number: int) -> tuple[str, str] | None:
-    """Return file and media type of a picture, which must be one."""
+def _picture(collection: Collection, row: int, number: int) -> Response | None:
     path = collection.picture(row, number)
-    if path is None:
-        return None
+    return None if path is None else picture_reply(path, f"picture {number} of row {row}")
+
+
+def picture_reply(path: Path, named: str) -> Response:
+    """Return the answer that holds a picture's file, which must be one.
+
+    Raises:
+        ServiceError: 404 if it is not.
+    """
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as image:
             kind = Image.MIME.get(image.format or "", "application/octet-stream")
     except (OSError, ValueError) as error:
-        raise ImageError(
-            f"picture {number} of row {row} cannot be read; expected an image file; replace it",
-            reason="unreadable_image",
+        raise ServiceError(
+            404,
+            f"{named} cannot be read; expected an image file; replace it",
+            code="unreadable_image",
         ) from error
-    return str(path), kind
+    return FileResponse(path, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
 
 
 async def _hits(collection: Collection, state: Any, top_k: int) -> list[dict[str, Any]]:
