@@ -1,5 +1,7 @@
 """Tiny random backbones of each family, built in code. Knows no expected values."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def tally(request: pytest.FixtureRequest) -> Tally:
     """Return the verdicts of this test, which the table at the end of the run counts."""
     return Tally(request.node)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Take back what a command that ran in this process did to logs and uncaught errors."""
+    root = logging.getLogger()
+    level, handlers, hook = root.level, list(root.handlers), sys.excepthook
+    yield
+    root.setLevel(level)
+    root.handlers[:] = [each for each in root.handlers if each in handlers]
+    sys.excepthook = hook
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -227,7 +227,7 @@ def test_training_needs_its_extra_alone_and_evaluation_its_own(
 
 
 def test_every_module_is_imported_with_all_extras(install: Callable[..., Command]) -> None:
-    run = install("train", "deepspeed", "eval", "mteb", "gguf")
+    run = install("train", "deepspeed", "eval", "mteb", "gguf", "st", "serve", "index")
     code = """
 import importlib, pkgutil, twn_rl
 for module in pkgutil.walk_packages(twn_rl.__path__, "twn_rl."):

@@ -462,6 +462,9 @@ def test_long_verification_shows_progress(
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(record_checks, "_PROGRESS_FROM_IMAGES", 1)
     load_records(path)
+    assert capsys.readouterr().err == "", "a bar is for terminals"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load_records(path)
     assert "Verifying images of records.jsonl" in capsys.readouterr().err
 
 

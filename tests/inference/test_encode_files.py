@@ -475,7 +475,8 @@ def test_a_disk_without_room_for_the_vectors_shows_before_the_first_row(tmp_path
     process = start(tmp_path, limit=4_000)
     output, errors = process.communicate(timeout=300)
     assert process.returncode == 1, errors
-    assert "bytes for 40 vectors of width 32" in errors
+    assert "no room on the disk" in errors
+    assert "0.005 MB needed" in errors, "40 vectors of width 32 and a header"
     assert output == "", "nothing was encoded"
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 

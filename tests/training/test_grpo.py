@@ -293,8 +293,10 @@ def test_the_trainer_stays_thin() -> None:
     overridden -= {"__doc__", "__module__", "__init__", "__firstlineno__", "__static_attributes__"}
     overridden -= {"__annotations__", "__dict__", "__weakref__"}
     assert overridden == {
+        "_push_from_checkpoint",
         "_save",
         "_save_checkpoint",
+        "push_to_hub",
         "train",
         "training_step",
         "_load_from_checkpoint",

@@ -135,24 +135,14 @@ class VectorWriter:
         self.close()
 
     def _create(self) -> None:
-        with written_aside(self.path) as aside:
+        needed = 4 * self.rows * self.width  # and a header
+        with written_aside(self.path, needed_bytes=needed) as aside:
             with aside.open("wb") as file:
                 write_array_header(file, (self.rows, self.width))
                 self._header_bytes = file.tell()
                 file.flush()
-                self._reserve(file.fileno(), self._header_bytes + 4 * self.rows * self.width)
+                os.posix_fallocate(file.fileno(), 0, self._header_bytes + needed)
             self._write_meta()  # before the vectors: a disk that is full now leaves none behind
-
-    def _reserve(self, descriptor: int, size: int) -> None:
-        try:
-            os.posix_fallocate(descriptor, 0, size)
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: no {size} bytes for {self.rows} vectors of width "
-                f"{self.width} in {self.path.parent}; expected room for all of them; free space "
-                "or write elsewhere. Nothing was written",
-            ) from error
 
     def _resume(self, meta: dict[str, Any] | None) -> None:
         if meta is None:

@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from twn_rl.data.chat import Renderer
 from twn_rl.modeling.backbone_names import found_name, stored_name
@@ -42,9 +42,15 @@ def _check_keys(owner: str, data: dict[str, Any], known: list[str]) -> None:
 def _check_types(owner: str, data: dict[str, Any], kind: type) -> None:
     problems = Problems()
     kinds = get_type_hints(kind)
-    nested = {name for name, hint in kinds.items() if is_dataclass(hint)}
-    problems.typed(data, {name: dict if name in nested else kinds[name] for name in kinds})
+    problems.typed(data, {name: _type_to_check(hint) for name, hint in kinds.items()})
     problems.refuse(owner, "correct these settings")
+
+
+def _type_to_check(hint: Any) -> Any:
+    """Return what a value must be to be judged by its settings, all of which are told at once."""
+    if is_dataclass(hint):
+        return dict
+    return str if get_origin(hint) is Literal else hint
 
 
 @dataclass
