@@ -199,7 +199,7 @@ def test_samples_pictures_and_hostile_texts_are_shown_as_what_they_are(
     assert HOSTILE in answer(driver)["with"]
     (tmp_path / "own.png").write_bytes(picture_bytes(3))
     driver.find_element("id", "file").send_keys(str(tmp_path / "own.png"))
-    wait_for(driver, "$('preview').querySelector('img').src.startsWith('data:image/png')")
+    wait_for(driver, "$('preview').querySelector('img')?.src.startsWith('data:image/png')")
     shown = ask(driver, TEXTS[2])
     assert (shown["problem"], shown["target"], len(shown["with"])) == ("", "", 4)
     loaded = driver.execute_script(
