@@ -9,6 +9,7 @@ The embedding adapter is frozen in every arm.
     twn-rl ablate --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     twn-rl ablate --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
     twn-rl ablate --gate true
+    twn-rl ablate --gate true --arms grpo --seeds 0 1 2 3 4 5 6 7 --threads 1 2
     twn-rl ablate --config recipes/configs/wordnet_smollm2.yaml
 
 Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
@@ -81,7 +82,10 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
         for arm in (WARM_START, *script.arms)
     }
     text = save_arms(output, arms)
-    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    runs = f"seeds {script.seeds}"
+    if script.threads:
+        runs += f", each on {script.threads} threads"
+    logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", runs, text)
     return output
 
 

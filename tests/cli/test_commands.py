@@ -66,5 +66,9 @@ def test_the_demo_has_four_stages_that_rest_on_each_other(tmp_path: Path) -> Non
     assert f"--model={rl.target}" in gate.flags
     assert {f"--model={rl.target}", f"--before={warm_start.target}"} <= {*evaluation.flags}
     assert evaluation.target in gate.outdates
-    data = {f"--demo_dir={tmp_path / 'data'}"}
-    assert all(data <= {*stage.flags} for stage in (warm_start, rl, gate, evaluation))
+    every = (warm_start, rl, gate, evaluation)
+    assert all(f"--demo_dir={tmp_path / 'data'}" in stage.flags for stage in every)
+    assert not any("seed=" in flag for stage in every for flag in stage.flags)
+    seeded = stages(tmp_path, None, 3, seed=5).values()
+    assert all("--demo_seed=5" in stage.flags for stage in seeded)
+    assert ["--seed=5" in stage.flags for stage in seeded] == [True, True, True, False]

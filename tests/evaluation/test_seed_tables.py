@@ -102,6 +102,11 @@ def test_the_table_rounds_to_tenths_and_marks_what_an_arm_did_not_measure() -> N
     assert rows == ["| test/hop2/always | 55.0 ± 7.1 | - |", "| test/all/never | - | 12.3 ± 0.0 |"]
 
 
+def test_the_worst_and_the_best_of_many_runs_are_told() -> None:
+    runs = [{ALWAYS: value} for value in (0.5, 0.7, 0.9, 0.7)]
+    assert "| test/hop2/always | 70.0 ± 16.3 (50.0 to 90.0) |" in table(summary_of({"grpo": runs}))
+
+
 def test_the_plot_is_a_picture_with_one_panel_a_split(tmp_path: Path) -> None:
     summary = summary_of(TWO_ARMS)
     plot_summary(summary, tmp_path / "one.png")

@@ -25,12 +25,12 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Launched:
     """Let `accelerate launch` be a program that leaves its recipe and flags in a file."""
     log, program, starter = (tmp_path / name for name in ("launched", "program.py", "python"))
     program.write_text(
-        "import json, sys\n"
+        "import json, os, sys\n"
         "place = max(n for n, word in enumerate(sys.argv) if word == '-m')\n"
         "recipe = sys.argv[place + 1].removeprefix('twn_rl.recipes.')\n"
         f"with open({str(log)!r}, 'a') as file:\n"
         "    file.write(json.dumps([recipe, *sys.argv[place + 2:]]) + '\\n')\n"
-        "print('a line of the recipe')\n"
+        "print('a line of the recipe on', os.environ.get('OMP_NUM_THREADS'), 'threads')\n"
         "sys.exit('--seed=13' in sys.argv)\n",
         encoding="utf-8",
     )
@@ -89,6 +89,28 @@ def test_every_seed_has_its_folder_and_its_records(tmp_path: Path, launched: Lau
         assert own.demo_seed == training.seed
         assert own.demo_dir == str(tmp_path / f"seed{training.seed}" / "data")
         assert own.teacher_swap_rate == 0.5
+
+
+def test_a_seed_runs_once_for_each_number_of_threads_on_equal_records(
+    tmp_path: Path, launched: Launched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    script = ablate.AblateArguments(output_dir=str(tmp_path), seeds=[1, 2], threads=[1, 2])
+    runs = run_experiment(
+        script, DataArguments(), lambda run: [Stage("sft_embed", run.root / "model", run.settings)]
+    )
+    named = ["seed1_threads1", "seed2_threads1", "seed1_threads2", "seed2_threads2"]
+    assert [run.root.name for run in runs] == named
+    assert [run.data.demo_seed for run in runs] == [run.number for run in runs] == [1, 2, 1, 2]
+    assert len({run.data.demo_dir for run in runs}) == 4
+    for run in runs:
+        log = (run.root / "model" / "log.txt").read_text(encoding="utf-8")
+        assert log == f"a line of the recipe on {run.threads} threads\n"
+    Stage("sft_embed", tmp_path / "model", {}).run([])
+    assert "on 7 threads" in (tmp_path / "model" / "log.txt").read_text(encoding="utf-8")
+    script.threads = [0]
+    with pytest.raises(ValueError, match=r"threads \[0\]; expected numbers from 1"):
+        run_experiment(script, DataArguments(), lambda run: [])
 
 
 def test_the_gate_of_an_ablation_is_told_its_model_its_data_and_its_seed(tmp_path: Path) -> None:

@@ -25,13 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where to")
     parser.add_argument("--demo_scale", type=float, help="multiplies the sizes of the splits")
     parser.add_argument("--max_steps", type=int, help="steps of the warm start and of RL")
+    parser.add_argument("--seed", type=int, help="of the scenes, the adapters and the sampling")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Warm-start, reinforce, fit the gate, evaluate; finished stages are kept."""
     show_logs(logging.INFO if is_on("--verbose") else NOTICE)
     started = time.perf_counter()
-    named = stages(arguments.output_dir, arguments.demo_scale, arguments.max_steps)
+    named = stages(arguments.output_dir, arguments.demo_scale, arguments.max_steps, arguments.seed)
     for number, (name, stage) in enumerate(named.items(), start=1):
         os.environ[STAGE_VARIABLE] = f"{number} of {len(named)}, {name}"
         logger.log(NOTICE, "Stage %s, %s so far", os.environ[STAGE_VARIABLE], so_far(started))
@@ -47,16 +48,18 @@ def so_far(started: float) -> str:
     return clock(time.perf_counter() - started)
 
 
-def stages(output: Path, demo_scale: float | None, max_steps: int | None) -> dict[str, Stage]:
+def stages(
+    output: Path, demo_scale: float | None, max_steps: int | None, seed: int | None = None
+) -> dict[str, Stage]:
     """Return what is run, by what a reader would call it."""
     sft, grpo = output / "sft", output / "grpo"
     config = "recipes/configs/demo_{}.yaml"
-    data = {"demo_dir": output / "data", "demo_scale": demo_scale}
-    short = {"max_steps": max_steps, **data}
+    data = {"demo_dir": output / "data", "demo_scale": demo_scale, "demo_seed": seed}
+    short = {"max_steps": max_steps, "seed": seed, **data}
     warm_start = {"config": config.format("sft"), "output_dir": sft, **short}
     # The last stage evaluates, with the gate, too.
     rl = {"config": config.format("grpo"), "output_dir": grpo, "warm_start": sft, **short}
-    gate = {"config": config.format("gate"), "model": grpo, **data}
+    gate = {"config": config.format("gate"), "model": grpo, "seed": seed, **data}
     evaluation = {"model": grpo, "before": sft, **data}
     measured = grpo / EVALUATION_FOLDER
     return {

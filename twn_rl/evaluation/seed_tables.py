@@ -26,6 +26,8 @@ COST_MODES = {
     "think_rate": ("auto", "policy"),
 }
 PLOT_MODES = {"always": "always think", "auto": "the gate decides", "policy": "the policy decides"}
+# From so many runs on the worst and the best are told, too.
+MIN_RUNS_OF_RANGE = 4
 # Columns of `method_table` that are no metrics of an evaluation.
 COST_TITLES = {
     "milliseconds": "ms a query",
@@ -167,7 +169,10 @@ def _text(key: str, cell: Cell | None) -> str:
     if key == "trainable_parameters":
         return f"{cell['mean']:,.0f}"
     scale = 1.0 if key in COST_TITLES or key.endswith("_tokens") else 100.0
-    return f"{scale * cell['mean']:.1f} ± {scale * cell['std']:.1f}"
+    text = f"{scale * cell['mean']:.1f} ± {scale * cell['std']:.1f}"
+    if len(cell["values"]) < MIN_RUNS_OF_RANGE:
+        return text
+    return f"{text} ({scale * min(cell['values']):.1f} to {scale * max(cell['values']):.1f})"
 
 
 def _title(key: str) -> str:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -36,30 +37,37 @@ class ExperimentArguments:
     Attributes:
         output_dir: Where all runs go.
         seeds: Seeds; three or more.
-        parallel: Seeds trained side by side.
+        threads: Run every seed once for each of these numbers of threads. Sums in another order
+            differ in their last bits, as they do on another processor: how far such runs of one
+            seed end apart is what a stranger's machine may add to the spread over seeds. Default:
+            once, with as many threads as torch takes.
+        parallel: Runs trained side by side.
         launcher: Arguments of accelerate launch, such as --config_file
             recipes/accelerate/zero2.yaml.
     """
 
     output_dir: str = "outputs/experiment"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    threads: list[int] | None = None
     parallel: int = 1
     launcher: list[str] = field(default_factory=lambda: ["--num_processes", "1"])
 
 
 @dataclass(frozen=True)
 class Seed:
-    """One seed of an experiment.
+    """One run of an experiment: a seed, and on how many threads.
 
     Attributes:
         number: The seed.
         root: Folder of its stages.
         data: Records, the same for every stage of the seed.
+        threads: Threads of its stages; None leaves them to torch.
     """
 
     number: int
     root: Path
     data: DataArguments
+    threads: int | None = None
 
     @property
     def data_settings(self) -> dict[str, Any]:
@@ -114,12 +122,15 @@ class Stage:
         """What tells that it ran to its end, and how."""
         return self.target / FINISHED_FILE
 
-    def run(self, launcher: Sequence[str], *, is_shown: bool = False) -> bool:
+    def run(
+        self, launcher: Sequence[str], *, is_shown: bool = False, threads: int | None = None
+    ) -> bool:
         """Run the recipe to its end; return False if it had been run before.
 
         Args:
             launcher: Arguments of accelerate launch.
             is_shown: Show what it prints instead of writing it to log.txt in its folder.
+            threads: Threads of each process; None leaves them to torch.
 
         Raises:
             RuntimeError: If the recipe fails; the message ends with its log.
@@ -139,12 +150,15 @@ class Stage:
             "" if is_shown else f", log in {log}",
         )
         started = time.perf_counter()
+        told = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, **told}
         if is_shown:
-            status = subprocess.run(command, check=False).returncode
+            status = subprocess.run(command, check=False, env=environment).returncode
         else:
             with log.open("w", encoding="utf-8") as file:
-                done = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, check=False)
-            status = done.returncode
+                status = subprocess.run(
+                    command, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment
+                ).returncode
         if status != 0:
             where = "its output"
             if not is_shown:
@@ -200,19 +214,34 @@ def decider(
 def run_experiment(
     script: ExperimentArguments, data: DataArguments, plan: Callable[[Seed], Iterable[Stage]]
 ) -> list[Seed]:
-    """Run the stages that `plan` names for each seed, in order; return the seeds."""
+    """Run the stages that `plan` names for each run, in order; return the runs.
+
+    Raises:
+        ValueError: If a number of threads is below 1.
+    """
     set_up_logging()
     output = Path(script.output_dir)
     save_run(output, script, data)
-    seeds = [Seed(n, root := output / f"seed{n}", data.of_seed(root, n)) for n in script.seeds]
+    seeds = list(runs_of(script, data))
 
     def run(seed: Seed) -> None:
         for stage in plan(seed):
-            stage.run(script.launcher)
+            stage.run(script.launcher, threads=seed.threads)
 
     with ThreadPoolExecutor(max_workers=script.parallel) as pool:
         list(pool.map(run, seeds))
     return seeds
+
+
+def runs_of(script: ExperimentArguments, data: DataArguments) -> Iterator[Seed]:
+    """Yield every seed on every number of threads; the runs of one seed have equal records."""
+    if any(threads < 1 for threads in script.threads or ()):
+        raise ValueError(f"threads {script.threads}; expected numbers from 1; remove the others")
+    for threads in script.threads or [None]:
+        for number in script.seeds:
+            name = f"seed{number}" if threads is None else f"seed{number}_threads{threads}"
+            root = Path(script.output_dir) / name
+            yield Seed(number, root, data.of_seed(root, number), threads)
 
 
 def seconds_of(target: Path) -> float:
