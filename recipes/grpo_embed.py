@@ -53,8 +53,8 @@ REWARDS_HELP = f"Any of {', '.join(REWARDS)}, package.module:function or file.py
 
 
 @dataclass
-class GrpoScriptArguments:
-    """What only this script needs."""
+class RewardedArguments:
+    """Where a method that rewards sampled thoughts starts, and what it pays for."""
 
     # A file's weights and parameters are made for the rewards of that file.
     outdates: ClassVar[Mapping[str, Sequence[str]]] = {
@@ -78,11 +78,8 @@ class GrpoScriptArguments:
         default=None,
         metadata={"help": "Reward name -> its keyword arguments (YAML, or JSON as a flag)."},
     )
-    stop_on_collapse: bool = field(
-        default=False, metadata={"help": "End the run at the first warning of the collapse watch."}
-    )
     evaluate: bool = field(
-        default=False, metadata={"help": "Evaluate before and after RL and write report.html."}
+        default=False, metadata={"help": "Evaluate before and after it and write report.html."}
     )
 
     def __post_init__(self) -> None:
@@ -95,6 +92,15 @@ class GrpoScriptArguments:
                     f"reward_parameters is no valid JSON ({error}); expected an object of rewards "
                     "and their parameters; correct it"
                 ) from error
+
+
+@dataclass
+class GrpoScriptArguments(RewardedArguments):
+    """What only this script needs."""
+
+    stop_on_collapse: bool = field(
+        default=False, metadata={"help": "End the run at the first warning of the collapse watch."}
+    )
 
 
 ARGUMENTS = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
@@ -153,18 +159,21 @@ def main(
         # Evaluate
         if script.evaluate:
             stages.begin("evaluation")
-            evaluation = eval_embed.EvalScriptArguments(
-                model=str(output), before=script.warm_start, num_thoughts=2
-            )
-            evaluation.report_to = check_trackers([*(training.report_to or [])])
-            eval_embed.main(evaluation, data)
+            evaluate(script, data, training, output)
         publish(trainer, output)
     return output
 
 
-def ensure_warm_start(
-    script: GrpoScriptArguments, data: DataArguments, training: EmbedGRPOConfig
-) -> None:
+def evaluate(script: RewardedArguments, data: DataArguments, training: Any, output: Path) -> None:
+    """Measure the model and the warm start it came from, and write the report."""
+    evaluation = eval_embed.EvalScriptArguments(
+        model=str(output), before=script.warm_start, num_thoughts=2
+    )
+    evaluation.report_to = check_trackers([*(training.report_to or [])])
+    eval_embed.main(evaluation, data)
+
+
+def ensure_warm_start(script: RewardedArguments, data: DataArguments, training: Any) -> None:
     """Run the warm start in this process group if its model is not there yet."""
     is_there = (Path(script.warm_start) / CONFIG_FILE).is_file()
     join_processes().wait_for_everyone()  # all have looked before one of them writes

@@ -173,7 +173,7 @@ def test_help_and_version_come_at_once_and_nothing_of_the_repository_is_seen(
     started = time.perf_counter()
     text = run("twn-rl", "--help").stdout
     assert time.perf_counter() - started < 2
-    for command in ("sft", "grpo", "adaptive", "latent", "gate", "eval", "demo", "encode"):
+    for command in ("sft", "grpo", "expert-iteration", "latent", "gate", "eval", "demo", "encode"):
         assert re.search(rf"^ +{command}\b", text, re.MULTILINE), command
     assert run("twn-rl", "--version").stdout.strip() == f"twn-rl {metadata('twn-rl')['Version']}"
     path = json.loads(run("import json, sys; print(json.dumps(sys.path))").stdout)
@@ -200,7 +200,7 @@ print(embedder.encode_query(["where is the camel"], think="never").shape)
 assert not {"trl", "datasets", "deepspeed", "matplotlib", "mteb"} & set(sys.modules)
 """
     assert "(1, " in run(code).stdout
-    for command in ("sft", "grpo", "adaptive", "latent"):
+    for command in ("sft", "grpo", "expert-iteration", "adaptive", "latent"):
         assert 'pip install "twn-rl[train]"' in run("twn-rl", command, status=2).stderr
         assert "--config FILE" in run("twn-rl", command, "--help").stdout
     flags = ["--model", "model", "--splits", "test", "--modes", "never", "--demo_scale", "0.005"]

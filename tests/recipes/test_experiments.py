@@ -13,8 +13,14 @@ from safetensors.numpy import save_file
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
 from twn_rl.launch.experiment import FINISHED_FILE, Seed, Stage, run_experiment
-from twn_rl.recipes import eval_embed, select_thoughts, sft_embed
-from twn_rl.recipes.experiments import ablate, compare_methods, compare_selection
+from twn_rl.recipes import (
+    eval_embed,
+    expert_iteration,
+    grpo_embed,
+    select_thoughts,
+    sft_embed,
+)
+from twn_rl.recipes.experiments import ablate, compare_methods, compare_selection, new_domain
 from twn_rl.training.sft import SftConfig
 
 Launched = Callable[[], list[list[str]]]
@@ -306,3 +312,55 @@ def test_every_arm_of_a_selection_trains_equally_and_the_first_one_judges(
 def test_a_selection_without_its_judge_is_refused() -> None:
     with pytest.raises(ValueError, match="'all' too: its model selects"):
         compare_selection.SelectionArguments(arms=["selected"])
+
+
+def test_the_arms_of_a_new_domain_have_one_start_and_equal_steps_and_samples(
+    tmp_path: Path,
+) -> None:
+    script = new_domain.NewDomainArguments(arms=["more_sft", "expert_iteration", "grpo:info_nce"])
+    script.look = ["grey"]
+    stages = list(new_domain.plan(script, seed_in(tmp_path, demo_scale=0.002)))
+    assert places(stages, tmp_path) == [
+        ("sft_embed", "warm_start"),
+        ("eval_embed", "warm_start/look_grey"),
+        ("eval_embed", "warm_start/evaluation"),
+        ("sft_embed", "more_sft"),
+        ("eval_embed", "more_sft/evaluation"),
+        ("expert_iteration", "expert_iteration"),
+        ("eval_embed", "expert_iteration/evaluation"),
+        ("grpo_embed", "grpo_info_nce"),
+        ("eval_embed", "grpo_info_nce/evaluation"),
+    ]
+    warm, more, expert, grpo = (stages[place] for place in (0, 3, 5, 7))
+    start, data = tmp_path / "warm_start", tmp_path / "data"
+    *_, own, _ = parse_arguments(sft_embed.ARGUMENTS, arguments=warm.flags)
+    assert own.is_demo()
+    chosen, _, taught, sft = parse_arguments(sft_embed.ARGUMENTS, arguments=more.flags)
+    assert (chosen.checkpoint, chosen.split, chosen.train_adapters) == (
+        *(str(start), "train", "reasoning"),
+    )
+    assert all(record.query_cot for record in taught.load("train"))
+    first, pairs, rounds = parse_arguments(expert_iteration.ARGUMENTS, arguments=expert.flags)
+    second, same, rl = parse_arguments(grpo_embed.ARGUMENTS, arguments=grpo.flags)
+    assert first.warm_start == second.warm_start == str(start)
+    assert second.rewards == ["info_nce", "format"]
+    assert pairs == same == replace(taught, train_file=pairs.train_file)
+    assert pairs.rl_file == str(data / "new_domain_inverse_train.jsonl")
+    assert all(record.query_cot is None for record in pairs.load("rl"))
+    assert sft.max_steps == rounds.max_steps == rl.max_steps == 100
+    assert sft.learning_rate == rounds.learning_rate == rl.learning_rate
+    batches = [each.per_device_train_batch_size for each in (sft, rounds, rl)]
+    assert batches == [128] * 3
+    samples = rounds.num_rounds * rounds.prompts_per_round * rounds.num_generations
+    assert samples == rl.max_steps * rl.per_device_train_batch_size
+    for stage in (stages[2], stages[4], stages[8]):
+        parsed, measured = parse_arguments(
+            (eval_embed.EvalScriptArguments, DataArguments), arguments=stage.flags
+        )
+        assert (measured.test_file, measured.ood_file) == (pairs.test_file, pairs.ood_file)
+        assert {"always", "sampled"} <= set(parsed.modes)
+
+
+def test_arms_and_domains_that_do_not_exist_are_named_together() -> None:
+    with pytest.raises(ValueError, match=r"domain = 'moon'.*look = .*arms = \['grpo:magin'\]"):
+        new_domain.NewDomainArguments(domain="moon", look=["sun"], arms=["grpo:magin"])

@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 RECIPES: dict[str, tuple[str, str]] = {
     "sft": ("sft_embed", "warm start: token loss on thoughts, contrast with and without them"),
     "grpo": ("grpo_embed", "reinforce thoughts that help retrieval"),
+    "expert-iteration": ("expert_iteration", "teach the best of the model's own thoughts"),
     "adaptive": ("adaptive_embed", "the same, while the policy learns whether to think"),
     "latent": ("latent_embed", "learn latent thoughts instead of written ones"),
     "gate": ("gate_embed", "fit the gate that decides who thinks"),
@@ -60,6 +61,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "ablate": ("experiments.ablate", "compare SFT only with SFT and GRPO over seeds"),
     "compare-methods": ("experiments.compare_methods", "compare ways to think over seeds"),
     "compare-selection": ("experiments.compare_selection", "compare what is taught over seeds"),
+    "new-domain": ("experiments.new_domain", "compare what pairs without thoughts can teach"),
     "prepare-smollm2": ("prepare.smollm2", "convert SmolLM2 to a backbone"),
     "prepare-wordnet": ("prepare.wordnet", "write WordNet's reverse dictionary as records"),
     "pretrain-demo": ("prepare.demo_backbone", "train the backbone of the embedded default"),

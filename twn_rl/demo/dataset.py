@@ -75,6 +75,8 @@ PLANS = {
 SPLITS = tuple(PLANS)
 # Files of earlier layouts, which are replaced.
 FORMER_SPLITS = ("ood",)
+# Files of `new_domains`, which are made from the same settings.
+DOMAIN_PREFIX = "new_domain_"
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,9 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
         _refuse_foreign(directory, stamp)
         shutil.rmtree(directory)
     _write_pictures(directory)
-    for split in SPLITS:
-        write_records(files[split], list(_split_records(directory, split, settings)))
+    for split, plan in PLANS.items():
+        records = make_records(directory, split, plan, settings.size(split), settings)
+        write_records(files[split], records)
     write_text(stamp, wanted)
     return files
 
@@ -117,7 +120,8 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
 def _refuse_foreign(directory: Path, stamp: Path) -> None:
     files = [f"{split}.jsonl" for split in (*SPLITS, *FORMER_SPLITS)]
     known = {stamp.name, "images", *files, *(f"{file}{CACHE_SUFFIX}" for file in files)}
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in known)
+    names = [path.name for path in directory.iterdir() if path.name not in known]
+    foreign = sorted(name for name in names if not name.startswith(DOMAIN_PREFIX))
     if foreign:
         raise ValueError(
             f"data_dir = {directory} holds files that are not the demo's: {foreign[:5]}; expected "
@@ -140,8 +144,9 @@ def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, 
     scenes that are asked for.
     """
     cots: dict[str, list[str]] = {}
-    for i, kind, scene, draw in _draws(split, settings):
-        question = ask(kind, scene, draw, held_out=PLANS[split].held_out)
+    plan = PLANS[split]
+    for i, kind, scene, draw in _draws(split, plan, settings.size(split), settings.seed):
+        question = ask(kind, scene, draw, held_out=plan.held_out)
         dice = [random.Random(f"{settings.seed}/{split}/{i}/teacher{n}") for n in range(count)]
         cots[_identity(split, i)] = [
             questions.teach(scene, question, settings.noise, die)[0] for die in dice
@@ -149,12 +154,12 @@ def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, 
     return cots
 
 
-def _draws(split: str, settings: DemoSettings) -> Iterator[tuple[int, str, Scene, random.Random]]:
+def _draws(
+    split: str, plan: SplitPlan, size: int, seed: int
+) -> Iterator[tuple[int, str, Scene, random.Random]]:
     """Yield number, kind of question, scene and dice of every record of a split."""
-    plan = PLANS[split]
-    rng = random.Random(f"{settings.seed}/{plan.dice or split}")
-    weights = list(plan.mix.values())
-    kinds = rng.choices(list(plan.mix), weights=weights, k=settings.size(split))
+    rng = random.Random(f"{seed}/{plan.dice or split}")
+    kinds = rng.choices(list(plan.mix), weights=list(plan.mix.values()), k=size)
     scene = Scene.sample(rng, plan.style)
     for i, kind in enumerate(kinds):
         if i % QUESTIONS_PER_SCENE == 0:
@@ -166,16 +171,27 @@ def _identity(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
-def _split_records(directory: Path, split: str, settings: DemoSettings) -> list[Record]:
+def make_records(
+    directory: Path, split: str, plan: SplitPlan, size: int, settings: DemoSettings
+) -> list[Record]:
+    """Return the records of a split, their scenes drawn below `directory`.
+
+    Args:
+        directory: Folder of the data set, which holds the pictures of the plan's style.
+        split: Name, of which ids, folder and dice are made.
+        plan: What is asked.
+        size: Number of records.
+        settings: Seed and the teacher's mistakes.
+    """
     folder = directory / "images" / "scenes" / split
     folder.mkdir(parents=True, exist_ok=True)
     records: list[Record] = []
-    picture, draws, size = "", _draws(split, settings), settings.size(split)
+    picture, draws = "", _draws(split, plan, size, settings.seed)
     for i, kind, scene, draw in tqdm(draws, desc=f"writing {split}", total=size, disable=None):
         if i % QUESTIONS_PER_SCENE == 0:
             picture = f"images/scenes/{split}/{i // QUESTIONS_PER_SCENE:05d}.png"
             scene.draw().save(directory / picture, compress_level=1)
-        question = ask(kind, scene, draw, held_out=PLANS[split].held_out)
+        question = ask(kind, scene, draw, held_out=plan.held_out)
         cot, mistake = question.gold_cot, None
         if kind == SCENE_RETRIEVAL:  # no mistakes, so no dice are thrown for them
             targets = _scene_targets(scene, picture, records[-400:], draw)
@@ -213,7 +229,11 @@ def ask(kind: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Quest
     """Ask a question of one kind of the mix."""
     if kind.startswith("hop"):
         return questions.ask_hops(scene, int(kind[3:]), rng, held_out=held_out)
+    if kind.startswith(questions.INVERSE):
+        hops = int(kind.removeprefix(questions.INVERSE))
+        return questions.ask_inverse(scene, hops, rng, held_out=held_out)
     asking = {
+        questions.DIAGONAL: questions.ask_diagonal,
         questions.CLASSIFY: questions.ask_classification,
         questions.GROUND: questions.ask_grounding,
         questions.RETRIEVE: questions.ask_caption,

@@ -12,12 +12,22 @@ from twn_rl.demo.scenes import GRID, PLACES, ROW_WORDS, STEPS, Scene, concepts, 
 HELD_OUT_PAIRS = (("left", "above"), ("above", "left"), ("right", "below"), ("below", "right"))
 # Relations that a biased teacher swaps in the hop that decides the answer.
 SWAPPED_RELATIONS = {"right": "below", "below": "right"}
+OPPOSITES = {"left": "right", "right": "left", "above": "below", "below": "above"}
+# Places that name a direction -> the two steps they are.
+DIAGONALS = {
+    f"{south_north}{west_east}": (one, other)
+    for south_north, one in (("north", "above"), ("south", "below"))
+    for west_east, other in (("west", "left"), ("east", "right"))
+}
 
 CLASSIFY = "classification"
 ANSWER = "question_answering"
 RETRIEVE = "retrieval"
 GROUND = "grounding"
 SCENE_RETRIEVAL = "scene_retrieval"
+# Kinds that only new domains ask.
+INVERSE = "inverse"
+DIAGONAL = "diagonal"
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,36 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
         answer = scene.objects[cell]
         place = PLACES[cell]
         return Question(ANSWER, f"which object is at the {place}", answer, f"{place} ; {answer}", 0)
+    relations, cells = _draw_walk(hops, rng, held_out=held_out)
+    # "above the one left of the camel" walks left first, then above.
+    place = " the one ".join(_phrase(r) for r in reversed(relations))
+    text = f"which object is {place} the {scene.objects[cells[0]]}"
+    return _about_walk(scene, text, relations, cells)
+
+
+def ask_inverse(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
+    """Ask the same from the other end: what the named object is left of lies right of it."""
+    relations, cells = _draw_walk(hops, rng, held_out=held_out)
+    place = " the one ".join(_phrase(OPPOSITES[r]) for r in relations)
+    text = f"the {scene.objects[cells[0]]} is {place} which object"
+    return _about_walk(scene, text, relations, cells)
+
+
+def ask_diagonal(scene: Scene, rng: random.Random) -> Question:
+    """Ask for the object in a diagonal direction, which is two steps and no relation of others."""
+    while True:
+        cell, direction = rng.randrange(GRID * GRID), rng.choice(list(DIAGONALS))
+        relations = DIAGONALS[direction]
+        cells = walk(cell, relations)
+        if cells is not None:
+            text = f"which object is {direction} of the {scene.objects[cell]}"
+            return _about_walk(scene, text, relations, cells)
+
+
+def _draw_walk(
+    hops: int, rng: random.Random, *, held_out: bool
+) -> tuple[tuple[str, ...], list[int]]:
+    """Return relations that stay on the grid, and the cells they visit, start included."""
     while True:
         cell = rng.randrange(GRID * GRID)
         relations = tuple(rng.choice(list(STEPS)) for _ in range(hops))
@@ -96,13 +136,13 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
             continue
         cells = walk(cell, relations)
         if cells is not None:
-            break
-    start, answer = scene.objects[cell], scene.objects[cells[-1]]
-    # "above the one left of the camel" walks left first, then above.
-    place = " the one ".join(_phrase(r) for r in reversed(relations))
-    text = f"which object is {place} the {start}"
+            return relations, cells
+
+
+def _about_walk(scene: Scene, text: str, relations: tuple[str, ...], cells: list[int]) -> Question:
+    start, answer = scene.objects[cells[0]], scene.objects[cells[-1]]
     gold = write_hops(scene, start, relations, cells)
-    return Question(ANSWER, text, answer, gold, hops, start, relations)
+    return Question(ANSWER, text, answer, gold, len(relations), start, relations)
 
 
 def _phrase(relation: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.zero import deepspeed_dtype
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.rollout_scorer import RolloutScorer
-from twn_rl.training.settings import TrainingSettings, at_least
+from twn_rl.training.settings import ScorerSettings
 from twn_rl.training.trl_hooks import HookedGRPOTrainer
 
 with extra("train"):
@@ -31,25 +31,12 @@ ROLLOUT_COLUMNS = ("record_index", "record_id", "source", "task", "hops")
 
 
 @dataclass
-class EmbedGRPOConfig(TrainingSettings, GRPOConfig):
+class EmbedGRPOConfig(ScorerSettings, GRPOConfig):
     """TRL's GRPO settings plus what the retrieval reward needs."""
 
-    num_negatives: int = field(
-        default=16, metadata={"help": "K hardest bank negatives handed to the rewards."}
-    )
-    scorer_batch_size: int = field(
-        default=64, metadata={"help": "Items per forward pass while the banks are built."}
-    )
-    bank_dir: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the target bank; default: <output_dir>/bank. Reused while it fits."
-        },
-    )
-
     def problems(self) -> list[str]:
-        """Return what is wrong with the scorer's fields."""
-        problems = [*super().problems(), *at_least(1, self, "num_negatives", "scorer_batch_size")]
+        """Return what is wrong with the scorer's fields, and what does not work yet."""
+        problems = super().problems()
         if self.use_vllm:
             problems.append(
                 "use_vllm = True, expected False: rollouts of a policy with two adapters, and of "
@@ -58,7 +45,7 @@ class EmbedGRPOConfig(TrainingSettings, GRPOConfig):
         return problems
 
 
-def place_scorer(model: DualLoraModel, args: EmbedGRPOConfig) -> None:
+def place_scorer(model: DualLoraModel, args: Any) -> None:
     """Move the model to its device and, under DeepSpeed, cast it as the engine will.
 
     The bank is made before there is an engine; without this a bfloat16 run would compare rollouts
@@ -75,9 +62,12 @@ def freeze_scorer(model: DualLoraModel) -> None:
 
 
 def make_scorer(
-    model: DualLoraModel, records: Sequence[Record], args: EmbedGRPOConfig, output: Path
+    model: DualLoraModel, records: Sequence[Record], args: Any, output: Path
 ) -> RolloutScorer:
-    """Return what scores a run's rollouts: the model, frozen and placed, and a bank of targets."""
+    """Return what scores a run's rollouts: the model, frozen and placed, and a bank of targets.
+
+    `args` are `ScorerSettings` and a trainer's.
+    """
     freeze_scorer(model)
     place_scorer(model, args)
     return RolloutScorer(

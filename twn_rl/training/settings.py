@@ -96,6 +96,28 @@ class TrainingSettings:
 
 
 @dataclass
+class ScorerSettings(TrainingSettings):
+    """Mixin of methods that reward sampled thoughts by retrieval."""
+
+    num_negatives: int = field(
+        default=16, metadata={"help": "K hardest bank negatives handed to the rewards."}
+    )
+    scorer_batch_size: int = field(
+        default=64, metadata={"help": "Items per forward pass while the banks are built."}
+    )
+    bank_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of the target bank; default: <output_dir>/bank. Reused while it fits."
+        },
+    )
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the scorer's fields, and with those of other bases."""
+        return [*super().problems(), *at_least(1, self, "num_negatives", "scorer_batch_size")]
+
+
+@dataclass
 class ContrastiveConfig(TrainingSettings, TrainingArguments):  # pyright: ignore[reportIncompatibleVariableOverride]
     """HF's settings, and what a contrastive batch is."""
 
