@@ -2,7 +2,8 @@
 
 Every seed trains one warm start; from it each arm trains on the same records (split rl), for the
 same number of optimiser steps and samples: `sft_only` goes on with the token loss on the teacher's
-CoTs, `grpo` (or `grpo:REWARD`, one arm per reward) samples its own and is rewarded by retrieval.
+CoTs, `grpo` (or `grpo:REWARD`, one arm per reward, `grpo:REWARD=WEIGHT,REWARD=WEIGHT` for several)
+samples its own and is rewarded by retrieval.
 The embedding adapter is frozen in every arm.
 
     twn-rl ablate --seeds 0 1 2
@@ -21,6 +22,7 @@ again if the model, the gate or the modes have changed. About 15 minutes a seed 
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -56,7 +58,8 @@ class AblateArguments(ExperimentArguments):
 
     Attributes:
         output_dir: Where all runs go.
-        arms: sft_only, grpo, or grpo:REWARD for another reward.
+        arms: sft_only, grpo, or grpo:REWARD for another reward; several with their weights are
+            grpo:margin=1,length=0.2. Parameters of rewards are those of `grpo_config`.
         sft_config: YAML of the warm start.
         grpo_config: YAML of RL.
         gate: Fit a routing gate on every model and measure with it.
@@ -97,7 +100,7 @@ def plan(script: AblateArguments, seed: Seed) -> Iterator[Stage]:
     yield from measured(script, warm, seed)
     budget = rl_budget(script.grpo_config)
     for arm in script.arms:
-        target, reward = seed.root / folder(arm), arm.partition(":")[2]
+        target, rewards = seed.root / folder(arm), arm.partition(":")[2]
         common = {"output_dir": target, **seed.settings}
         if arm == "sft_only":
             own = {"checkpoint": warm, "split": "rl", "train_adapters": "reasoning"}
@@ -105,8 +108,8 @@ def plan(script: AblateArguments, seed: Seed) -> Iterator[Stage]:
             yield Stage("sft_embed", target, settings)
         else:
             own = {"evaluate": False, "warm_start": warm}
-            if reward:
-                own |= {"rewards": [reward], "reward_weights": [1.0]}
+            if rewards:
+                own |= reward_settings(rewards, script.grpo_config)
             yield Stage("grpo_embed", target, {"config": script.grpo_config, **own, **common})
         yield from measured(script, target, seed)
 
@@ -120,10 +123,43 @@ def measured(script: AblateArguments, model: Path, seed: Seed) -> Iterator[Stage
     yield evaluation(model, seed, modes, num_thoughts=2)
 
 
+def reward_settings(rewards: str, grpo_config: str) -> dict[str, Any]:
+    """Return the settings of an arm's rewards.
+
+    >>> reward_settings("margin=1,format=0.5", "recipes/configs/demo_grpo.yaml")
+    {'rewards': ['margin', 'format'], 'reward_weights': [1.0, 0.5]}
+
+    Raises:
+        ValueError: If a weight is no number.
+    """
+    weights: dict[str, float] = {}
+    for part in rewards.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weights[name] = float(weight or 1.0)
+        except ValueError as error:
+            raise ValueError(
+                f"arm grpo:{rewards} has the weight {weight!r}; expected a number, as in "
+                "grpo:margin=1,length=0.2"
+            ) from error
+    settings: dict[str, Any] = {"rewards": [*weights], "reward_weights": [*weights.values()]}
+    # Rewards that are named on the command line drop the parameters of the file with its rewards.
+    parameters: Any = read_grpo(grpo_config)[0].reward_parameters or {}
+    if own := {name: value for name, value in parameters.items() if name in weights}:
+        settings["reward_parameters"] = json.dumps(own)
+    return settings
+
+
+def read_grpo(grpo_config: str) -> tuple[GrpoScriptArguments, EmbedGRPOConfig]:
+    """Return the settings of RL that a file holds."""
+    types = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
+    script, _, grpo = parse_arguments(types, arguments=["--config", grpo_config])
+    return script, grpo
+
+
 def rl_budget(grpo_config: str) -> dict[str, Any]:
     """Return settings that give SFT-only RL's optimiser steps, samples a step, learning rate."""
-    types = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
-    _, _, grpo = parse_arguments(types, arguments=["--config", grpo_config])
+    grpo: Any = read_grpo(grpo_config)[1]  # after parsing its scheduler is an enum
     names = (
         "max_steps",
         "per_device_train_batch_size",

@@ -242,6 +242,33 @@ def test_noise_changes_the_cots_and_nothing_else(demo: Splits, tmp_path: Path) -
             ]
 
 
+def test_a_teacher_with_asides_describes_true_cells_first_and_changes_nothing_else(
+    demo: Splits, tmp_path: Path
+) -> None:
+    wordy = write(tmp_path / "wordy", asides=4)
+    described = 0
+    for split in SPLITS:
+        assert contents(wordy[split]) == contents(demo[split])
+        for long, short in zip(wordy[split], demo[split], strict=True):
+            assert long.metadata == short.metadata
+            *asides, rest = (long.query_cot or "").split(" ; ", 4)
+            if not long.query.images:
+                assert long.query_cot == short.query_cot
+                continue
+            described += 1
+            assert rest == short.query_cot
+            assert len(set(asides)) == 4
+            gold = f" ; {short.metadata['gold_cot']} ; "
+            for name, place in (aside.split() for aside in asides):
+                assert name in concepts()
+                assert place in PLACES
+                if short.metadata["task"] == ANSWER and f" ; {place} ; " in gold:
+                    assert f" ; {name} ; " in gold  # what the question asks for stands there
+    assert described > 300
+    with pytest.raises(ValueError, match="teacher_asides = 10; expected 0 to 9"):
+        DemoSettings(asides=10)
+
+
 def test_an_equal_data_set_is_reused_and_another_one_replaced(tmp_path: Path) -> None:
     small = dict.fromkeys(SIZES, 8)
     folder = tmp_path / "data"

@@ -21,6 +21,7 @@ from twn_rl.recipes import (
     sft_embed,
 )
 from twn_rl.recipes.experiments import ablate, compare_methods, compare_selection, new_domain
+from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.sft import SftConfig
 
 Launched = Callable[[], list[list[str]]]
@@ -162,6 +163,26 @@ def test_the_arms_of_an_ablation_start_from_one_warm_start_with_one_budget(tmp_p
         f"--output_dir={tmp_path / 'grpo_info_nce'}",
         *("--rewards", "info_nce", "--reward_weights", "1.0"),
     }
+
+
+def test_an_arm_names_several_rewards_with_weights_and_takes_their_parameters(
+    tmp_path: Path,
+) -> None:
+    script = ablate.AblateArguments(
+        arms=["grpo:margin=1,format=0.5,length=0.25"],
+        grpo_config="recipes/configs/demo_grpo_short.yaml",
+    )
+    *_, rl, _ = ablate.plan(script, seed_in(tmp_path))
+    types = (grpo_embed.GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
+    parsed, *_, training = parse_arguments(types, arguments=rl.flags)
+    assert parsed.rewards == ["margin", "format", "length"]
+    assert training.reward_weights == [1.0, 0.5, 0.25]
+    window = {"max_think_tokens": 32, "soft_window_tokens": 32}
+    assert parsed.reward_parameters == {"length": window}
+    assert training.per_device_train_batch_size == 128  # from the file it rests on
+    script.arms = ["grpo:margin=much"]
+    with pytest.raises(ValueError, match="weight 'much'; expected a number"):
+        list(ablate.plan(script, seed_in(tmp_path)))
 
 
 def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(

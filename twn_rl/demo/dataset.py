@@ -81,7 +81,14 @@ DOMAIN_PREFIX = "new_domain_"
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What the generator writes; equal settings give byte-identical records."""
+    """What the generator writes; equal settings give byte-identical records.
+
+    Attributes:
+        seed: Seed of scenes, questions and teachers.
+        noise: How teachers err.
+        asides: Cells that a teacher's CoT about a picture describes before it comes to the point,
+            0 to 9: thoughts longer than they need be, for RL to shorten.
+    """
 
     seed: int = 0
     num_train: int = 4800
@@ -92,6 +99,14 @@ class DemoSettings:
     num_three_hops: int = 300
     num_unseen_style: int = 400
     noise: TeacherNoise = field(default_factory=TeacherNoise)
+    asides: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse more asides than a picture has cells."""
+        if not 0 <= self.asides <= len(PLACES):
+            raise ValueError(
+                f"teacher_asides = {self.asides}; expected 0 to {len(PLACES)}, the cells of a scene"
+            )
 
     def size(self, split: str) -> int:
         """Return the number of records of a split."""
@@ -102,7 +117,10 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
     """Write all splits below ``directory``, or reuse an equal data set; return split -> file."""
     files = {split: directory / f"{split}.jsonl" for split in SPLITS}
     stamp = directory / "settings.json"
-    wanted = json.dumps({"layout": LAYOUT, **asdict(settings)}, indent=1, sort_keys=True)
+    told = asdict(settings)
+    if not settings.asides:
+        del told["asides"]  # folders from before there were any are equal
+    wanted = json.dumps({"layout": LAYOUT, **told}, indent=1, sort_keys=True)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         logger.info("Reusing the emoji-scene records in %s", directory)
         return files
@@ -148,10 +166,19 @@ def noisy_teachers(split: str, settings: DemoSettings, count: int) -> dict[str, 
     for i, kind, scene, draw in _draws(split, plan, settings.size(split), settings.seed):
         question = ask(kind, scene, draw, held_out=plan.held_out)
         dice = [random.Random(f"{settings.seed}/{split}/{i}/teacher{n}") for n in range(count)]
+        asides = _asides(split, i, kind, scene, settings)
         cots[_identity(split, i)] = [
-            questions.teach(scene, question, settings.noise, die)[0] for die in dice
+            asides + questions.teach(scene, question, settings.noise, die)[0] for die in dice
         ]
     return cots
+
+
+def _asides(split: str, number: int, kind: str, scene: Scene, settings: DemoSettings) -> str:
+    """Return what a teacher's CoT begins with, from dice of its own: other settings stay equal."""
+    if kind == SCENE_RETRIEVAL or not settings.asides:
+        return ""
+    dice = random.Random(f"{settings.seed}/{split}/{number}/asides")
+    return questions.describe(scene, dice.sample(range(len(PLACES)), settings.asides)) + " ; "
 
 
 def _draws(
@@ -209,7 +236,7 @@ def make_records(
             ),
             positive=positive,
             negatives=negatives,
-            query_cot=cot,
+            query_cot=_asides(split, i, kind, scene, settings) + cot,
             metadata={
                 "task": question.task,
                 "hops": question.hops,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -67,6 +68,15 @@ def write_hops(scene: Scene, start: str, relations: tuple[str, ...], cells: list
     parts = [f"{start} {PLACES[cells[0]]}"]
     parts += [f"{r} {PLACES[c]}" for r, c in zip(relations, cells[1:], strict=True)]
     return " ; ".join([*parts, scene.objects[cells[-1]]])
+
+
+def describe(scene: Scene, cells: Iterable[int]) -> str:
+    """Write what is in some cells.
+
+    >>> describe(Scene(("camel", "pizza", "bus", *"abcdef"), "fluent", 0), [1, 0])
+    'pizza north ; camel northwest'
+    """
+    return " ; ".join(f"{scene.objects[cell]} {PLACES[cell]}" for cell in cells)
 
 
 def walk(cell: int, relations: tuple[str, ...]) -> list[int] | None:
@@ -193,8 +203,7 @@ def ask_caption(scene: Scene, rng: random.Random) -> Question:
 def ask_scene(scene: Scene, rng: random.Random) -> Question:
     """Ask for the scene itself, which has no answer in words, by the words of one of its rows."""
     row = rng.randrange(GRID)
-    cells = range(row * GRID, (row + 1) * GRID)
-    cot = " ; ".join(f"{scene.objects[cell]} {PLACES[cell]}" for cell in cells)
+    cot = describe(scene, range(row * GRID, (row + 1) * GRID))
     return Question(SCENE_RETRIEVAL, f"{ROW_WORDS[row]} row is {' '.join(scene.row(row))}", "", cot)
 
 

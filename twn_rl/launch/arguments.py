@@ -139,6 +139,7 @@ class DataArguments:
         teacher_random_rate: Share of teacher CoTs with a random wrong hop; 0 is off.
         teacher_swap_rate: Share of the deciding right/below hops that the teacher swaps; 0 is
             off.
+        teacher_asides: Cells of the picture that a teacher CoT describes first without need.
     """
 
     train_file: str | None = None
@@ -154,6 +155,7 @@ class DataArguments:
     demo_scale: float = 1.0
     teacher_random_rate: float = 0.15
     teacher_swap_rate: float = 0.7
+    teacher_asides: int = 0
 
     def is_demo(self) -> bool:
         """Tell whether the embedded default is used."""
@@ -215,7 +217,8 @@ class DataArguments:
             if name.startswith("num_")
         }
         noise = TeacherNoise(self.teacher_random_rate, self.teacher_swap_rate)
-        return DemoSettings(seed=self.demo_seed, noise=noise, **sizes)
+        asides = self.teacher_asides
+        return DemoSettings(seed=self.demo_seed, noise=noise, asides=asides, **sizes)
 
     def _write_demo(self) -> dict[str, Path]:
         with join_processes().one_first():
