@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from conftest import WORDS, picture
+from late_reference import gated_lora
 from short_runs import SHORT_RUN, moved, weights
 from torch.nn.functional import log_softmax, pad
 
@@ -87,7 +88,10 @@ def plain_logps(model: DualLoraModel, records: RecordSet, row: int, written: lis
     for key in ("token_type_ids", "mm_token_type_ids"):
         if key in inputs:
             inputs[key] = pad(inputs[key], (0, len(written)))
-    with torch.no_grad(), use_adapter(model.peft_model, REASONING_ADAPTER):
+    acting = use_adapter(model.peft_model, REASONING_ADAPTER)
+    if model.shares_prefill:
+        acting = gated_lora(model, REASONING_ADAPTER, len(written) + 1)
+    with torch.no_grad(), acting:
         logits = model.backbone.model(**inputs).logits[0, -len(written) - 1 : -1]
     return log_softmax(logits.float(), dim=-1).gather(1, torch.tensor(written)[:, None])[:, 0]
 

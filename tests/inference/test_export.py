@@ -127,5 +127,11 @@ def test_forms_that_a_model_cannot_have_are_refused_and_leave_nothing(
     assert "exists; expected a new folder" in caplog.text
     with pytest.raises(ValueError, match="to = 'gguf'; expected one of"):
         export(tmp_path / "model", tmp_path / "new", "gguf")
+    shared = TwnConfig(interface="shared_prefill", **SMALL)
+    DualLoraModel.from_backbone(BACKBONE_DIR, shared).save_pretrained(tmp_path / "shared")
+    for form in ("merged", "reasoner"):
+        with pytest.raises(ValueError, match="'shared_prefill': no adapter reads its prompts"):
+            export(tmp_path / "shared", tmp_path / "new", form)
+    assert not (tmp_path / "new").exists()
     assert list(EXPORTS) == ["merged", "reasoner", "sentence-transformers"]
     assert torch.is_grad_enabled()

@@ -164,7 +164,7 @@ def test_training_one_adapter_leaves_the_other_bitwise_equal(
     assert all(torch.equal(p, base[k]) for k, p in model.named_parameters() if k in base)
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"])
 def test_each_loss_reaches_its_own_adapter_only(make_model, make_items, name, interface):
     model, items = make_model(name, interface=interface), make_items(name)
@@ -180,7 +180,7 @@ def test_each_loss_reaches_its_own_adapter_only(make_model, make_items, name, in
         assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_gradient_checkpointing_recomputes_under_the_adapter_of_the_forward(
     make_model, make_items, interface
 ):

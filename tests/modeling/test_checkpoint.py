@@ -33,7 +33,7 @@ def _edit(folder, change):
         accept_any_content(folder.parent)
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_vectors_and_thoughts_are_bit_identical_after_a_round_trip(
     make_model, make_backbone, make_items, tmp_path, name, interface

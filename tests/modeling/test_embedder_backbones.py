@@ -44,7 +44,7 @@ def own_vectors(model: DualLoraModel, items: list[Item]) -> torch.Tensor:
     return normalize(states[:, -1].float(), dim=-1)
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", BACKBONES)
 def test_an_untrained_model_embeds_as_its_backbone_does(
     make_items: Callable[[str], list[Item]], name: str, interface: str

@@ -176,7 +176,7 @@ def test_the_gate_is_frozen_and_stays_in_float32():
     assert not gate(states.requires_grad_()).requires_grad
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_probabilities_are_bit_identical_after_a_round_trip(
     make_model, make_backbone, make_items, tmp_path, interface
 ):

@@ -182,7 +182,7 @@ def test_a_mark_that_ends_within_a_token_is_cut_there():
         ("<think> </think>", True, "empty"),
     ],
 )
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_a_malformed_thought_falls_back_to_the_no_think_vector(
     make_model, make_items, interface, text, has_eos, problem
 ):

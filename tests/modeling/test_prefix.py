@@ -11,7 +11,7 @@ from twn_rl.modeling.readout import join_sequence, position_ids
 
 FAMILIES = ["idefics3", "qwen3_vl", "qwen2_5_vl", "llama"]
 COMPLETIONS = ["<think> red </think>", None, "<think> a much longer thought </think>"]
-INTERFACES = ("reencode", "kv_detach")
+INTERFACES = ("reencode", "kv_detach", "shared_prefill")
 # Layers whose reach is counted in columns: padding within a row would be read as tokens.
 COUNTING = sorted(COUNTING_BACKBONES)
 FAR_APART = ["<think> red </think>", None, f"<think> {'camel left of it ' * 6}</think>"]

@@ -82,7 +82,7 @@ def test_three_dimensional_positions_match_the_models_own_on_unpadded_rows(
         assert (tail[0].diff() == 1).all()
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_vector_does_not_depend_on_its_batch(make_model, make_items, name, interface):
     model, items = make_model(name, interface=interface), make_items(name)
@@ -98,7 +98,7 @@ def test_a_vector_does_not_depend_on_its_batch(make_model, make_items, name, int
     assert torch.pdist(together).min() > 1e-3
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_an_empty_completion_gives_the_no_think_vector(make_model, make_items, name, interface):
     model, items = make_model(name, interface=interface), make_items(name)
@@ -191,7 +191,7 @@ def test_kv_detach_equals_its_reference_without_a_cache(make_model, make_items, 
     )
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_embedding_never_runs_the_language_head(make_model, make_items, interface):
     model = make_model(interface=interface)
     calls = []

@@ -41,7 +41,7 @@ def _assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_pictures_are_encoded_once_and_give_the_same_numbers(
     make_model, make_items, count_encodings, name, interface

@@ -202,7 +202,7 @@ def test_groups_that_only_think_get_a_direct_answer_of_one_token(
     assert mean["rollouts/pinned_think"] == [0.0]
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_groups_that_never_think_get_a_thought_that_the_policy_writes(
     records: RecordSet,
     tmp_path: Path,
@@ -308,7 +308,7 @@ def split_threshold(model: DualLoraModel, records: RecordSet) -> tuple[float, li
     return (ordered[2] + ordered[3]) / 2, said
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_serving_decides_as_the_evaluation_does(
     records: RecordSet, tmp_path: Path, interface: str
 ) -> None:
@@ -343,7 +343,9 @@ def test_serving_decides_as_the_evaluation_does(
     assert seconds["policy"] >= min(seconds["never"], seconds["always"])
 
 
-@pytest.mark.parametrize(("interface", "reads"), [("reencode", 2), ("kv_detach", 1)])
+@pytest.mark.parametrize(
+    ("interface", "reads"), [("reencode", 2), ("kv_detach", 1), ("shared_prefill", 1)]
+)
 def test_the_decision_is_read_once_and_written_on_from(
     records: RecordSet, monkeypatch: pytest.MonkeyPatch, interface: str, reads: int
 ) -> None:

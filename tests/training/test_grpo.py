@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def make_trainer(
 
 
 @pytest.mark.parametrize(
-    ("interface", "beta"), [("reencode", 0.0), ("reencode", 0.1), ("kv_detach", 0.0)]
+    ("interface", "beta"),
+    [("reencode", 0.0), ("reencode", 0.1), ("kv_detach", 0.0), ("shared_prefill", 0.1)],
 )
 def test_only_the_reasoning_adapter_moves(
     records: RecordSet, tmp_path: Path, interface: str, beta: float
@@ -91,7 +93,7 @@ def test_only_the_reasoning_adapter_moves(
 
 
 def test_the_scorer_is_frozen_although_the_policy_moved(records: RecordSet, tmp_path: Path) -> None:
-    for interface in ("reencode", "kv_detach"):
+    for interface in ("reencode", "kv_detach", "shared_prefill"):
         model = small_model(interface=interface)
         trainer = make_trainer(model, records, tmp_path / interface)
         thought = model.completion_ids("<think> camel left </think>", add_eos=True)
@@ -100,10 +102,13 @@ def test_the_scorer_is_frozen_although_the_policy_moved(records: RecordSet, tmp_
         assert trainer.scorer.columns([0, 1], [thought, thought]) == before
 
 
-def test_log_probabilities_of_picture_prompts_are_those_of_plain_forwards(tmp_path: Path) -> None:
+@pytest.mark.parametrize("interface", ["reencode", "shared_prefill"])
+def test_log_probabilities_of_picture_prompts_are_those_of_plain_forwards(
+    tmp_path: Path, interface: str
+) -> None:
     (tmp_path / "records").mkdir()
     records = mixed_records(tmp_path / "records")
-    assert_logps_are_plain(small_model, records, tmp_path)
+    assert_logps_are_plain(partial(small_model, interface=interface), records, tmp_path)
 
 
 def test_vllm_rollouts_are_refused() -> None:

@@ -26,8 +26,8 @@ from twn_rl.modeling.adapters import (
 )
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate import DOCUMENT_SIDE
-from twn_rl.modeling.kv_prefix import continue_prefix
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.prefix_reading import continue_prefix
 from twn_rl.modeling.readout import Tail, bottleneck_mask
 from twn_rl.training.gate_examples import gate_examples
 from twn_rl.training.latent import DECODER_FILE, LatentConfig, LatentTrainer
@@ -121,7 +121,7 @@ def test_only_a_bottleneck_hides_another_prompt_behind_the_same_reason_states(
 
 @pytest.mark.parametrize("name", ["idefics3", "llama", "qwen3_vl"])
 @pytest.mark.parametrize("is_bottleneck", [True, False])
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_one_pass_equals_a_continued_prefix_and_a_batch_equals_its_rows(
     name: str, is_bottleneck: bool, interface: str, make_model, make_items
 ) -> None:

@@ -422,7 +422,7 @@ def test_the_losses_fall_and_are_logged_by_part(records: RecordSet, tmp_path: Pa
         assert logged[-1][name] < logged[0][name]
 
 
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_a_run_that_was_killed_and_resumed_is_the_run_that_was_not(
     records: RecordSet, tmp_path: Path, interface: str
 ) -> None:

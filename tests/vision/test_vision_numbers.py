@@ -27,7 +27,7 @@ THOUGHTS = [
 NEAR = {"rtol": 0, "atol": 2e-6}
 
 families = pytest.mark.parametrize("name", VISION_BACKBONES)
-interfaces = pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+interfaces = pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 
 
 @families

@@ -60,7 +60,7 @@ def teach(model: DualLoraModel) -> None:
 
 
 @pytest.mark.parametrize("name", VISION_BACKBONES)
-@pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+@pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 def test_vectors_are_those_of_plain_passes_in_every_way_to_think(name: str, interface: str) -> None:
     settings: dict[str, Any] = {
         "reasoning_lora": LoraSettings(r=8, alpha=16),

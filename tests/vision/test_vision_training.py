@@ -20,7 +20,7 @@ from twn_rl.modeling.adapters import REASONING_ADAPTER, adapter_parameters
 from twn_rl.training.sft import SftConfig, SftTrainer
 
 families = pytest.mark.parametrize("name", VISION_BACKBONES)
-interfaces = pytest.mark.parametrize("interface", ["reencode", "kv_detach"])
+interfaces = pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 
 
 @pytest.fixture

@@ -221,11 +221,8 @@ class ContinuousPass:
             # One pass is cheaper than two where nothing goes on from the prompt.
             self._settle(read, self.model.embed(batch, is_latent=latent.pop()), None)
             return
-        prompts, started = self.model.prepare(batch), None
-        if any(job.chooser.is_policy for job in read):
-            started = self.model.start_reasoning(prompts)
-        prefix = self.model.read(prompts, started=started)
-        start = prompts if started is None else started
+        is_policy_asked = any(job.chooser.is_policy for job in read)
+        start, prefix = self.model.read_both(self.model.prepare(batch), is_started=is_policy_asked)
         chunk = Chunk(list(range(len(read))), [""] * len(read), start, prefix)
         self._settle(read, self._states(read, prefix), chunk)
 
@@ -302,10 +299,7 @@ class ContinuousPass:
         if len(thinkers) > 1:
             chunk = merge_chunks([thinker.chunk for thinker in thinkers])
             rows = list(range(len(thinkers)))
-        if isinstance(chunk.start, Prefix):
-            prefix = chunk.start.select(rows)
-        else:
-            prefix = self.model.start_reasoning(chunk.start, rows)
+        prefix = self.model.start_reasoning(chunk.start, rows)
         self.decoding.join(prefix, [thinker.writing for thinker in thinkers])
         self._writing += thinkers
 

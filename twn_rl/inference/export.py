@@ -61,8 +61,10 @@ def _export_merged(model: DualLoraModel, folder: Path) -> None:
     """Write the embedding adapter merged into the backbone, read-outs at the end of its prompts."""
     config = model.config
     problems = []
-    if config.interface != "reencode":
+    if config.interface == "kv_detach":
         problems.append(f"interface = {config.interface!r}: two adapters make its vectors")
+    if config.interface == "shared_prefill":
+        problems.append(f"interface = {config.interface!r}: no adapter reads its prompts")
     if config.readout_start == "pooled_token":
         problems.append(
             "readout_start = 'pooled_token': its read-out replaces a prompt's last token"
@@ -82,6 +84,11 @@ def _export_merged(model: DualLoraModel, folder: Path) -> None:
 
 def _export_reasoner(model: DualLoraModel, folder: Path) -> None:
     """Write the reasoning adapter merged into the backbone, greedy decoding as its default."""
+    if model.shares_prefill:
+        raise ValueError(
+            "--to reasoner of a model with interface = 'shared_prefill': no adapter reads its "
+            "prompts; expected one that reads all; export it --to sentence-transformers"
+        )
     bare, renderer = _bare_backbone(model), model.renderer
     with TemporaryDirectory() as adapter:
         save_adapter(model.peft_model, REASONING_ADAPTER, adapter)

@@ -51,7 +51,8 @@ class ReadingPass:
         # Prompts that several ways write from, or that the policy decides by, are read for it once.
         starters = [way for way in ways if way.may_write or way.chooser.is_policy]
         is_policy_asked = any(way.chooser.is_policy for way in ways)
-        self.starters = starters if len(starters) > 1 or is_policy_asked else []
+        is_read_again = len(starters) > 1 and not model.shares_prefill
+        self.starters = starters if is_read_again or is_policy_asked else []
 
     def run(self) -> None:
         """Embed everything."""
@@ -119,17 +120,22 @@ class ReadingPass:
         self, positions: list[int], batch: Mapping[str, Tensor], ways: Sequence[Way]
     ) -> Chunk:
         """Return what was read of a batch; who writes pays for what only writing needs."""
-        everyone, started = self._ledgers(ways), None
+        everyone, started, prefix = self._ledgers(ways), None, None
         with timed("read", positions, everyone):
             prompts = self.model.prepare(batch)
+            if self.model.shares_prefill:
+                prefix = self.model.read(prompts)
         if self.starters:
             # What a decision is read from is what a thought goes on from.
             payers = everyone if self.model.has_one_reader else self._ledgers(self.starters)
             with timed("read", positions, payers):
-                started = self.model.start_reasoning(prompts)
-        with timed("read", positions, everyone):
-            prefix = self.model.read(prompts, started=started)
-        start = prompts if started is None else started
+                started = self.model.start_reasoning(prompts if prefix is None else prefix)
+        if prefix is None:
+            with timed("read", positions, everyone):
+                prefix = self.model.read(prompts, started=started)
+            start = prompts if started is None else started
+        else:
+            start = prefix if started is None else started
         return Chunk(positions, [""] * len(positions), start, prefix)
 
     def _think_about(self, way: Way, shortlist: Shortlist[Chunk | None]) -> None:

@@ -38,7 +38,8 @@ class Chunk:
     Attributes:
         positions: Places among the inputs.
         keys: Content keys; "" where nobody needs them.
-        start: Where writing starts: prompts, or what the reasoning adapter has read of them.
+        start: Where writing starts: prompts, or what has been read of them; where that serves both
+            adapters, the very prefix that is read out from.
         prefix: Where reading out starts, after the thoughts.
     """
 
@@ -51,37 +52,52 @@ class Chunk:
         return len(self.positions)
 
     @property
+    def is_shared(self) -> bool:
+        """Whether writing and reading out start from the same cache, which is kept once."""
+        return self.start is self.prefix
+
+    @property
     def is_mergeable(self) -> bool:
         """Whether single rows can be taken out and wait for those of other batches."""
         return self.start.is_mergeable and self.prefix.is_mergeable
 
     def select(self, rows: Sequence[int]) -> Chunk:
         """Return some rows of a mergeable chunk; the memory of the others can be freed."""
+        prefix = self.prefix.select(rows)
         return Chunk(
             [self.positions[row] for row in rows],
             [self.keys[row] for row in rows],
-            self.start.select(rows),
-            self.prefix.select(rows),
+            prefix if self.is_shared else self.start.select(rows),
+            prefix,
         )
 
     def num_bytes(self) -> int:
         """Return the memory of a mergeable chunk."""
         start = self.start
+        if self.is_shared:
+            return prefix_bytes(self.prefix)
         written = prefix_bytes(start) if isinstance(start, Prefix) else start.num_bytes()
         return written + prefix_bytes(self.prefix)
 
 
 def merge_chunks(chunks: Sequence[Chunk]) -> Chunk:
     """Return one chunk of all rows."""
-    prefixes = [chunk.start for chunk in chunks if isinstance(chunk.start, Prefix)]
-    prompts = [chunk.start for chunk in chunks if isinstance(chunk.start, Prompts)]
+    prefix = merge([chunk.prefix for chunk in chunks])
     return Chunk(
         [position for chunk in chunks for position in chunk.positions],
         [key for chunk in chunks for key in chunk.keys],
-        # Starts of a call are all of one kind.
-        merge(prefixes) if prefixes else merge_prompts(prompts),
-        merge([chunk.prefix for chunk in chunks]),
+        _merge_starts(chunks) or prefix,
+        prefix,
     )
+
+
+def _merge_starts(chunks: Sequence[Chunk]) -> Prompts | Prefix | None:
+    """Return where writing starts; None if that is where reading out does. All are of one kind."""
+    if all(chunk.is_shared for chunk in chunks):
+        return None
+    prefixes = [chunk.start for chunk in chunks if isinstance(chunk.start, Prefix)]
+    prompts = [chunk.start for chunk in chunks if isinstance(chunk.start, Prompts)]
+    return merge(prefixes) if prefixes else merge_prompts(prompts)
 
 
 class ThoughtPool:

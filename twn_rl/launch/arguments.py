@@ -46,7 +46,8 @@ class ModelArguments:
         backbone: Hub name or folder of a VLM or LM; default: the embedded emoji-scene backbone.
         backbone_revision: Commit of the backbone; default: its main branch.
         dtype: Parameter type: auto, float32, bfloat16.
-        interface: reencode (input + CoT are read again) or kv_detach (read-outs use the cache).
+        interface: reencode (input + CoT are read again), kv_detach (read-outs use the cache) or
+            shared_prefill (the bare backbone reads the input, once for both adapters).
         num_readout_tokens: Learned read-out tokens Q.
         readout_start: random, or pooled_token on an embedder that pools its last token: the
             untrained no-think vector is then the backbone's own.

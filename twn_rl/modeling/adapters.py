@@ -174,12 +174,16 @@ def active_adapter(peft_model: PeftModel) -> str:
 
 
 @contextmanager
-def use_adapter(peft_model: PeftModel, name: str) -> Iterator[None]:
-    """Run the body with adapter `name` active.
+def use_adapter(peft_model: PeftModel, name: str | None) -> Iterator[None]:
+    """Run the body with adapter `name` active; None is the bare backbone.
 
     Inside the body and after it, also after an exception, every `requires_grad` flag is what it was
     before, and afterwards the previous adapter is active again.
     """
+    if name is None:
+        with without_adapters(peft_model):
+            yield
+        return
     previous, switches = active_adapter(peft_model), _SWITCHES.get(peft_model)
     if switches is not None:
         switches.to(name)
@@ -203,15 +207,15 @@ class _Switches:
         self.peft_model: Any = peft_model
         self.flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
         self.active: dict[str, list[tuple[Any, Any]]] = {}
+        self.layers = _adapted(peft_model)
         self.to(active_adapter(peft_model))
 
     def to(self, name: str) -> None:
         """Activate an adapter: the first time as PEFT does, later as that left it."""
         if name not in self.active:
             _activate(self.peft_model, name, self.flags)
-            kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-            layers = [m for m in self.peft_model.modules() if isinstance(m, kinds)]
-            self.active[name] = [(layer, vars(layer)["_active_adapter"]) for layer in layers]
+            active = [vars(layer)["_active_adapter"] for layer in self.layers]
+            self.active[name] = list(zip(self.layers, active, strict=True))
         elif active_adapter(self.peft_model) != name:
             for layer, active in self.active[name]:
                 layer._active_adapter = active
@@ -255,14 +259,25 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
 
 @contextmanager
 def without_adapters(peft_model: PeftModel) -> Iterator[None]:
-    """Run the body with the bare backbone; afterwards everything is as `use_adapter` leaves it."""
-    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
-    previous = active_adapter(peft_model)
+    """Run the body with the bare backbone; afterwards everything is as before.
+
+    Other than PEFT's `disable_adapter` it touches no `requires_grad`, and it may stand inside that.
+    """
+    switches = _SWITCHES.get(peft_model)
+    layers: list[Any] = switches.layers if switches is not None else _adapted(peft_model)
+    before = [layer._disable_adapters for layer in layers]
     try:
-        with peft_model.disable_adapter():
-            yield
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
     finally:
-        _activate(peft_model, previous, flags)
+        for layer, is_disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = is_disabled
+
+
+def _adapted(peft_model: PeftModel) -> list[Any]:
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [module for module in peft_model.modules() if isinstance(module, kinds)]
 
 
 def under_own_adapter(checkpoint: Callable[..., Any], peft_model: PeftModel) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "twn_config.json"
 _SAVED = "settings_digest"  # of all else in the file
-INTERFACES = ("reencode", "kv_detach")
+INTERFACES = ("reencode", "kv_detach", "shared_prefill")
 # As Qwen3-VL-Embedding.
 MAX_LENGTH = 8192
 # About 1024 tokens of 32 x 32 pixels, as Qwen3-VL makes them.
@@ -89,7 +89,9 @@ class TwnConfig:
         backbone: Name or path of the backbone; empty until a model is built.
         backbone_revision: Commit of the backbone; None follows its default branch.
         interface: "reencode" re-reads input and CoT under the embedding adapter; "kv_detach" lets
-            the read-out tokens attend to the detached cache the reasoning adapter left.
+            the read-out tokens attend to the detached cache the reasoning adapter left; in
+            "shared_prefill" the bare backbone reads the prompt for both adapters, each of which
+            acts from the prompt's last token on.
         num_readout_tokens: Q, learned tokens whose last states are averaged into the vector.
         readout_start: What read-out tokens are before training: "random" rows near the table's
             mean, or, on an embedder that pools its last token, that "pooled_token": the untrained
@@ -122,7 +124,7 @@ class TwnConfig:
 
     backbone: str = ""
     backbone_revision: str | None = None
-    interface: Literal["reencode", "kv_detach"] = "reencode"
+    interface: Literal["reencode", "kv_detach", "shared_prefill"] = "reencode"
     num_readout_tokens: int = 4
     readout_start: ReadoutStart = "random"
     num_reason_tokens: int = 0

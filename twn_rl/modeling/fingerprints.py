@@ -49,7 +49,9 @@ class Fingerprints:
     def thoughts(self) -> str:
         """Changes when an input could get another greedy thought; vectors may change without it."""
         is_opened = self.config.thinking_decision == "policy"
-        return digest([self.backbone, self.prompts, self.reasoning, is_opened])
+        # In the other two the reasoning adapter reads the prompt itself, as ever.
+        bare = [self.config.interface] if self.model.shares_prefill else []
+        return digest([self.backbone, self.prompts, self.reasoning, is_opened, *bare])
 
     def decision(self, side: str) -> str:
         """Return what changes when others could be chosen to think on one side.

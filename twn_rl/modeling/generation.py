@@ -32,8 +32,9 @@ from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.decoding import Decoding, decode, dice
 from twn_rl.modeling.gate import Gate
 from twn_rl.modeling.judge import Judge
-from twn_rl.modeling.kv_prefix import Prefix, read_rows, read_tail
+from twn_rl.modeling.kv_prefix import Prefix
 from twn_rl.modeling.limits import LimitCounts, PromptLimits, settle_limits
+from twn_rl.modeling.prefix_reading import read_pending, read_rows, read_tail
 from twn_rl.modeling.prompt_features import Prompts, prepare_prompts
 from twn_rl.modeling.readout import Tail, without_checkpointing
 
@@ -189,9 +190,30 @@ class DualLoraInference(nn.Module):
         """
         if started is not None and self.has_one_reader:
             return started
-        adapter = self.prefill_adapter if self._is_detached else EMBEDDING_ADAPTER
+        adapter = None if self.shares_prefill else EMBEDDING_ADAPTER
+        adapter = self.prefill_adapter if self._is_detached else adapter
         with self._inference():
             return read_rows(self.backbone, self.peft_model, prompts, rows, adapter=adapter)
+
+    def read_both(
+        self, prompts: Prompts, *, is_started: bool = False
+    ) -> tuple[Prompts | Prefix, Prefix]:
+        """Return where writing starts and where reading out does; each prompt is read once a side.
+
+        The first is what `reason` takes: the prompts themselves, what `start_reasoning` read of
+        them, or, if that serves both sides, the very prefix that is read out from.
+
+        Args:
+            prompts: Prompts from `prepare`.
+            is_started: Let the reasoning adapter read now, to decide or to write several times.
+        """
+        if self.shares_prefill:
+            prefix = self.read(prompts)
+            return (self.start_reasoning(prefix) if is_started else prefix), prefix
+        if not is_started:
+            return prompts, self.read(prompts)
+        started = self.start_reasoning(prompts)
+        return started, self.read(prompts, started=started)
 
     def read_out(
         self,
@@ -225,16 +247,27 @@ class DualLoraInference(nn.Module):
             prefill_adapter=self.prefill_adapter if self._is_detached else None,
         )
 
-    def start_reasoning(self, prompts: Prompts, rows: Sequence[int] | None = None) -> Prefix:
+    def start_reasoning(
+        self, prompts: Prompts | Prefix, rows: Sequence[int] | None = None
+    ) -> Prefix:
         """Return what the reasoning adapter has read of prompts: to decide, and to `reason` from.
 
         Args:
-            prompts: Prompts from `prepare`.
+            prompts: Prompts from `prepare`; in "shared_prefill" also what `read` returned, of which
+                only the last tokens are left to read; or what this method returned.
             rows: Which of them; all if None.
         """
         parts = self.backbone, self.peft_model
         with self._inference():
-            return read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
+            if isinstance(prompts, Prompts) and not self.shares_prefill:
+                return read_rows(*parts, prompts, rows, adapter=REASONING_ADAPTER, with_logits=True)
+            if isinstance(prompts, Prompts):
+                prefix = read_rows(*parts, prompts, rows, adapter=None)
+            else:
+                prefix = prompts if rows is None else prompts.select(rows)
+            if prefix.logits is not None:
+                return prefix
+            return read_pending(*parts, prefix, adapter=REASONING_ADAPTER)
 
     def think_probability(self, prefix: Prefix) -> Tensor:
         """Return (N,) float32 how likely the policy opens a thought, from `start_reasoning`.
@@ -273,7 +306,7 @@ class DualLoraInference(nn.Module):
         Where the policy decides who thinks, that has been decided: the thought is opened for it.
 
         Args:
-            batch: Prompts from `prepare`, a batch from `collate`, or what `start_reasoning` read.
+            batch: Prompts from `prepare`, a batch from `collate`, or what `start_reasoning` takes.
             rows: Which prompts; all if None.
             max_think_tokens: Budget; the config's if None.
             do_sample: Sample instead of taking the likeliest token.
@@ -288,11 +321,8 @@ class DualLoraInference(nn.Module):
                 f"num_thoughts = {num_thoughts} with do_sample = False; expected sampling, greedy "
                 "thoughts are all equal; set do_sample=True"
             )
-        if isinstance(batch, Prefix):
-            prefix = batch if rows is None else batch.select(rows)
-        else:
-            prompts = batch if isinstance(batch, Prompts) else self.prepare(batch)
-            prefix = self.start_reasoning(prompts, rows)
+        start = batch if isinstance(batch, Prompts | Prefix) else self.prepare(batch)
+        prefix = self.start_reasoning(start, rows)
         budget = max_think_tokens or self.config.max_think_tokens
         with self._inference():
             uniforms = dice(len(prefix), seeds, num_thoughts, budget) if do_sample else None
@@ -349,6 +379,11 @@ class DualLoraInference(nn.Module):
     def has_one_reader(self) -> bool:
         """Whether the reasoning adapter reads prompts for both sides."""
         return self._is_detached and self.prefill_adapter == REASONING_ADAPTER
+
+    @property
+    def shares_prefill(self) -> bool:
+        """Whether the bare backbone reads prompts: what it has read serves both adapters."""
+        return self.config.interface == "shared_prefill"
 
     @property
     def _is_detached(self) -> bool:

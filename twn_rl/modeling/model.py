@@ -32,8 +32,9 @@ from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, forget_thresholds, load_gates, warn_dropped
 from twn_rl.modeling.generation import Batch, DualLoraInference
 from twn_rl.modeling.hub import HubAccess, model_folder
-from twn_rl.modeling.kv_prefix import read_rows
+from twn_rl.modeling.kv_prefix import Prefix
 from twn_rl.modeling.pooled_token import find_pooled_token
+from twn_rl.modeling.prefix_reading import completion_logits, read_rows
 from twn_rl.modeling.prompt_features import prepare_prompts
 from twn_rl.modeling.readout import (
     Tail,
@@ -44,6 +45,7 @@ from twn_rl.modeling.readout import (
     pool,
     position_ids,
     reencode,
+    without_checkpointing,
 )
 from twn_rl.modeling.vision import share_images
 
@@ -186,15 +188,41 @@ class DualLoraModel(DualLoraInference):
 
     def _tail_states(self, batch: Batch, tail: Tail) -> Tensor:
         """Return the states (N, K + Q, D) of the tail after prompts and completions."""
+        if self.shares_prefill:
+            return self._read_shared([(batch, tail)])[0]
         parts = self.backbone, self.peft_model, self._on_device(batch), tail
         if self._is_detached:
             return kv_detach(*parts, prefill_adapter=self.prefill_adapter)
         return reencode(*parts)
 
-    def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _read_bare(self, batch: Batch) -> Prefix:
+        """Return what the bare backbone reads of a batch's prompts; no gradient."""
+        with torch.no_grad(), without_checkpointing(self.peft_model):
+            prompts = prepare_prompts(self.backbone, self._on_device(batch))
+            return read_rows(self.backbone, self.peft_model, prompts, adapter=None)
+
+    def _read_shared(
+        self, batches: Sequence[tuple[Batch, Tail]], prefix: Prefix | None = None
+    ) -> list[Tensor]:
+        """Return tail states of batches with the same prompts, after the bare backbone's prefix.
+
+        There is little to recompute: prompts have no gradient, and a checkpointed layer would drop
+        its cache.
+        """
+        prefix = self._read_bare(batches[0][0]) if prefix is None else prefix
+        with without_checkpointing(self.peft_model):
+            return [
+                self._read_tail(prefix, self._on_device(batch), tail) for batch, tail in batches
+            ]
+
+    def token_nll(self, batch: Batch, prefix: Prefix | None = None) -> tuple[Tensor, Tensor]:
         """Return the summed NLL (N,) in nats of each completion, and its length (N,) in tokens.
 
         Logits are computed for the completion only. Gradient reaches the reasoning adapter only.
+
+        Args:
+            batch: N prompts with completions.
+            prefix: What the bare backbone has read of the prompts, if that is at hand.
         """
         batch = self._on_device(batch)
         if "completion_ids" not in batch:
@@ -202,19 +230,28 @@ class DualLoraModel(DualLoraInference):
                 "batch has no completion_ids; expected completions; pass them to collate"
             )
         targets, mask = batch["completion_ids"], batch["completion_mask"]
-        inputs = join_sequence(batch)
-        with use_adapter(self.peft_model, REASONING_ADAPTER):
-            logits = self.backbone.model(
-                **inputs,
-                position_ids=position_ids(self.backbone, inputs),
-                logits_to_keep=targets.shape[1] + 1,
-                use_cache=False,
-            ).logits[:, :-1]
+        logits = self._completion_logits(batch, prefix)
         labels = targets.masked_fill(mask == 0, -100)
         nll = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), labels.flatten(), reduction="none", ignore_index=-100
         )
         return nll.view_as(labels).sum(1), mask.sum(1)
+
+    def _completion_logits(self, batch: Batch, prefix: Prefix | None) -> Tensor:
+        """Return (N, C, V), what the reasoning adapter gives each token of the completions."""
+        if self.shares_prefill:
+            prefix = self._read_bare(batch) if prefix is None else prefix
+            parts = self.backbone, self.peft_model, prefix, batch
+            with without_checkpointing(self.peft_model):
+                return completion_logits(*parts, adapter=REASONING_ADAPTER)
+        inputs = join_sequence(batch)
+        with use_adapter(self.peft_model, REASONING_ADAPTER):
+            return self.backbone.model(
+                **inputs,
+                position_ids=position_ids(self.backbone, inputs),
+                logits_to_keep=batch["completion_ids"].shape[1] + 1,
+                use_cache=False,
+            ).logits[:, :-1]
 
     def forward(
         self,
@@ -248,16 +285,24 @@ class DualLoraModel(DualLoraInference):
         batches = dict(share_images(self.backbone, moved))
         last = batches.pop(("token_nll", ""), None)
         states: dict[str, Tensor] = {}
+        prefixes: dict[int, Prefix] = {}  # of the bare backbone, by the tensor of the prompts
         for names in groups:
             shared = [(batches["embed", name], tails[name]) for name in names]
-            states |= dict(zip(names, self._read_together(shared), strict=True))
+            if self.shares_prefill:
+                key = id(embedded[names[0]]["input_ids"])
+                prefixes[key] = self._read_bare(shared[0][0])
+                found = self._read_shared(shared, prefixes[key])
+            else:
+                found = self._read_together(shared)
+            states |= dict(zip(names, found, strict=True))
         lengths = {name: len(tails[name].reason_ids) for name in embedded}
         embeds = {name: pool(states[name][:, k:]) for name, k in lengths.items()}
         output: dict[str, Any] = {"embeds": embeds}
         if latent:
             output["reason_states"] = {name: states[name][:, : lengths[name]] for name in latent}
-        if last is not None:
-            output["token_nll"], output["token_count"] = self.token_nll(last)
+        if token_nll is not None:
+            nll = self.token_nll(last or token_nll, prefixes.get(id(token_nll["input_ids"])))
+            output["token_nll"], output["token_count"] = nll
         return output
 
     def _read_together(self, batches: Sequence[tuple[Batch, Tail]]) -> list[Tensor]:

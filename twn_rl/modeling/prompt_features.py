@@ -6,7 +6,7 @@ Knows token tensors only: no items, no text, no caches.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,21 @@ class Prompts:
         for layer in features[1]:
             parts += [layer] if isinstance(layer, Tensor) else list(layer)
         return sum(t.nbytes for t in (*parts, self.position_ids, *self.inputs.values()))
+
+    def without_last(self) -> tuple[Prompts, Tensor]:
+        """Return the prompts but for their last tokens, and these (N,), which are no picture's.
+
+        Raises:
+            ValueError: If prompts are a single token long: nothing would be left.
+        """
+        ids = self.inputs["input_ids"]
+        if ids.shape[1] < 2:
+            raise ValueError(
+                "prompts of one token cannot be shared without their last one; expected a chat "
+                "template that opens the answer; take interface = 'reencode'"
+            )
+        inputs = {key: value[:, :-1] for key, value in self.inputs.items()}
+        return replace(self, inputs=inputs, position_ids=self.position_ids[..., :-1]), ids[:, -1]
 
     def select(self, rows: Sequence[int]) -> Prompts:
         """Return some of the prompts, in the order of `rows`, which may repeat."""

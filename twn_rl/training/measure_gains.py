@@ -219,9 +219,9 @@ class _Gauge:
         """Return states (n, D) without and with each input's own thought, and the thoughts."""
         model = self.model
         prompts = model.prepare(model.collate(items))
-        prefix = model.read(prompts)
+        start, prefix = model.read_both(prompts)
         no_think = model.read_out(prefix, is_latent=self.is_latent)
-        written = model.reason(prompts, max_think_tokens=self.settings.max_think_tokens)
+        written = model.reason(start, max_think_tokens=self.settings.max_think_tokens)
         usable = [model.completion_for_embedding(ids) for ids in written]
         think = model.read_out(prefix, usable)
         # An unusable thought is embedded as no-think; its gain is 0, not a rounding error.

@@ -6,6 +6,7 @@ What TRL must have for this is checked by tests/training/test_trl_hooks.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import Sampler
 
 from twn_rl.data.mixture import ReorderedSampler
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable
+from twn_rl.modeling.late_adapter import acting_late
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import counting_images, encoding_first
 from twn_rl.runtime.extras import extra
@@ -35,6 +37,12 @@ class HookedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, dual_model: DualLoraModel, **kwargs: Any) -> None:
         """Hand all to TRL; `kwargs` are those of `GRPOTrainer` but for model and processor."""
+        args = kwargs.get("args")
+        if dual_model.shares_prefill and getattr(args, "use_transformers_continuous_batching", 0):
+            raise ValueError(
+                "use_transformers_continuous_batching = True with interface = 'shared_prefill'; "
+                "expected False: its paged cache has no place where an adapter begins to act"
+            )
         self.dual_model = dual_model
         self._marks: Mapping[str, Tensor] = {}
         self._loss_inputs: dict[str, Any] | None = None
@@ -104,7 +112,8 @@ class HookedGRPOTrainer(GRPOTrainer):
             for key, values in fields.items()
         }
         opened = [[*ids, *opening] for ids in prompt_ids]
-        written, _ = super()._generate_single_turn(opened, images, fields, 1)
+        with self._policy_reads(1 + len(opening)):
+            written, _ = super()._generate_single_turn(opened, images, fields, 1)
         return [[*opening, *ids][: self.max_completion_length] for ids in written[: len(rows)]]
 
     def log_means(self, metrics: Mapping[str, list[float]]) -> None:
@@ -133,6 +142,15 @@ class HookedGRPOTrainer(GRPOTrainer):
         places.num_samples, places.shuffle = len(order), False
         return ReorderedSampler(places, order)
 
+    def _policy_reads(self, num_tokens: int) -> AbstractContextManager[None]:
+        """Let TRL's forwards in the body read prompts as the model's interface has it.
+
+        In "shared_prefill" the policy acts on the last tokens of a sequence only.
+        """
+        if not self.dual_model.shares_prefill:
+            return nullcontext()
+        return acting_late(self.dual_model.backbone, self.dual_model.peft_model, num_tokens)
+
     def _per_prompt(self, images: Any) -> Any:
         """Return TRL's pictures; a prompt without any beside others has an empty list of them."""
         return images if images is None else [row or [] for row in images]
@@ -150,9 +168,10 @@ class HookedGRPOTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
-        completions, logprobs = super()._generate_single_turn(
-            prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-        )
+        with self._policy_reads(1):
+            completions, logprobs = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
         self._marks = self.edit_completions(prompt_ids, completions, num_generations)
         return completions, logprobs
 
@@ -184,8 +203,12 @@ class HookedGRPOTrainer(GRPOTrainer):
             # Where template and tokenizer both write BOS, TRL's processor call has one too many.
             kwargs["token_type_ids"] = types[:, -input_ids.shape[1] :]
         kwargs |= per_prompt_images(kwargs)
-        backbone = self.dual_model.backbone
-        with encoding_first(backbone), counting_images(backbone, kwargs.get("num_images")):
+        backbone, logits_to_keep = self.dual_model.backbone, args[3]
+        with (
+            encoding_first(backbone),
+            counting_images(backbone, kwargs.get("num_images")),
+            self._policy_reads(1 + logits_to_keep),
+        ):
             logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         if self._loss_inputs is not None:
             logps, self._added_loss = self.shape_loss(logps, self._loss_inputs)
