@@ -53,7 +53,7 @@ ARMS = {  # name: (kind of step, who computes it, whether the batch is large)
 
 def main() -> None:
     """Run all arms in turn, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--batch_size", type=int, default=24)
     parser.add_argument("--factor", type=int, default=16, help="large batch / plain batch")
     parser.add_argument("--rounds", type=int, default=3)

@@ -34,7 +34,7 @@ WORDS = ["camel", "pizza", "zebra", "tree", "shoe", "lamp", "river", "cloud", "c
 
 def main() -> None:
     """Generate each file, measure both arms, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--counts", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--suffixes", nargs="+", default=[".jsonl", ".parquet"])
     parser.add_argument("--arm", choices=["eager", "lazy"], help="measure one arm, print JSON")

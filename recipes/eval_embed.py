@@ -50,7 +50,7 @@ from twn_rl.inference.options import ThinkMode
 from twn_rl.launch.arguments import DataArguments, Split
 from twn_rl.launch.program import start
 from twn_rl.launch.report_facts import report_facts
-from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.launch.trackers import check_trackers, track_metrics
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.gate import QUERY_SIDE
@@ -161,44 +161,52 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     """Evaluate, write, and return the folder of the results."""
     set_up_logging()
     set_seed(script.seed)
-    output = script.output
     if script.benchmark is not None:
         return measure_benchmark(script, data)
-    splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
-    if join_processes().is_main_process:
-        save_run(output, script, data)
-        after = measure(script, splits, script.model, script.modes)
-        after.save(output)
-        write_routing(output / ROUTING_FILE, after, seed=script.seed)
-        before = None
-        if script.before is not None:
-            before = measure(script, splits, script.before, BEFORE_MODES)
-            before.save(output / "before")
-        if script.report:
-            with extra("eval"):
-                from twn_rl.evaluation.report.page import write_report
+    with owned_run(script.output):
+        splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
+        if join_processes().is_main_process:
+            measure_splits(script, data, splits)
+        join_processes().wait_for_everyone()
+    return script.output
 
-            counts = {name: len(records) for name, records in splits.items()}
-            facts, settings = report_facts(output, script.model, data, queries=counts)
-            write_report(
-                output / "report.html",
-                after,
-                before=before,
-                curves=learning_curves(script),
-                facts=facts,
-                settings=settings,
-            )
-        log_summary(before, after)
-        if output.parent == Path(script.model) and (output.parent / CONFIG_FILE).is_file():
-            write_card(script.model)
-        track_metrics(script.report_to, output, after.metrics)
-        for line in summary_lines(after, before):
-            logger.log(NOTICE, "%s", line)
-        logger.log(NOTICE, "Metrics: %s", output / METRICS_FILE)
-        if script.report:
-            logger.log(NOTICE, "Report: %s", output / "report.html")
-    join_processes().wait_for_everyone()
-    return output
+
+def measure_splits(
+    script: EvalScriptArguments, data: DataArguments, splits: dict[str, Any]
+) -> None:
+    """Measure records by split, and write and log the results; one process does it."""
+    output = script.output
+    save_run(output, script, data)
+    after = measure(script, splits, script.model, script.modes)
+    after.save(output)
+    write_routing(output / ROUTING_FILE, after, seed=script.seed)
+    before = None
+    if script.before is not None:
+        before = measure(script, splits, script.before, BEFORE_MODES)
+        before.save(output / "before")
+    if script.report:
+        with extra("eval"):
+            from twn_rl.evaluation.report.page import write_report
+
+        counts = {name: len(records) for name, records in splits.items()}
+        facts, settings = report_facts(output, script.model, data, queries=counts)
+        write_report(
+            output / "report.html",
+            after,
+            before=before,
+            curves=learning_curves(script),
+            facts=facts,
+            settings=settings,
+        )
+    log_summary(before, after)
+    if output.parent == Path(script.model) and (output.parent / CONFIG_FILE).is_file():
+        write_card(script.model)
+    track_metrics(script.report_to, output, after.metrics)
+    for line in summary_lines(after, before):
+        logger.log(NOTICE, "%s", line)
+    logger.log(NOTICE, "Metrics: %s", output / METRICS_FILE)
+    if script.report:
+        logger.log(NOTICE, "Report: %s", output / "report.html")
 
 
 def measure(
@@ -237,21 +245,22 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     output = script.output / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
     is_demo = script.benchmark == EMOJI_SCENES and data.is_demo()
     names = [name for name in script.splits if is_demo and data.has(name)]  # pyright: ignore[reportArgumentType]
-    splits = {name: data.load(name) for name in names}  # pyright: ignore[reportArgumentType]
-    save_run(output, script, data)
-    settings = BenchmarkSettings(
-        benchmark=script.benchmark,
-        output_dir=output,
-        tasks=script.tasks,
-        think=script.think,
-        think_documents=script.think_documents,
-        gate_threshold=script.gate_threshold,
-        max_think_tokens=script.max_think_tokens,
-        batch_size=script.batch_size,
-        data_root=data.data_root,
-    )
-    embedder = ThinkingEmbedder.from_pretrained(script.model, device=join_processes().device)
-    summary = run_benchmark(embedder, settings, name=Path(script.model).name, splits=splits)
+    with owned_run(output):
+        splits = {name: data.load(name) for name in names}  # pyright: ignore[reportArgumentType]
+        save_run(output, script, data)
+        settings = BenchmarkSettings(
+            benchmark=script.benchmark,
+            output_dir=output,
+            tasks=script.tasks,
+            think=script.think,
+            think_documents=script.think_documents,
+            gate_threshold=script.gate_threshold,
+            max_think_tokens=script.max_think_tokens,
+            batch_size=script.batch_size,
+            data_root=data.data_root,
+        )
+        embedder = ThinkingEmbedder.from_pretrained(script.model, device=join_processes().device)
+        summary = run_benchmark(embedder, settings, name=Path(script.model).name, splits=splits)
     logger.log(NOTICE, "%s:\n%s", output, format_table(summary))
     return output
 

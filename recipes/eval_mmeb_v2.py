@@ -29,7 +29,7 @@ from twn_rl.evaluation.mmeb_v2.tasks import LABEL_SETS, load_tasks, select_tasks
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.launch.program import start
-from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.processes import join_processes
 
@@ -139,36 +139,40 @@ def main(script: MmebScriptArguments) -> RunReport:
     name = f"{script.think}_{labels}"
     output = Path(script.output_dir or Path(script.model) / "mmeb_v2" / name)
 
-    # Model
-    save_run(output, script)
-    embedder = ThinkingEmbedder.from_pretrained(
-        script.model, device=state.device, dtype=script.dtype, cot_cache_dir=script.cot_cache_dir
-    )
-
-    # Scores
-    report = run_tasks(
-        embedder,
-        [task for task in tasks if task.task not in missing],
-        folder,
-        output,
-        script.encode_settings(),
-        averaged_with=list(table.values()),
-        overwrite=script.overwrite,
-        processes=state,
-    )
-    report.failed |= missing
-    if swept:
-        there = [task for task in swept if task.task not in {*missing, *report.failed}]
-        report.failed |= sweep_thresholds(
-            embedder, there, folder, output, script.encode_settings(), processes=state
+    with owned_run(output):
+        # Model
+        save_run(output, script)
+        embedder = ThinkingEmbedder.from_pretrained(
+            script.model,
+            device=state.device,
+            dtype=script.dtype,
+            cot_cache_dir=script.cot_cache_dir,
         )
 
-    # Reports
-    if state.is_main_process:
-        write_reports(output, list(table.values()), metadata(script, embedder))
-        print((output / TABLE_FILE).read_text(encoding="utf-8"))
-        print(report)
-    state.wait_for_everyone()
+        # Scores
+        report = run_tasks(
+            embedder,
+            [task for task in tasks if task.task not in missing],
+            folder,
+            output,
+            script.encode_settings(),
+            averaged_with=list(table.values()),
+            overwrite=script.overwrite,
+            processes=state,
+        )
+        report.failed |= missing
+        if swept:
+            there = [task for task in swept if task.task not in {*missing, *report.failed}]
+            report.failed |= sweep_thresholds(
+                embedder, there, folder, output, script.encode_settings(), processes=state
+            )
+
+        # Reports
+        if state.is_main_process:
+            write_reports(output, list(table.values()), metadata(script, embedder))
+            print((output / TABLE_FILE).read_text(encoding="utf-8"))
+            print(report)
+        state.wait_for_everyone()
     return report
 
 

@@ -12,6 +12,7 @@ from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.launch.run_folder import owned_run
 from twn_rl.recipes import (
     adaptive_embed,
+    eval_embed,
     gate_embed,
     grpo_embed,
     latent_embed,
@@ -56,7 +57,12 @@ def policy(output: str, data: DataArguments) -> object:
     return policy_threshold.main(script, ThresholdRule(), data)
 
 
-@pytest.mark.parametrize("run", [sft, grpo, adaptive, latent, gate, policy])
+def evaluation(output: str, data: DataArguments) -> object:
+    script = eval_embed.EvalScriptArguments(model="absent", output_dir=output)
+    return eval_embed.main(script, data)
+
+
+@pytest.mark.parametrize("run", [sft, grpo, adaptive, latent, gate, policy, evaluation])
 def test_a_second_run_is_told_who_has_the_folder(run: Run, tmp_path: Path) -> None:
     file = str(tmp_path / "absent.jsonl")
     absent = DataArguments(train_file=file, validation_file=file)
@@ -71,6 +77,15 @@ def test_a_second_run_is_told_who_has_the_folder(run: Run, tmp_path: Path) -> No
     # The lock has gone with the run: the next one gets as far as its data or its model.
     with pytest.raises((OSError, ValueError), match="absent"):
         run(str(output), absent)
+
+
+def test_a_second_benchmark_is_told_the_same(tmp_path: Path) -> None:
+    script = eval_embed.EvalScriptArguments(
+        model="absent", output_dir=str(tmp_path), benchmark="EmojiScenes"
+    )
+    pytest.importorskip("mteb")
+    with owned_run(tmp_path / "EmojiScenes"), pytest.raises(ValueError, match="by another run"):
+        eval_embed.main(script, DataArguments(train_file="absent.jsonl"))
 
 
 def test_an_output_that_cannot_be_made_is_named_before_anything_is_read(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_a_run_pushes_its_checkpoints_and_at_the_end_its_model_with_a_card(
     hub: LocalHub, tmp_path: Path
 ) -> None:
     to = {"push_to_hub": True, "hub_model_id": "somebody/run", "hub_token": TOKEN}
-    output = run(tmp_path, **to)
+    output = run(tmp_path, **to, license="apache-2.0")
     assert hub.messages == ["Step 1", "End of training"]
     files = hub.repositories["somebody/run"]["main"]
     assert set(files) == MODEL_FILES
@@ -48,6 +48,8 @@ def test_a_run_pushes_its_checkpoints_and_at_the_end_its_model_with_a_card(
     assert "# somebody/run" in card
     assert "supervised warm start" in card
     assert "| Data | records.jsonl |" in card
+    assert "\nlicense: apache-2.0\n" in card
+    assert "| Licence | apache-2.0 |" in card
     for name, content in files.items():
         assert str(tmp_path).encode() not in content, name
         assert TOKEN.encode() not in content, name

@@ -18,7 +18,7 @@ import torch
 from conftest import awaken, picture
 
 from twn_rl.data.record import Item
-from twn_rl.inference.collection import build_collection
+from twn_rl.inference.collection_writing import build_collection
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.item_rows import ItemFile
 from twn_rl.launch.arguments import ModelArguments
@@ -84,7 +84,9 @@ def _teach(model: DualLoraModel, steps: int = 200) -> None:
 
 def save_collection(model: Path, folder: Path) -> Path:
     """Write a collection of `TEXTS` and one picture."""
-    rows: list[dict[str, Any]] = [{"text": text} for text in TEXTS]
+    rows: list[dict[str, Any]] = [
+        {"text": text, "metadata": {"words": len(text.split())}} for text in TEXTS
+    ]
     (folder / "photo.png").write_bytes(picture_bytes())
     rows.append({"images": ["photo.png"]})
     lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -1,6 +1,7 @@
 """The page of `twn-rl ui` in a browser: a real model is asked, and its texts stay texts."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 from browser import browser, cut_off
-from serving_process import TEXTS, Server, picture_bytes, save_thinking_model
+from serving_process import TEXTS, Server, data_uri, picture_bytes, save_thinking_model
 
 from twn_rl.cli import main
 from twn_rl.evaluation.gate_threshold import gate_curve
@@ -210,6 +211,82 @@ def test_samples_pictures_and_hostile_texts_are_shown_as_what_they_are(
     assert driver.find_elements("css selector", "b[id]") == driver.find_elements(
         "css selector", "b"
     )
+
+
+@pytest.mark.distributed
+def test_a_picture_that_is_dragged_onto_the_page_is_asked_about(
+    driver, page: Server, tmp_path: Path
+):
+    opened(driver, page)
+    (tmp_path / "own.png").write_bytes(picture_bytes(3))
+    box = driver.execute_script("return $('drop').getBoundingClientRect().toJSON()")
+    place = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    files = {"items": [], "files": [str(tmp_path / "own.png")], "dragOperationsMask": 1}
+    over = []
+    for kind in ("dragEnter", "dragOver", "drop"):
+        driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, "data": files, **place})
+        over.append(driver.execute_script("return $('drop').classList.contains('over')"))
+    assert over[1:] == [True, False]
+    wait_for(driver, "$('preview').querySelector('img')?.src.startsWith('data:image/png')")
+    shown = ask(driver, TEXTS[2])
+    uri = data_uri(picture_bytes(3))
+    parts = [
+        {"type": "image_url", "image_url": {"url": uri}},
+        {"type": "text", "text": TEXTS[2]},
+    ]
+    body = {"messages": [{"role": "user", "content": parts}], "think": "never", "top_k": 6}
+    told = httpx2.post(f"{page.url}/search", json=body, timeout=60).json()
+    assert shown["problem"] == ""
+    assert shown["without"] == [hit["text"] for hit in told["hits"]]
+
+
+@pytest.mark.distributed
+def test_a_single_picture_that_is_gone_spoils_nothing_else(driver, page: Server):
+    scene = page.log.parent / "scene.png"
+    content = scene.read_bytes()
+    scene.unlink()
+    driver.execute_cdp_cmd("Network.clearBrowserCache", {})
+    try:
+        driver.get(page.url)
+        wait_for(driver, "$('samples').textContent.includes('picture cannot be read')")
+        # Not by the mouse: the page is still scrolling to the answer when the second one comes.
+        press = "$('samples').children[arguments[0]].click()"
+        driver.execute_script(press, 0)
+        assert "picture 0 of sample 0 cannot be read" in answer(driver)["problem"]
+        driver.execute_script(press, 3)
+        assert answer(driver)["problem"] == ""
+    finally:
+        scene.write_bytes(content)
+    driver.get_log("browser")  # the 404s
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_policy_that_decides_is_shown_as_what_it_is(
+    driver, page: Server, tmp_path: Path, window: tuple[int, int]
+):
+    if window[0] < 1000:
+        pytest.skip("one window is enough")
+    folder = page.log.parent
+    shutil.copytree(folder / "model", tmp_path / "model")
+    config = tmp_path / "model" / "twn_config.json"
+    settings = json.loads(config.read_text()) | {"thinking_decision": "policy"}
+    config.write_text(json.dumps(settings | {"policy_threshold": 0.25}))
+    flags = ["--device", "cpu", "--data", str(folder / "records.jsonl")]
+    adaptive = Server(tmp_path / "model", *flags, log=tmp_path / "log", name="ui")
+    try:
+        opened(driver, adaptive)
+        told = expected(adaptive, TEXTS[3], 0)
+        set_threshold(driver, 0)
+        shown = ask(driver, TEXTS[3])
+        assert (shown["problem"], shown["thought"]) == ("", told["thought"])
+        said = f"the policy begins a thought {told['gate_probability']:.3f}, threshold 0.000"
+        assert said in shown["verdict"]
+        assert "no policy/curve.csv" in shown["curvetext"]
+        set_threshold(driver, 1)
+        assert ask(driver, TEXTS[3])["thought"] == ""
+    finally:
+        assert adaptive.end() == 0
 
 
 @pytest.mark.distributed

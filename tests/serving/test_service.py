@@ -15,6 +15,7 @@ from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.serving.app import create_app
 from twn_rl.serving.errors import ServiceError
 from twn_rl.serving.received import Received
+from twn_rl.serving.run import bind
 from twn_rl.serving.service import EmbeddingService, Wish
 from twn_rl.serving.settings import ServeSettings
 
@@ -116,3 +117,24 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(thinking_model)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert main(["serve", "--model", str(thinking_model), "--port", port]) != 0
+
+
+def test_no_answer_waits_until_its_headers_are_acknowledged():
+    """A client that acknowledges late would otherwise wait 40 ms for each body."""
+    settings = ServeSettings(port=0)
+
+    async def course() -> int:
+        found = asyncio.get_running_loop().create_future()
+
+        def accepted(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            taken = writer.get_extra_info("socket")
+            found.set_result(taken.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with bind(settings) as listener:
+            async with await asyncio.start_server(accepted, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.close()
+                return await asyncio.wait_for(found, 20)
+
+    assert asyncio.run(course()) == 1

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from typing import Any
 
 import httpx2
@@ -165,6 +166,12 @@ def test_search_finds_with_and_without_the_thought(server: Server, embedder: Thi
     assert httpx2.get(f"{server.url}/collection/pictures/0/0").status_code == 404
     assert post(server, {"query": "a", "top_k": 101}, "/search").status_code == 400
 
+    long = post(server, {**body, "top_k": 20, "filter": {"words": [9, 4]}}, "/search").json()
+    wanted = {row for row, text in enumerate(TEXTS) if len(text.split()) in (4, 9)}
+    assert {hit["row"] for hit in (*long["hits"], *long["hits_without_thought"])} == wanted
+    refused = post(server, {"query": "a", "filter": {"words": {"gt": 3}}}, "/search")
+    assert "expected names and values of metadata" in refused.json()["error"]["message"]
+
     with httpx2.stream("POST", f"{server.url}/search", json={**body, "stream": True}) as told:
         events = [block.split("\n") for block in "".join(told.iter_text()).strip().split("\n\n")]
     first, last = (json.loads(events[n][1].removeprefix("data: ")) for n in (0, -1))
@@ -188,12 +195,15 @@ def test_the_server_says_what_it_is_and_counts_what_it_does(server: Server, clie
     assert after["twn_rl_queue_inputs"] == after["twn_rl_places_taken"] == 0
 
 
-def test_a_long_text_is_cut_as_by_the_embedder_and_that_is_told(client, embedder):
+def test_a_long_text_is_cut_as_by_the_embedder_and_that_is_told(client, server, embedder):
     text = "which object is above the camel " * 200
     reply = client.embeddings.create(model="small", input=[text, "camel"])
     np.testing.assert_allclose(vectors(reply)[0], embedder.encode(text), **NEAR)
     assert reply.data[0].truncated is True
     assert not hasattr(reply.data[1], "truncated")
+    log = server.log.read_text()
+    assert re.search(r"the text of an item of \d+ characters is cut", log)
+    assert "camel" not in log  # what clients send is not for the log
 
 
 TINY = base64.b64encode(b"not a picture").decode()

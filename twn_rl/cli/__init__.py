@@ -96,7 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             program_name(f"twn-rl {name}")
             with errors_in_a_line():
                 _module(name).add_arguments(subparser)
-            parser.flags = subparser._option_string_actions
     parsed = parser.parse_args(words)
     try:
         return int(_module(parsed.command).run(parsed))

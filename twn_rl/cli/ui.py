@@ -90,7 +90,8 @@ def open_collection(
     embedder: ThinkingEmbedder, arguments: argparse.Namespace, data: Path | None, made: Path
 ) -> Collection:
     """Return the collection that was named, or one of the answers of `data`, made in `made`."""
-    from twn_rl.inference.collection import Collection, build_collection
+    from twn_rl.inference.collection import Collection
+    from twn_rl.inference.collection_writing import build_collection
 
     if arguments.collection is not None:
         return Collection(arguments.collection)

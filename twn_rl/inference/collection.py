@@ -1,42 +1,34 @@
 """A searchable collection: what the rows of a file hold, and their vectors, in one folder.
 
 LanceDB keeps text, pictures' paths, metadata and vector of each row in a table on disk, which any
-number of processes read; above `ann_rows` rows an approximate index is built. Beside the table lie
-the vectors as `twn-rl encode` writes them. Refuses to know who asks.
+number of processes read. `collection_writing` makes it. Refuses to know who asks.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from twn_rl.data.images import resolve_inside
-from twn_rl.inference.embedder import ThinkingEmbedder
-from twn_rl.inference.encode_file import encode_file
-from twn_rl.inference.encode_settings import EncodeSettings
-from twn_rl.inference.item_rows import ItemFile, ItemRow
-from twn_rl.inference.vector_files import StoredVectors, open_vectors
+from twn_rl.inference.metadata_filter import MetadataFilter, sql_of
+from twn_rl.inference.vector_files import StoredVectors
 from twn_rl.runtime.extras import extra
-from twn_rl.runtime.whole_files import owned, read_json, write_json
-
-logger = logging.getLogger(__name__)
+from twn_rl.runtime.whole_files import read_json, write_json_lines
 
 COLLECTION_FILE = "collection.json"
-COLLECTION_FORMAT = 1
-VECTORS_FILE = "vectors.npy"
-# An exact search of so many rows of width 1024 takes about half a second on one core.
-ANN_ROWS = 500_000
-_TABLE = "items"
-_BATCH_ROWS = 4096
+COLLECTION_FORMAT = 2
+TABLE = "items"
+TAGS = "tags"  # column of what filters are compared with
 _REFINED = 10  # candidates of the approximate index for each hit, scored again exactly
+_SHOWN_LINES = 3
 
 
 class CollectionError(ValueError):
@@ -49,7 +41,7 @@ class Hit:
 
     Attributes:
         id: Its id.
-        row: Its place in the file.
+        row: Its number in the collection.
         score: Cosine of its vector and the query's.
         text: Its text.
         pictures: Paths of its pictures, relative to the collection's data root.
@@ -74,6 +66,7 @@ class Collection:
         space: Fingerprint of the model whose vectors these are.
         data_root: Folder that no picture's path may leave.
         is_approximate: Whether an approximate index is searched.
+        notes: What its file says.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,10 +82,12 @@ class Collection:
                 f"{self.path} holds no readable {COLLECTION_FILE} of format {COLLECTION_FORMAT}; "
                 "expected a folder that `twn-rl index` finished; run it, or check the path"
             )
-        self.rows, self.width, self.space = notes["rows"], notes["width"], notes["space"]
+        self.notes: dict[str, Any] = notes
+        self.width, self.space = notes["width"], notes["space"]
         self.is_approximate = notes["is_approximate"]
         self.data_root = (self.path / notes["data_root"]).resolve()
-        self._table = _database(self.path).open_table(_TABLE)
+        self.table = database(self.path).open_table(TABLE)
+        self.rows: int = self.table.count_rows()
 
     def check_space(self, space: str | None) -> None:
         """Refuse a model whose vectors cannot be compared with these.
@@ -107,10 +102,23 @@ class Collection:
                 "again with this model"
             )
 
-    def search(self, vector: NDArray[np.float32], top_k: int = 10) -> list[Hit]:
-        """Return the rows nearest to a vector (D,), best first."""
-        query = self._table.search(vector.astype(np.float32), vector_column_name="vector")
+    def search(
+        self, vector: NDArray[np.float32], top_k: int = 10, wanted: MetadataFilter | None = None
+    ) -> list[Hit]:
+        """Return the rows nearest to a vector (D,), best first.
+
+        Args:
+            vector: (D,), finite.
+            top_k: How many.
+            wanted: What their metadata must hold; see `metadata_filter`.
+
+        Raises:
+            ValueError: For a filter that cannot be compared with metadata.
+        """
+        query = self.table.search(vector.astype(np.float32), vector_column_name="vector")
         query = query.distance_type("cosine").limit(top_k)
+        if condition := sql_of(wanted or {}, TAGS):
+            query = query.where(condition, prefilter=True)
         if self.is_approximate:
             query = query.refine_factor(_REFINED)
         found = query.select(["row", "id", "text", "pictures", "metadata", "_distance"]).to_list()
@@ -118,8 +126,8 @@ class Collection:
         return [_hit(row, 1.0 - row["_distance"]) for row in found]
 
     def row(self, number: int) -> Hit | None:
-        """Return a row by its place in the file; None if it is not in the collection."""
-        found = self._table.search().where(f"row = {int(number)}").limit(1).to_list()
+        """Return a row by its number; None if it is not in the collection."""
+        found = self.table.search().where(f"row = {int(number)}").limit(1).to_list()
         return _hit(found[0], 1.0) if found else None
 
     def picture(self, row: int, number: int) -> Path | None:
@@ -134,140 +142,58 @@ class Collection:
         return resolve_inside(hit.pictures[number], self.data_root)
 
 
-def build_collection(
-    embedder: ThinkingEmbedder,
-    source: ItemFile,
+def search_collection(
+    queries: StoredVectors,
+    collection: Collection,
     output: str | Path,
-    settings: EncodeSettings | None = None,
     *,
-    ann_rows: int = ANN_ROWS,
-    is_distinct: bool = False,
-    overwrite: bool = False,
-    show_progress_bar: bool = True,
-) -> Collection:
-    """Return the collection of a file's rows; a killed run goes on where it stopped.
+    top_k: int = 10,
+    wanted: MetadataFilter | None = None,
+) -> list[dict[str, Any]]:
+    """Write the hits of every query as JSON lines; return the first few lines.
+
+    A line is `id` and `row` of the query and `hits`, each `id`, `row` and `score`; a query without
+    a vector has no hits and `"error": true`.
 
     Args:
-        embedder: The model.
-        source: Rows; bad ones are left out and counted.
-        output: The folder.
-        settings: How rows are encoded.
-        ann_rows: Build an approximate index from so many rows on.
-        is_distinct: Of rows with the same text and pictures keep the first; records share targets.
-        overwrite: Make all vectors anew.
-        show_progress_bar: Show rows done.
+        queries: What to search for.
+        collection: Where.
+        output: The .jsonl file, written whole or not at all.
+        top_k: Hits a query.
+        wanted: What the metadata of hits must hold.
 
     Raises:
-        ValueError: As `encode_file`; also if no row can be found.
+        ValueError: If the two were made by different embedding models, and as `Collection.search`.
     """
-    folder = Path(output)
-    with owned(folder, CollectionError):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / COLLECTION_FILE).unlink(missing_ok=True)  # until its table is whole again
-        vectors = folder / VECTORS_FILE
-        encode_file(
-            cast(Any, embedder),  # its keywords are spelt out, the protocol has **settings
-            source,
-            vectors,
-            settings,
-            overwrite=overwrite,
-            show_progress_bar=show_progress_bar,
-        )
-        stored = open_vectors(vectors)
-        kept = stored.is_usable & (_first_of_each(source) if is_distinct else True)
-        usable = int(kept.sum())
-        if not usable:
-            raise CollectionError(
-                f"no row of {source.path} could be encoded; expected at least one; their errors "
-                f"are in {folder}"
-            )
-        failed = len(stored.vectors) - int(stored.is_usable.sum())
-        if failed:
-            logger.warning("%d rows have no vector and are left out", failed)
-        if is_distinct:
-            repeated = len(stored.vectors) - failed - usable
-            logger.info("%d rows hold what an earlier one holds and are left out", repeated)
-        is_approximate = usable >= ann_rows
-        parts = _parts(source, stored, kept)
-        _write_table(folder, parts, stored.vectors.shape[1], is_approximate=is_approximate)
-        notes = {
-            "format": COLLECTION_FORMAT,
-            "rows": usable,
-            "width": stored.vectors.shape[1],
-            "space": stored.space,
-            # So that a folder that is moved with its data goes on to find them.
-            "data_root": os.path.relpath(source.data_root, folder),
-            "input": source.path.name,
-            "is_approximate": is_approximate,
-        }
-        write_json(folder / COLLECTION_FILE, notes, indent=1)
-    return Collection(folder)
+    if queries.space is not None:
+        collection.check_space(queries.space)
+    if top_k < 1:
+        raise ValueError(f"top_k = {top_k}; expected >= 1; change it")
+    first: list[dict[str, Any]] = []
+
+    def lines() -> Iterator[dict[str, Any]]:
+        for row in range(len(queries.vectors) - queries.unwritten_rows):
+            line: dict[str, Any] = {"id": queries.ids[row], "row": row, "hits": []}
+            if queries.is_usable[row]:
+                hits = collection.search(queries.vectors[row], top_k, wanted)
+                line["hits"] = [
+                    {"id": hit.id, "row": hit.row, "score": round(hit.score, 6)} for hit in hits
+                ]
+            else:
+                line["error"] = True
+            first.extend(islice([line], max(0, _SHOWN_LINES - len(first))))
+            yield line
+
+    write_json_lines(Path(output), lines())
+    return first
 
 
-def _database(folder: Path) -> Any:
-    os.environ.setdefault("LANCE_LOG", "error")  # it warns of every table that is new
+def database(folder: Path) -> Any:
+    """Return the database in a folder, which warns of nothing: a table that is new is meant."""
+    os.environ.setdefault("LANCEDB_LOG", "error")
     with extra("index"):
         import lancedb
     return lancedb.connect(folder)
-
-
-def _write_table(
-    folder: Path, parts: Iterator[list[dict[str, Any]]], width: int, *, is_approximate: bool
-) -> None:
-    database = _database(folder)
-    import pyarrow
-
-    schema = pyarrow.schema(
-        [
-            ("row", pyarrow.int64()),
-            ("id", pyarrow.string()),
-            ("text", pyarrow.string()),
-            ("pictures", pyarrow.list_(pyarrow.string())),
-            ("metadata", pyarrow.string()),
-            ("vector", pyarrow.list_(pyarrow.float32(), width)),
-        ]
-    )
-    batches = (pyarrow.RecordBatch.from_pylist(part, schema=schema) for part in parts)
-    reader = pyarrow.RecordBatchReader.from_batches(schema, batches)
-    table = database.create_table(_TABLE, data=reader, mode="overwrite")
-    if is_approximate:
-        from lancedb.index import HnswSq
-
-        table.create_index("vector", config=HnswSq(distance_type="cosine"))
-
-
-def _first_of_each(source: ItemFile) -> NDArray[np.bool_]:
-    """Return (N,) bool: whether no earlier row has the same text and the same paths."""
-    seen: set[Any] = set()
-    is_first = []
-    for row in source.rows():
-        is_first.append(row.item not in seen)
-        seen.add(row.item)
-    return np.array(is_first)
-
-
-def _parts(
-    source: ItemFile, stored: StoredVectors, kept: NDArray[np.bool_]
-) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows that are kept, some at a time, as the table has them."""
-    part: list[dict[str, Any]] = []
-    for number, row in enumerate(source.rows()):
-        if kept[number]:
-            part.append({"row": number, **_fields(row, source.data_root)})
-            part[-1]["vector"] = stored.vectors[number].tolist()
-        if len(part) == _BATCH_ROWS:
-            yield part
-            part = []
-    if part:
-        yield part
-
-
-def _fields(row: ItemRow, data_root: Path) -> dict[str, Any]:
-    assert row.item is not None
-    sources = cast(Sequence[str], (*row.item.images, *row.item.video))
-    pictures = [Path(source).relative_to(data_root).as_posix() for source in sources]
-    metadata = json.dumps(row.metadata or {}, ensure_ascii=False)
-    return {"id": row.id, "text": row.item.text, "pictures": pictures, "metadata": metadata}
 
 
 def _hit(row: Mapping[str, Any], score: float) -> Hit:

@@ -285,7 +285,7 @@ class _Parser(HfArgumentParser):
     """Flags whose defaults are a file's values, helped by metadata or the class's docstring."""
 
     def __init__(self, types: Sequence[Any], **settings: Any) -> None:
-        super().__init__(types, **settings)
+        super().__init__(types, allow_abbrev=False, **settings)
         self.add_argument("--help-all", action="help", help="same as --help")
         told = {name: line for kind in types for name, line in _attributes(kind).items()}
         for action in self._actions:
@@ -411,7 +411,7 @@ def _read_config(path: str) -> dict[str, Any]:
 def _refusal(kind: Any, words: Sequence[str], config: Mapping[str, Any]) -> str | None:
     """Return why one dataclass refuses its share of the settings, None if it takes them."""
     try:
-        _Parser([kind], allow_abbrev=False).read(words, config, is_partial=True)
+        _Parser([kind]).read(words, config, is_partial=True)
     except ValueError as error:
         return str(error)
     return None

@@ -11,9 +11,9 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -143,18 +143,26 @@ def show_logs(level: int) -> None:
 
 
 class LineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line with the nearest names, and status 2.
+    """A parser of whole names, whose errors are one line with the nearest names, and status 2."""
 
-    Attributes:
-        flags: Option strings that words may have meant, besides this parser's own.
-    """
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
 
-    flags: Mapping[str, Any] = {}
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]  (it is overloaded)
+        self, args: Iterable[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """Refuse an unknown flag before a required one that is missing, which it may stand for."""
+        words = sys.argv[1:] if args is None else list(args)
+        flags = [word.split("=")[0] for word in takewhile("--".__ne__, words)]
+        for flag in flags if self._subparsers is None else ():
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {flag}")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Write the line and end."""
         if found := re.match(r"unrecognized arguments: (--?[\w-]+)", message):
-            message += hint(found[1], {**self._option_string_actions, **self.flags})
+            message += hint(found[1], self._option_string_actions)
         elif found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += hint(found[1], re.findall(r"'([^']+)'", found[2]))
         self.exit(USAGE_STATUS, printable(f"{self.prog}: error: {message} (see --help)\n"))

@@ -63,10 +63,13 @@ def fit_prompts(
         try:
             fitted[row] = cut_item(backbone, renderer, fitted[row], lengths[row], limits)
         except PromptLengthError as error:
-            raise error.of(f"item {row} ({item_name(items[row])})") from error
+            name = item_name(items[row], shows_texts=limits.shows_texts)
+            raise error.of(f"item {row} ({name})") from error
     if too_long:
         batch = collate_opened(backbone, renderer, fitted)
-    example = item_name(items[too_long[0]]) if too_long else ""
+    example = ""
+    if too_long:
+        example = item_name(items[too_long[0]], shows_texts=limits.shows_texts)
     limits.count_prompts(len(items), len(too_long), example)
     return batch, fitted
 

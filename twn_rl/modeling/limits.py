@@ -77,11 +77,14 @@ class PromptLimits:
         max_length: Longest prompt in tokens, picture tokens included; None is unlimited.
         max_image_pixels: Largest picture or video frame in pixels; None is unlimited.
         counts: What they did.
+        shows_texts: Whether messages name an item by the beginning of its text; not in a server,
+            whose texts are its clients'.
     """
 
     max_length: int | None = None
     max_image_pixels: int | None = None
     counts: LimitCounts = field(default_factory=LimitCounts, compare=False)
+    shows_texts: bool = True
 
     def open(self, item: Item) -> Item:
         """Return the item with its pictures opened, RGB, none above `max_image_pixels`.
@@ -127,9 +130,14 @@ class PromptLimits:
         self.counts.add("cut_texts", cut_texts)
 
 
-def item_name(item: Item) -> str:
-    """Return how messages name an item: the beginning of its text and its pictures' files."""
+def item_name(item: Item, *, shows_texts: bool = True) -> str:
+    """Return how messages name an item: the beginning of its text and its pictures' files.
+
+    Without `shows_texts` only how long its text is.
+    """
     text = item.text or item.instruction or ""
+    if not shows_texts:
+        return f"an item of {len(text)} characters"
     shown = [f"{text[:_SHOWN_CHARACTERS]!r}" + "..." * (len(text) > _SHOWN_CHARACTERS)]
     pictures = [*item.images, *item.video]
     if pictures:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ def write_card(
     notes = notes or CardNotes()
     source = Path(run or folder)
     settings = _read(source / "run.yaml")
+    if notes.license is None:
+        notes = replace(notes, license=_license(settings))
     parts = [
         _front_matter(config, notes),
         _MARK,
@@ -95,6 +97,12 @@ def write_card(
     ]
     write_text(card, "\n\n".join(parts) + "\n")
     return True
+
+
+def _license(settings: Mapping[str, Any]) -> str | None:
+    """Return the licence that the run's trainer was given."""
+    given = [settings[method].get("license") for method in _METHODS if method in settings]
+    return next(filter(None, given), None)
 
 
 def _front_matter(config: TwnConfig, notes: CardNotes) -> str:

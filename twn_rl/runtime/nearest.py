@@ -10,10 +10,17 @@ from pathlib import Path
 def nearest(name: str, names: Iterable[str], *, count: int = 1) -> list[str]:
     """Return the known names most like `name`, the likest first; none if nothing is near.
 
+    A name that begins with it is like it, however long.
+
     >>> nearest("margn", ["format", "margin"])
     ['margin']
+    >>> nearest("--per", ["--seed", "--per_device_train_batch_size"])
+    ['--per_device_train_batch_size']
     """
-    return difflib.get_close_matches(name, list(names), n=count, cutoff=0.5)
+    known = list(names)
+    longer = [each for each in known if name and each.startswith(name)]
+    close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
+    return list(dict.fromkeys([*longer, *close]))[:count]
 
 
 def hint(name: str, names: Iterable[str]) -> str:

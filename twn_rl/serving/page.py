@@ -30,6 +30,11 @@ _POLICY = (
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _SAMPLES = 12
+# Who decides -> what its probability is of.
+_PROBABILITY = {
+    "gate": "probability that a thought helps",
+    "policy": "probability that the policy begins a thought",
+}
 
 
 @dataclass(frozen=True)
@@ -156,6 +161,7 @@ class Page:
             "rows": collection_of(request).rows,
             "can_decide": service.can_decide("query"),
             "threshold": threshold,
+            "probability": _PROBABILITY["policy" if model.is_policy_deciding else "gate"],
             "curve": self.curve.points,
             "metric": self.curve.metric,
             "curve_problem": self.curve.problem,

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from twn_rl.data.images import IMAGE_FORMATS, ImageError
 from twn_rl.inference.collection import Collection, Hit
 from twn_rl.inference.job import Job
+from twn_rl.inference.metadata_filter import check_filter
 from twn_rl.serving.bodies import ThinkFields, with_instruction
 from twn_rl.serving.errors import ServiceError
 from twn_rl.serving.received import Received, received_messages
@@ -35,6 +36,7 @@ class SearchRequest(ThinkFields):
         messages: Instead of it, one conversation with pictures as data URIs.
         instruction: For a query that brings none of its own.
         top_k: How many hits.
+        filter: What their metadata must hold: name -> a value, or several of which one is enough.
         without_thought: Return what is found without the thought, too.
         stream: Send events while the query is worked on.
     """
@@ -43,6 +45,7 @@ class SearchRequest(ThinkFields):
     messages: list[dict[str, Any]] | None = None
     instruction: str | None = None
     top_k: int = Field(default=10, ge=1, le=_MOST_HITS)
+    filter: dict[str, Any] | None = None
     without_thought: bool = False
     stream: bool = False
 
@@ -50,6 +53,7 @@ class SearchRequest(ThinkFields):
     def _one_source(self) -> SearchRequest:
         if (self.query is None) == (self.messages is None):
             raise ValueError("expected either query or messages; send one of them")
+        check_filter(self.filter or {})
         return self
 
     def received(self) -> Received:
@@ -98,7 +102,7 @@ async def search(body: SearchRequest, request: Request) -> Response:
             return token_event(event)
         if event.kind == "done":
             return await _reply(service, collection, body, event.job)
-        hits = await _hits(collection, event.job.no_think_state, body.top_k)
+        hits = await _hits(collection, event.job.no_think_state, body)
         return {**read_event(service, event, wish), "hits": hits}
 
     return await event_stream(service.stream(received, wish), told)
@@ -157,9 +161,9 @@ def picture_reply(path: Path, named: str) -> Response:
     return FileResponse(path, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
 
 
-async def _hits(collection: Collection, state: Any, top_k: int) -> list[dict[str, Any]]:
+async def _hits(collection: Collection, state: Any, body: SearchRequest) -> list[dict[str, Any]]:
     (vector,) = vectors_of([state])
-    found = await asyncio.to_thread(collection.search, vector, top_k)
+    found = await asyncio.to_thread(collection.search, vector, body.top_k, body.filter)
     return [_told(hit) for hit in found]
 
 
@@ -174,10 +178,10 @@ async def _reply(
     reply: dict[str, Any] = {
         "object": "list",
         "model": service.name,
-        "hits": await _hits(collection, job.state, body.top_k),
+        "hits": await _hits(collection, job.state, body),
         **thought_of(job, with_text=body.return_thoughts),
         "usage": usage_of([job]),
     }
     if body.without_thought:
-        reply["hits_without_thought"] = await _hits(collection, job.no_think_state, body.top_k)
+        reply["hits_without_thought"] = await _hits(collection, job.no_think_state, body)
     return reply

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from twn_rl.inference.inputs import InputError, InputRules
 from twn_rl.inference.job import Job
 from twn_rl.inference.options import EncodeOptions, Keep, Side, ThinkMode
 from twn_rl.inference.served_model import DOCUMENT_PROMPTS, QUERY_PROMPTS
+from twn_rl.modeling.limits import PromptLimits
 from twn_rl.serving.admission import Admission
 from twn_rl.serving.engine import Engine, EngineStoppedError
 from twn_rl.serving.errors import ServiceError, internal_error
@@ -108,10 +109,14 @@ class EmbeddingService:
         ):
             self.metrics.watch(name, text, value)
 
+    def _limits(self, max_think_tokens: int | None) -> PromptLimits:
+        # Clients' texts are not for the server's log.
+        return replace(self.embedder.prompt_limits(max_think_tokens), shows_texts=False)
+
     def _make_work(self) -> ContinuousPass:
         return ContinuousPass(
             self.embedder.model,
-            self.embedder.prompt_limits,
+            self._limits,
             batch_size=self.settings.batch_size,
             places=self.settings.places,
             note_batch=self.metrics.note_batch,

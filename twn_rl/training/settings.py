@@ -46,6 +46,13 @@ class TrainingSettings:
             "checkpoint was trained on."
         },
     )
+    license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the adapters for the model's card, as the hub abbreviates it "
+            "(apache-2.0); null says that none is chosen."
+        },
+    )
     max_negative_similarity: float | None = field(
         default=None,
         metadata={
