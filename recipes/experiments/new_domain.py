@@ -9,7 +9,7 @@ domain's pairs, and rewarded alike; `grpo:REWARD` with another reward beside `fo
     twn-rl new-domain
     twn-rl new-domain --domain grey --seeds 0 1 2 --output_dir outputs/new_domain_grey
     twn-rl new-domain --arms more_sft grpo grpo:info_nce
-    twn-rl new-domain --seeds 0 --look inverse diagonal three_hops
+    twn-rl new-domain --seeds 0 --look reworded inverse three_hops
 
 Without arguments it reads recipes/configs/demo_new_domain.yaml. Writes summary.json ({arm: {metric
 key: {mean, std, values}}}), tables and a plot; the split `test` is the old domain, `ood` the new
@@ -67,7 +67,7 @@ class NewDomainArguments(ExperimentArguments):
     """
 
     output_dir: str = "outputs/new_domain"
-    domain: str = field(default="inverse", metadata={"help": f"One of {', '.join(DOMAINS)}."})
+    domain: str = field(default="reworded", metadata={"help": f"One of {', '.join(DOMAINS)}."})
     arms: list[str] = field(
         default_factory=lambda: list(ARMS),
         metadata={"help": f"Some of {', '.join(ARMS)}, and grpo:REWARD."},

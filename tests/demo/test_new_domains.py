@@ -8,7 +8,13 @@ import pytest
 from twn_rl.data.record_files import RecordSet, load_records
 from twn_rl.demo.dataset import SPLITS, DemoSettings, write_demo
 from twn_rl.demo.new_domains import DOMAINS, PARTS, DomainSizes, write_domain
-from twn_rl.demo.questions import DIAGONALS, HELD_OUT_PAIRS, ask_diagonal, ask_inverse
+from twn_rl.demo.questions import (
+    DIAGONALS,
+    HELD_OUT_PAIRS,
+    ask_diagonal,
+    ask_inverse,
+    ask_reworded,
+)
 from twn_rl.demo.scenes import PLACES, Scene
 from twn_rl.demo.tiny_vlm import make_tokenizer
 
@@ -50,6 +56,7 @@ def test_a_domain_has_pairs_alone_in_scenes_of_its_own(folder: Path, domain: str
 def test_what_is_new_is_what_the_name_says(folder: Path) -> None:
     found = {domain: [r for p in read(folder, domain).values() for r in p] for domain in DOMAINS}
     texts = {domain: " ".join(str(r.query.text) for r in rs) for domain, rs in found.items()}
+    assert texts["reworded"].count("which object is at the place ") == 80
     assert texts["inverse"].count(" which object") == 80
     assert all(r.metadata["hops"] == 3 for r in found["three_hops"])
     assert all(r.metadata["style"] == "grey" for r in found["grey"])
@@ -71,7 +78,7 @@ def test_an_equal_domain_is_reused_and_the_demo_is_left_as_it_was(folder: Path) 
 
 
 def test_a_domain_that_does_not_exist_is_named(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"domain = 'moon'; expected one of \['inverse'"):
+    with pytest.raises(ValueError, match=r"domain = 'moon'; expected one of \['reworded'"):
         write_domain(folder, "moon", SETTINGS)
 
 
@@ -85,6 +92,12 @@ def test_the_other_end_of_a_relation_and_a_diagonal_by_hand() -> None:
     answers = {question.text: question.answer for question in asked}
     # g is below d, which is left of e.
     assert answers["the g is below the one left of which object"] == "e"
+    asked = [ask_reworded(scene, 2, random.Random(n), held_out=False) for n in range(2000)]
+    answers = {question.text: question.answer for question in asked}
+    # d is left of e, a is above d.
+    text = "which object is at the place above the place left of the e"
+    assert text not in answers, "a held-out pair"
+    assert answers["which object is at the place right of the place above the d"] == "b"
     asked = [ask_diagonal(scene, random.Random(n)) for n in range(200)]
     answers = {question.text: question for question in asked}
     question = answers["which object is northeast of the e"]

@@ -366,7 +366,7 @@ def test_the_arms_of_a_new_domain_have_one_start_and_equal_steps_and_samples(
     assert first.warm_start == second.warm_start == str(start)
     assert second.rewards == ["info_nce", "format"]
     assert pairs == same == replace(taught, train_file=pairs.train_file)
-    assert pairs.rl_file == str(data / "new_domain_inverse_train.jsonl")
+    assert pairs.rl_file == str(data / "new_domain_reworded_train.jsonl")
     assert all(record.query_cot is None for record in pairs.load("rl"))
     assert sft.max_steps == rounds.max_steps == rl.max_steps == 100
     assert sft.learning_rate == rounds.learning_rate == rl.learning_rate

@@ -73,6 +73,12 @@ PLANS = {
     "unseen_style": SplitPlan(style=GREY_STYLE),
 }
 SPLITS = tuple(PLANS)
+# Start of a kind whose rest is the number of hops -> what asks it.
+WALKING = {
+    "hop": questions.ask_hops,
+    questions.REWORDED: questions.ask_reworded,
+    questions.INVERSE: questions.ask_inverse,
+}
 # Files of earlier layouts, which are replaced.
 FORMER_SPLITS = ("ood",)
 # Files of `new_domains`, which are made from the same settings.
@@ -254,11 +260,9 @@ def make_records(
 
 def ask(kind: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Question:
     """Ask a question of one kind of the mix."""
-    if kind.startswith("hop"):
-        return questions.ask_hops(scene, int(kind[3:]), rng, held_out=held_out)
-    if kind.startswith(questions.INVERSE):
-        hops = int(kind.removeprefix(questions.INVERSE))
-        return questions.ask_inverse(scene, hops, rng, held_out=held_out)
+    for name, walking in WALKING.items():
+        if kind.startswith(name):
+            return walking(scene, int(kind.removeprefix(name)), rng, held_out=held_out)
     asking = {
         questions.DIAGONAL: questions.ask_diagonal,
         questions.CLASSIFY: questions.ask_classification,

@@ -19,12 +19,17 @@ from twn_rl.runtime.whole_files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 PARTS = ("train", "validation", "test")
-ONE_AND_TWO = {1: 0.45, 2: 0.55}
+
+
+def _one_and_two(kind: str) -> dict[str, float]:
+    return {f"{kind}1": 0.45, f"{kind}2": 0.55}
+
+
 DOMAINS = {
+    # "which object is at the place above the place left of the camel"
+    "reworded": SplitPlan(mix=_one_and_two(questions.REWORDED)),
     # "the camel is left of the one above which object": from the other end
-    "inverse": SplitPlan(
-        mix={f"{questions.INVERSE}{n}": share for n, share in ONE_AND_TWO.items()}
-    ),
+    "inverse": SplitPlan(mix=_one_and_two(questions.INVERSE)),
     # "which object is northeast of the camel": a relation that nobody has asked
     "diagonal": SplitPlan(mix={questions.DIAGONAL: 1.0}),
     # one step more than the demo's training has
@@ -32,7 +37,7 @@ DOMAINS = {
     # pairs of relations that the demo's training leaves out
     "unseen_pairs": SplitPlan(mix={"hop2": 1.0}, held_out=True),
     # artwork without colour
-    "grey": SplitPlan(mix={f"hop{n}": share for n, share in ONE_AND_TWO.items()}, style=GREY_STYLE),
+    "grey": SplitPlan(mix=_one_and_two("hop"), style=GREY_STYLE),
 }
 
 

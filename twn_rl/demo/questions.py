@@ -27,6 +27,7 @@ RETRIEVE = "retrieval"
 GROUND = "grounding"
 SCENE_RETRIEVAL = "scene_retrieval"
 # Kinds that only new domains ask.
+REWORDED = "reworded"
 INVERSE = "inverse"
 DIAGONAL = "diagonal"
 
@@ -110,6 +111,14 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
     # "above the one left of the camel" walks left first, then above.
     place = " the one ".join(_phrase(r) for r in reversed(relations))
     text = f"which object is {place} the {scene.objects[cells[0]]}"
+    return _about_walk(scene, text, relations, cells)
+
+
+def ask_reworded(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
+    """Ask the same in other words, all of which training has, but not in this order."""
+    relations, cells = _draw_walk(hops, rng, held_out=held_out)
+    place = " the place ".join(_phrase(r) for r in reversed(relations))
+    text = f"which object is at the place {place} the {scene.objects[cells[0]]}"
     return _about_walk(scene, text, relations, cells)
 
 
