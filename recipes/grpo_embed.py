@@ -30,6 +30,7 @@ from twn_rl.launch.program import start
 from twn_rl.launch.progress import Stages
 from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
 from twn_rl.launch.trackers import check_trackers
+from twn_rl.launch.validation import validation_of
 from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import eval_embed, sft_embed
@@ -151,7 +152,15 @@ def main(
         # Trainer
         watch = CollapseWatch(stop_on_collapse=script.stop_on_collapse)
         callbacks = [watch, MetricsWriter(output / "metrics.jsonl")]
-        trainer = trainer_class(model, rewards, training, records, scorer, callbacks=callbacks)
+        trainer = trainer_class(
+            model,
+            rewards,
+            training,
+            records,
+            scorer,
+            callbacks=callbacks,
+            eval_dataset=validation_of(data, training),
+        )
 
         # Train and save
         train_and_save(trainer, output, script, data, training)
@@ -189,6 +198,8 @@ def ensure_warm_start(script: RewardedArguments, data: DataArguments, training: 
         NOTICE, "No warm-started model in %s: running the warm start first", script.warm_start
     )
     config = ["--config", script.warm_start_config, "--output_dir", script.warm_start]
+    if str(training.resume_from_checkpoint).lower() == "true":
+        config += ["--resume_from_checkpoint", "true"]
     if training.deepspeed:
         config += ["--deepspeed", training.deepspeed]
     sft_script, model_args, _, sft_training = parse_arguments(sft_embed.ARGUMENTS, arguments=config)

@@ -27,6 +27,7 @@ from transformers import set_seed
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
+from twn_rl.launch.validation import validation_of
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import join_processes
@@ -89,7 +90,12 @@ def main(
         callbacks = [MetricsWriter(output / "metrics.jsonl")]
         is_direct = script.direct_only
         trainer = LatentTrainer(
-            model, training, records, direct_only=is_direct, callbacks=callbacks
+            model,
+            training,
+            records,
+            direct_only=is_direct,
+            callbacks=callbacks,
+            eval_dataset=validation_of(data, training),
         )
 
         # Train and save

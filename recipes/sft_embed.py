@@ -24,6 +24,7 @@ from transformers import set_seed
 from twn_rl.launch.arguments import DataArguments, ModelArguments, Split
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save
+from twn_rl.launch.validation import validation_of
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.problems import Problems
@@ -82,7 +83,13 @@ def main(
 
         # Trainer
         callbacks = [MetricsWriter(output / "metrics.jsonl")]
-        trainer = SftTrainer(model, training, records, callbacks=callbacks)
+        trainer = SftTrainer(
+            model,
+            training,
+            records,
+            callbacks=callbacks,
+            eval_dataset=validation_of(data, training),
+        )
 
         # Train and save
         train_and_save(trainer, output, script, model_args, data, training)

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import GLOBAL_BATCH, ROOT, TORCHRUN, launch, skip_without_compiler
+from launching import GLOBAL_BATCH, ROOT, TORCHRUN, farthest, launch, skip_without_compiler
 
 from twn_rl.data.record import Item
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.whole_files import read_json
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -43,6 +44,11 @@ def train(folder: Path, config: str | None, num_processes: int) -> dict[str, lis
         "temperature": 0.01,
         "max_completion_length": 12,
         "evaluate": "false",
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "load_best_model_at_end": "true",
+        "metric_for_best_model": "no_think_hit@1",  # the scorer is frozen: the first stays best
+        "validation_records": 8,
     }
     done = launch(
         "grpo_embed.py",
@@ -84,7 +90,16 @@ def test_two_processes_train_like_one_and_leave_a_model_that_one_process_loads(
         [row["reward"] for row in run["grpo"] if "reward" in row] for run in (one_process, two)
     ]
     assert rewards[1][0] == pytest.approx(rewards[0][0], abs=0.02)
-    model = DualLoraModel.from_pretrained(tmp_path / "grpo")
+    measured = [[row for row in run["grpo"] if "eval_hit@1" in row] for run in (one_process, two)]
+    for name in ("eval_hit@1", "eval_no_think_hit@1"):
+        alone, together = ([row[name] for row in rows] for rows in measured)
+        assert len(together) == 2
+        assert together == alone, name
+    output = tmp_path / "grpo"
+    assert farthest(output, output / "checkpoint-1") == 0.0
+    state = read_json(output / "checkpoint-2" / "trainer_state.json")
+    assert state["best_global_step"] == 1
+    model = DualLoraModel.from_pretrained(output)
     vector = model.embed(model.collate([Item(text="camel")]))
     assert torch.isfinite(vector).all()
     before = DualLoraModel.from_pretrained(tmp_path / "sft")

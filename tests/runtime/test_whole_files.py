@@ -1,6 +1,8 @@
 """Files appear whole or not at all; one run at a time owns an output."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -84,3 +86,44 @@ def test_of_processes_that_start_together_one_owns_the_output(tmp_path: Path) ->
     assert (tmp_path / "owners").read_text().split() == ["in", "out"] * codes.count(0)
     assert codes.count(0) >= 1
     assert codes.count(3) == 8 - codes.count(0)
+
+
+def test_a_lock_does_not_live_on_in_the_workers_of_a_killed_run(tmp_path: Path) -> None:
+    script = """
+import os, signal, sys, time
+from pathlib import Path
+from twn_rl.runtime.whole_files import owned
+with owned(Path(sys.argv[1])):
+    begun, begin = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.write(begin, b"1")
+        time.sleep(60)
+        os._exit(0)
+    os.read(begun, 1)
+    print(worker, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    path = tmp_path / "run"
+    with (tmp_path / "worker").open("w") as out:
+        command = [sys.executable, "-c", script, str(path)]
+        done = subprocess.run(command, stdout=out, check=False)
+    worker = int((tmp_path / "worker").read_text())
+    try:
+        assert done.returncode == -signal.SIGKILL
+        os.kill(worker, 0)  # it is still there
+        with owned(path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_fork_leaves_its_parents_lock_alone(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with owned(path):
+        child = os.fork()
+        if child == 0:
+            os._exit(0)
+        os.waitpid(child, 0)
+        with pytest.raises(ValueError, match="being written by another run"), owned(path):
+            pass

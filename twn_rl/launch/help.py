@@ -26,6 +26,8 @@ USUAL = {
     "logging_steps": "Steps between two logs.",
     "save_strategy": "no, steps or epoch: when a checkpoint is written.",
     "save_steps": "Steps between two checkpoints.",
+    "metric_for_best_model": "Measure each checkpoint: hit@1, no_think_hit@1, in RL also reward.",
+    "load_best_model_at_end": "Keep the best checkpoint's model, not the last's.",
     "resume_from_checkpoint": "A checkpoint, or true for the newest whole one.",
     "report_to": "Trackers: none, tensorboard, trackio, wandb, ...",
     "seed": "Of every draw.",

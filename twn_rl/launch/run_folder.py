@@ -24,7 +24,13 @@ from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import gather_objects, join_processes
 from twn_rl.runtime.whole_files import owned, write_json, write_text
-from twn_rl.training.whole_checkpoints import SEAL_FILE, damage_of, is_finished, newest_whole
+from twn_rl.training.whole_checkpoints import (
+    SEAL_FILE,
+    damage_of,
+    final_checkpoint,
+    is_finished,
+    newest_whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -90,11 +96,13 @@ def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
         output: Folder of the run.
         arguments: Settings for `save_run`.
     """
-    resume = checkpoint_to_resume(output, trainer.args.resume_from_checkpoint)
+    resume = _same_checkpoint(output, trainer.args.resume_from_checkpoint)
     show_progress(trainer)
     if resume is not None and is_finished(Path(resume), trainer.args):
         trainer.train(resume_from_checkpoint=resume)  # reads the weights back
-        if has_adapters_of(output, resume):  # a gate may have been fitted to them since
+        if has_adapters_of(
+            output, final_checkpoint(Path(resume), trainer.args)
+        ):  # a gate may have been fitted to them since
             logger.log(
                 NOTICE, "%s holds the model of this finished run: nothing is changed", output
             )
@@ -148,6 +156,20 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
+
+
+def _same_checkpoint(output: Path, resume: str | bool | None) -> str | None:
+    """Return what `checkpoint_to_resume` finds, as the first process sees the disk, on all."""
+    found: str | Exception | None = None
+    if join_processes().is_main_process:
+        try:
+            found = checkpoint_to_resume(output, resume)
+        except (ValueError, OSError) as error:
+            found = error
+    found = gather_objects(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
 
 
 def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> str | None:

@@ -18,11 +18,13 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT_SECONDS = 1800  # as transformers' ddp_timeout
+RESTARTED = "restarted"  # name of a rendezvous
 # A process may wait while another one verifies a million pictures or embeds a catalogue.
 WAIT_TIMEOUT = timedelta(days=7)
 
@@ -140,14 +142,16 @@ def join_processes(
         return RunProcesses()
     wants_cpu = use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
     check_launch(use_cpu=wants_cpu)
-    timeout = timedelta(seconds=timeout_seconds)
+    meeting: dict[str, Any] = {"timeout": timedelta(seconds=timeout_seconds)}
+    if is_restarted_in_one_store():
+        meeting["init_method"] = f"{RESTARTED}://"
     has_accelerator = torch.accelerator.is_available() and not wants_cpu
     if is_deepspeed_launch() and not has_accelerator:
         # Both would make accelerate take the run for a plain CPU one.
         os.environ.pop("ACCELERATE_USE_CPU", None)
-        PartialState(cpu=False, backend="gloo", timeout=timeout)
+        PartialState(cpu=False, backend="gloo", **meeting)
     else:
-        PartialState(cpu=not has_accelerator, timeout=timeout)
+        PartialState(cpu=not has_accelerator, **meeting)
     _open_waiting_room()
     return RunProcesses()
 
@@ -155,6 +159,27 @@ def join_processes(
 def _open_waiting_room() -> None:
     if PartialState().num_processes > 1 and RunProcesses._waiting is None:
         RunProcesses._waiting = dist.new_group(backend="gloo", timeout=WAIT_TIMEOUT)
+
+
+def is_restarted_in_one_store() -> bool:
+    """Return whether a launcher has restarted its processes and they meet where the dead ones did.
+
+    torch's launchers keep one store for all attempts. In it are the addresses of the attempt
+    before, at which nobody answers.
+    """
+    is_shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return is_shared and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _meet_again(url: str, timeout: timedelta, **options: Any) -> Iterator[Any]:
+    """Yield what torch's own rendezvous does, in a part of the store that is this attempt's."""
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    for store, rank, size in rendezvous("env://", timeout=timeout, **options):
+        part = dist.PrefixStore(f"attempt-{attempt}", store)  # pyright: ignore[reportPrivateImportUsage]
+        yield part, rank, size
+
+
+register_rendezvous_handler(RESTARTED, _meet_again)
 
 
 def is_deepspeed_launch() -> bool:

@@ -25,6 +25,8 @@ import numpy as np
 from twn_rl.runtime.reading import regular_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Locks of this process. A fork, such as a loader's worker, would keep them when this one is killed.
+_held: set[int] = set()
 # What safetensors and torch say in place of such an error.
 _SAID_FULL = re.compile(r"os error (27|28|122)\b|unexpected pos \d+ vs \d+|StreamWriter failed")
 
@@ -101,6 +103,7 @@ def owned(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
             f"{path} is being written by another run{_owner(lock)}; expected one at a time; wait "
             "for it or choose another output"
         )
+    _held.add(descriptor)
     try:
         _sign(descriptor)
         begun = f".{glob.escape(path.name)}.*.tmp"
@@ -108,8 +111,10 @@ def owned(path: Path, error: type[ValueError] = ValueError) -> Iterator[None]:
             _remove(left)
         yield
     finally:
-        lock.unlink(missing_ok=True)
-        os.close(descriptor)
+        if descriptor in _held:  # and this is no fork
+            lock.unlink(missing_ok=True)
+            _held.discard(descriptor)
+            os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -201,6 +206,17 @@ def _lock(path: Path) -> int | None:
         except FileNotFoundError:
             pass
         os.close(descriptor)  # its last owner has just removed the file that was locked
+
+
+def _leave_locks() -> None:
+    """Close what a fork has of its parent's locks; they stay locked."""
+    for descriptor in _held:
+        with suppress(OSError):
+            os.close(descriptor)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_leave_locks)
 
 
 def _sign(descriptor: int) -> None:

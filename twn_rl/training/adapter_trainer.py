@@ -1,68 +1,40 @@
-"""What all trainers of adapters share: checkpoints of adapters alone, under any engine."""
+"""What all trainers of adapters share: checkpoints of adapters alone, and which of them is kept."""
 
 from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import Trainer
-from transformers.integrations.deepspeed import set_hf_deepspeed_config
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, rotate_checkpoints
 
 from twn_rl.data.record import Record
 from twn_rl.modeling.checkpoint import load_weights, moments_bytes, stored_bytes
-from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.publishing import push_folder
-from twn_rl.runtime.extras import extra
 from twn_rl.runtime.log_levels import NOTICE
-from twn_rl.runtime.processes import check_engaged, gather_objects, join_processes
+from twn_rl.runtime.processes import gather_objects, join_processes
 from twn_rl.runtime.whole_files import full_disk_told, read_json, write_json
-from twn_rl.runtime.zero import (
-    deepspeed_dtype,
-    describe_engine,
-    fill_auto_sizes,
-    save_trained_only,
-)
+from twn_rl.training.engine_trainer import EngineTrainer
 from twn_rl.training.seen_records import RECORDS_FILE, describe_records, what_changed
-from twn_rl.training.whole_checkpoints import is_finished, seal
-
-with extra("train"):
-    from trl.models.utils import unwrap_model_for_generation
+from twn_rl.training.settings import REWARD
+from twn_rl.training.whole_checkpoints import final_checkpoint, is_finished, seal
 
 logger = logging.getLogger(__name__)
-ENGINE_FILE = "deepspeed.json"
 
 
-class AdapterCheckpoints(Trainer):
+class AdapterCheckpoints(EngineTrainer):
     """First base of a trainer: checkpoints hold adapters and settings, never the backbone.
 
-    It also sees to it that what the launch asked for is what runs.
-
     Attributes:
-        dual_model: The model the trainer trains, unwrapped.
         records: What it is trained on.
     """
 
-    args: Any
-    accelerator: Any
-    model_wrapped: Any  # the engine, where there is one
-    dual_model: DualLoraModel
     records: Sequence[Record]
-
-    def create_accelerator_and_postprocess(self) -> None:
-        """Let HF make the accelerator of this trainer, not of one that ran before it."""
-        AcceleratorState._reset_state()
-        if self.args.deepspeed:
-            set_hf_deepspeed_config(self.args.hf_deepspeed_config)
-        super().create_accelerator_and_postprocess()
-        check_engaged(self)
 
     def train(
         self,
@@ -75,7 +47,7 @@ class AdapterCheckpoints(Trainer):
         self._describe_records(Path(resume) if isinstance(resume, str | Path) else None)
         if isinstance(resume, str | Path) and is_finished(Path(resume), self.args):
             logger.log(NOTICE, "%s is the end of this run: nothing is left to train", resume)
-            self._load_from_checkpoint(str(resume))
+            self._load_from_checkpoint(str(final_checkpoint(Path(resume), self.args)))
             return None
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
@@ -94,6 +66,80 @@ class AdapterCheckpoints(Trainer):
         if not torch.isfinite(loss):
             raise self._no_number(f"loss = {loss.item()}, expected a finite number")
         return loss
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """Let HF count the steps of the run.
+
+        Raises:
+            ValueError: If there are none: it would end at once and save what it was given.
+        """
+        if not len(dataloader):
+            generations = getattr(args, "num_generations", 1)
+            rollouts = f" of {generations} rollouts each" if generations > 1 else ""
+            rows = self.get_total_train_batch_size(args)
+            rows = getattr(args, "generation_batch_size", None) or rows
+            raise ValueError(
+                f"{len(self.records)} records, and a step takes {rows // generations}{rollouts}; "
+                "expected at least as many: no step would be made; add records, or lower "
+                "per_device_train_batch_size or gradient_accumulation_steps"
+            )
+        values = super().set_initial_training_values(args, dataloader)
+        if values[-1] < 1:
+            raise ValueError(
+                f"max_steps = {args.max_steps}, num_train_epochs = {args.num_train_epochs}; "
+                "expected at least one step; raise one of them"
+            )
+        return values
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Return and log the model's hit rates on validation records, in RL the reward, too.
+
+        The first process measures, the others wait. The reward is the mean of what was logged since
+        the measurement before, that of the rollouts on the way here. Other data sets than a
+        `Validation` are HF's business.
+        """
+        measure = getattr(
+            self.eval_dataset if eval_dataset is None else eval_dataset, "measure", None
+        )
+        if measure is None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        found: dict[str, float] = {}
+        with self.whole_model():
+            if join_processes().is_main_process:
+                found = measure(self.dual_model)
+            found = gather_objects(found)[0]
+        if (reward := _mean_reward(self.state.log_history)) is not None:
+            found[REWARD] = reward
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        # TRL's and our own logs would add what they have gathered of training.
+        Trainer.log(self, dict(metrics))
+        told = ", ".join(f"{name} {value:.3f}" for name, value in found.items())
+        logger.log(NOTICE, "Step %d: validation: %s", self.state.global_step, told)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def _load_best_model(self) -> None:
+        """Take the best checkpoint's weights, on every engine, and say which it is."""
+        state = self.state
+        best = Path(str(state.best_model_checkpoint))
+        if self.is_deepspeed_enabled:
+            self._load_engine(str(best))
+        else:
+            self._load_from_checkpoint(str(best))
+        name = self.args.metric_for_best_model
+        values = [row[f"eval_{name}"] for row in state.log_history if f"eval_{name}" in row]
+        logger.log(
+            NOTICE,
+            "The model is that of step %d of %d, the best by %s: %.3f; at the end it was %.3f",
+            *(state.best_global_step, state.global_step, name, state.best_metric, values[-1]),
+        )
 
     def _not_finite(self) -> list[str]:
         """Return the names of the trained tensors of this process that hold NaN or infinity."""
@@ -154,28 +200,6 @@ class AdapterCheckpoints(Trainer):
                 save_total_limit=limit,
                 best_model_checkpoint=self.state.best_model_checkpoint,
             )
-
-    @property
-    def is_zero3(self) -> bool:
-        """Whether every process holds a part of each parameter only."""
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return plugin is not None and plugin.zero_stage == 3
-
-    @contextmanager
-    def whole_model(self) -> Iterator[None]:
-        """Gather the weights in the body, so that the model can be called outside of the engine.
-
-        Inside, the processes need not stay in step. Without ZeRO-3 nothing happens.
-        """
-        if not self.is_zero3:
-            yield
-            return
-        with unwrap_model_for_generation(
-            self.model_wrapped,
-            self.accelerator,
-            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-        ):
-            yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write both adapters and the settings; every process must call this.
@@ -251,65 +275,13 @@ class AdapterCheckpoints(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         load_weights(self.dual_model, resume_from_checkpoint)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write what resuming needs besides the adapters, and what an engine's files are of."""
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.is_deepspeed_enabled and self.args.should_save:
-            write_json(Path(output_dir) / ENGINE_FILE, self._engine_layout())
 
-    def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
-    ) -> Any:
-        """Let HF wrap the model; an engine goes on from its own files, which hold no backbone."""
-        resume = resume_from_checkpoint
-        if resume is not None:
-            self._check_layout(Path(resume))
-        if not self.is_deepspeed_enabled:
-            return super()._prepare_for_training(max_steps, train_dataloader, resume)
-        fill_auto_sizes(
-            self.accelerator.state.deepspeed_plugin.deepspeed_config, self.dual_model.hidden_size
-        )
-        if resume is not None:
-            self._load_from_checkpoint(resume)  # also what is frozen, before it is taken apart
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        engine = self.model_wrapped
-        save_trained_only(engine)
-        logger.log(NOTICE, "%s", describe_engine(engine))
-        if resume is None:
-            return prepared
-        loaded, _ = engine.load_checkpoint(resume, load_module_strict=False)
-        if loaded is None:
-            raise ValueError(
-                f"{resume} holds no readable state of a DeepSpeed engine; expected a checkpoint-N "
-                "folder that a killed run left; resume from an older one"
-            )
-        self._load_optimizer_and_scheduler(resume)
-        self._load_scaler(resume)
-        return prepared
-
-    def _engine_layout(self) -> dict[str, Any]:
-        """Return what the files of an engine depend on; {} without DeepSpeed."""
-        if not self.is_deepspeed_enabled:
-            return {}
-        plugin = self.accelerator.state.deepspeed_plugin
-        return {
-            "zero_stage": int(plugin.zero_stage),
-            "num_processes": self.accelerator.num_processes,
-            "dtype": str(deepspeed_dtype(self.args)).removeprefix("torch."),
-        }
-
-    def _check_layout(self, checkpoint: Path) -> None:
-        stored, own = read_json(checkpoint / ENGINE_FILE) or {}, self._engine_layout()
-        if stored != own:
-            raise ValueError(
-                f"resume_from_checkpoint = {checkpoint} was saved by {_layout_name(stored)} and "
-                f"this run is {_layout_name(own)}; expected the same, an optimizer's state fits no "
-                "other; launch as before, or start anew from its adapters, which any launch can "
-                "load (--checkpoint or --warm_start), without the optimizer's state"
-            )
-
-
-def _layout_name(layout: Mapping[str, Any]) -> str:
-    if not layout:
-        return "a run without DeepSpeed"
-    return "ZeRO-{zero_stage} on {num_processes} processes in {dtype}".format(**layout)
+def _mean_reward(logs: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the mean reward since the last measurement; None if none was logged."""
+    rewards: list[float] = []
+    for row in reversed(logs):
+        if any(name.startswith("eval_") for name in row):
+            break
+        if row.get(REWARD) is not None:
+            rewards.append(row[REWARD])
+    return sum(rewards) / len(rewards) if rewards else None

@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 from twn_rl.runtime.processes import join_processes, launch_precision
+
+HIT_RATES = ("hit@1", "no_think_hit@1")
+REWARD = "reward"
 
 
 def at_least(minimum: int, settings: Any, *names: str) -> list[str]:
@@ -23,6 +27,35 @@ def limit_problems(max_negative_similarity: float | None) -> list[str]:
     if limit is None or -1 < limit <= 1:
         return []
     return [f"max_negative_similarity = {limit}, expected a cosine in (-1, 1] or null"]
+
+
+def measure_checkpoints(args: Any) -> list[str]:
+    """Let a run that chooses between its checkpoints measure each; return what is wrong with that.
+
+    HF would want `eval_strategy` and `eval_steps` as well, which say the same again, and would
+    choose by a loss that says little of retrieval.
+    """
+    problems, metric, saves = [], args.metric_for_best_model, SaveStrategy(args.save_strategy)
+    if metric is None and (args.load_best_model_at_end or saves == SaveStrategy.BEST):
+        metric = args.metric_for_best_model = "loss"  # HF's default, refused here
+    # Only settings of RL have rollouts to reward.
+    metrics = (*HIT_RATES, *([REWARD] if hasattr(args, "num_generations") else []))
+    if metric not in (None, *metrics):
+        problems.append(f"metric_for_best_model = {metric!r}, expected one of {metrics}")
+    if metric in HIT_RATES and not args.validation_records:
+        problems.append(f"validation_records = 0 with metric_for_best_model = {metric!r}")
+    if metric is not None and args.eval_strategy == "no":
+        if saves not in (SaveStrategy.STEPS, SaveStrategy.EPOCH):
+            problems.append(
+                f"save_strategy = {saves.value!r} with metric_for_best_model, expected 'steps' or "
+                "'epoch': there must be checkpoints to choose from"
+            )
+        args.eval_strategy, args.eval_steps = saves.value, args.save_steps
+    if args.load_best_model_at_end and args.save_total_limit == 1:
+        args.save_total_limit = 2  # HF would delete the last one, by which a finished run is known
+    if args.eval_strategy != "no" and getattr(args, "num_generations_eval", 0) is None:
+        args.num_generations_eval = 1  # nothing is rolled out, and TRL wants whole groups a batch
+    return problems
 
 
 @dataclass
@@ -60,10 +93,18 @@ class TrainingSettings:
             "unlabelled positive and is no negative, in (-1, 1]; null is off."
         },
     )
+    validation_records: int = field(
+        default=512,
+        metadata={
+            "help": "Validation records that hit@1 is measured on with eval_strategy or "
+            "metric_for_best_model, spread over the file; 0 is none, for choosing by reward."
+        },
+    )
 
     def problems(self) -> list[str]:
         """Return what is wrong with the method's own fields; methods add theirs."""
-        return limit_problems(self.max_negative_similarity)
+        problems = limit_problems(self.max_negative_similarity)
+        return [*problems, *at_least(0, self, "validation_records"), *measure_checkpoints(self)]
 
     def __post_init__(self) -> None:
         """Check the method's fields, join the processes, then let transformers read the rest.

@@ -80,3 +80,20 @@ def is_finished(checkpoint: Path, args: Any) -> bool:
         return done >= args.max_steps
     same_length = state.get("num_train_epochs") == args.num_train_epochs
     return same_length and 0 < state.get("max_steps", 0) <= done
+
+
+def final_checkpoint(checkpoint: Path, args: Any) -> Path:
+    """Return whose model a run keeps that ends with a checkpoint: the best one's, if that is asked.
+
+    Args:
+        checkpoint: The last one, whole.
+        args: HF training arguments.
+    """
+    step = (read_json(checkpoint / "trainer_state.json") or {}).get("best_global_step")
+    if not args.load_best_model_at_end or step is None:
+        return checkpoint
+    best = checkpoint.with_name(f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    if best == checkpoint or (damage := damage_of(best)) is None:
+        return best
+    logger.warning("%s, the best, is passed over: %s; %s is kept", best, damage, checkpoint)
+    return checkpoint
