@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # The test workers and the processes they start share the machine's cores: one thread each.
-test unit hostile: export OMP_NUM_THREADS ?= 1
+test test-lowest unit hostile: export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # Real processors of VLMs need torchvision, and its wheels the CUDA build of torch (5.5 GB, also
@@ -20,19 +20,26 @@ VISION_VENV ?= .venv-vision
 VISION_STAMP := $(VISION_VENV)/.installed
 VISION_TORCH ?= torch===2.13.0
 
+# The lowest versions that pyproject.toml allows of what moves fastest; 5.3 GB, a CUDA build of torch.
+LOWEST_VENV ?= .venv-lowest
+LOWEST_STAMP := $(LOWEST_VENV)/.installed
+LOWEST := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.15.0 huggingface-hub==1.33.0
+FOLLOWING := torch|torchvision|transformers|accelerate|huggingface[-_]hub|tokenizers|setuptools
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test test-vision unit hostile lint types format docs clean .venv
+.PHONY: help env demo ablation test test-vision test-lowest unit hostile lint types format docs clean .venv
 
 help:
 	@echo "make demo      train the embedded default on this machine and draw the report"
 	@echo "make ablation  SFT only against SFT + GRPO, several seeds, table and plot"
 	@echo "make test      lint, types and every test"
 	@echo "make test-vision  the tests that need the extra vision, in an environment of their own"
+	@echo "make test-lowest  quick tests and the GPU battery on the lowest versions allowed (5.3 GB)"
 	@echo "make unit      the quick tests only"
 	@echo "make hostile   hostile inputs and faults, all of them, with the table"
 	@echo "make format    let ruff format and mend what it can"
 	@echo "make docs      build the documentation into site/"
-	@echo "make clean     remove $(VENV), $(VISION_VENV), $(OUTPUTS) and caches"
+	@echo "make clean     remove $(VENV), $(VISION_VENV), $(LOWEST_VENV), $(OUTPUTS) and caches"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
@@ -67,6 +74,17 @@ $(VISION_STAMP): pyproject.toml constraints.txt
 test-vision: $(VISION_STAMP)
 	$(VISION_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS) tests/vision
 
+$(LOWEST_STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LOWEST_VENV)
+	grep -viE '^($(FOLLOWING))==' constraints.txt > $(LOWEST_VENV)/constraints.txt
+	$(LOWEST_VENV)/bin/python -m pip install --quiet -c $(LOWEST_VENV)/constraints.txt $(LOWEST) -e ".[train,deepspeed,eval,vision,dev]"
+	@touch $@
+
+test-lowest: $(LOWEST_STAMP)
+	$(LOWEST_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/benchmarks
+	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed" $(PYTEST_ARGS) \
+		tests/data tests/modeling tests/training tests/rewards
+
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
 
@@ -84,5 +102,5 @@ docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VISION_VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VISION_VENV) $(LOWEST_VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,6 +36,7 @@ from transformers.utils import hub as hub_of_transformers
 
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records, write_records
+from twn_rl.demo.random_qwen import ImageOnlyProcessor
 from twn_rl.modeling.backbone import Backbone, from_parts
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
@@ -180,45 +181,8 @@ def make_idefics3() -> Backbone:
     return from_parts(_seeded(Idefics3ForConditionalGeneration, config), processor)
 
 
-class QwenImageProcessor:
-    """What Qwen's processor does for images; the real one needs torchvision for its video part."""
-
-    def __init__(self, tokenizer: Any, patch_size: int) -> None:
-        """Keep the tokenizer and an image processor that makes 4 x 4 patches, 2 x 2 tokens."""
-        side = (4 * patch_size) ** 2
-        self.tokenizer = tokenizer
-        self.image_processor = Qwen2VLImageProcessorPil(
-            patch_size=patch_size, size={"shortest_edge": side, "longest_edge": 2 * side}
-        )
-        self.chat_template = tokenizer.chat_template
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """Render messages."""
-        return self.tokenizer.apply_chat_template(messages, **kwargs)
-
-    def __call__(
-        self, *, text: list[str], images: list[list[Any]] | None = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        """Expand each image placeholder to its number of tokens and tokenize."""
-        vision: dict[str, torch.Tensor] = {}
-        if images:
-            flat = [image for row in images for image in row]
-            vision = dict(self.image_processor(images=flat, return_tensors="pt"))
-            counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist())
-            text = [
-                "".join(
-                    part if index == 0 else "<|image_pad|>" * next(counts) + part
-                    for index, part in enumerate(row.split("<|image_pad|>"))
-                )
-                for row in text
-            ]
-        batch = dict(self.tokenizer(text, return_token_type_ids=False, **kwargs))
-        image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
-        return {**batch, **vision}
-
-
-def _qwen_parts(patch_size: int) -> tuple[QwenImageProcessor, dict[str, Any]]:
+def _qwen_parts(patch_size: int) -> tuple[ImageOnlyProcessor, dict[str, Any]]:
+    """Return a processor that makes 4 x 4 patches, 2 x 2 tokens, of a picture, and token ids."""
     special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
     special += ["<|image_pad|>", "<|video_pad|>"]
     tokenizer = make_tokenizer(special, eos="<|im_end|>", template=QWEN_TEMPLATE)
@@ -233,7 +197,11 @@ def _qwen_parts(patch_size: int) -> tuple[QwenImageProcessor, dict[str, Any]]:
     }
     # Qwen tables have more rows than the tokenizer has tokens, and read-outs fit in there.
     ids["vocab_size"] = len(tokenizer) + 24
-    return QwenImageProcessor(tokenizer, patch_size), ids
+    side = (4 * patch_size) ** 2
+    pictures = Qwen2VLImageProcessorPil(
+        patch_size=patch_size, size={"shortest_edge": side, "longest_edge": 2 * side}
+    )
+    return ImageOnlyProcessor(pictures, tokenizer), ids
 
 
 def make_qwen3_vl() -> Backbone:

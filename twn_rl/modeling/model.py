@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from twn_rl.modeling.adapters import (
     EMBEDDING_ADAPTER,
@@ -48,6 +49,10 @@ from twn_rl.modeling.readout import (
     without_checkpointing,
 )
 from twn_rl.modeling.vision import share_images
+
+# What transformers calls it; it was "gradient" up to a version we still run on.
+_IS_RENAMED = hasattr(PreTrainedModel, "activation_checkpointing_enable")
+_CHECKPOINTING = "activation_checkpointing" if _IS_RENAMED else "gradient_checkpointing"
 
 
 class DualLoraModel(DualLoraInference):
@@ -319,7 +324,7 @@ class DualLoraModel(DualLoraInference):
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether activations are recomputed in the backward pass; trainers ask for it."""
-        return bool(self.backbone.model.is_activation_checkpointing)
+        return bool(getattr(self.backbone.model, f"is_{_CHECKPOINTING}"))
 
     def activation_checkpointing_enable(
         self,
@@ -333,8 +338,9 @@ class DualLoraModel(DualLoraInference):
         Arguments are those of `transformers.PreTrainedModel`.
         """
         kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
-        self.backbone.model.activation_checkpointing_enable(
-            activation_checkpointing_kwargs=kwargs, every_n_layers=every_n_layers, offload=offload
+        enable = getattr(self.backbone.model, f"{_CHECKPOINTING}_enable")
+        enable(
+            **{f"{_CHECKPOINTING}_kwargs": kwargs}, every_n_layers=every_n_layers, offload=offload
         )
         if kwargs["use_reentrant"]:
             self.backbone.model.enable_input_require_grads()
@@ -347,7 +353,7 @@ class DualLoraModel(DualLoraInference):
 
     def activation_checkpointing_disable(self) -> None:
         """Keep all activations again."""
-        self.backbone.model.activation_checkpointing_disable()
+        getattr(self.backbone.model, f"{_CHECKPOINTING}_disable")()
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
