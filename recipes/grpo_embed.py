@@ -42,6 +42,7 @@ from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
     EmbedGRPOTrainer,
+    check_vllm,
     make_scorer,
 )
 from twn_rl.training.monitor import CollapseWatch, MetricsWriter
@@ -127,10 +128,11 @@ def main(
     set_up_logging()
     output = Path(training.output_dir or "outputs/grpo")
 
-    # Rewards first: a misspelt name must show before anything is trained.
+    # First what may be missing: a misspelt name must show before anything is trained.
     available = [*columns, *ROLLOUT_COLUMNS]
     parameters: Any = script.reward_parameters
     rewards = load_rewards(script.rewards, REWARDS, parameters, available_columns=available)
+    check_vllm(training)
 
     with owned_run(output):
         # Model and adapters

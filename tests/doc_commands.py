@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 from doc_pages import ROOT
 
 from twn_rl import cli
 from twn_rl.launch import arguments
+from twn_rl.training.vllm_server import serve_command
 
 _DEMO = ["--demo_scale", "0.01"]
 _TRAINING = [*_DEMO, "--save_strategy", "no"]
@@ -55,8 +57,8 @@ ABSENT = (
     r"\bDIR\b|\bMODEL\b",  # stands for a folder
 )
 _OTHERS = {
-    ".": r"\.venv/bin/activate",
-    "python3": r"-m venv \.venv",
+    ".": r"\.venv(-\w+)?/bin/activate",
+    "python3": r"-m venv \.venv(-\w+)?",
     "apt-get": r"install [\w-]+",
 }
 
@@ -95,6 +97,9 @@ def try_command(
         return "parsed"
     if command[0] == "pip":
         _check_install(line)
+        return "parsed"
+    if "vllm" in command[:3]:
+        _check_server(command)
         return "parsed"
     if command[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / path).exists() for path in command[3:]), line
@@ -151,6 +156,13 @@ def _start(command: list[str], more: list[str], patch: pytest.MonkeyPatch) -> No
     program, words = program_of(command)
     patch.setattr(sys, "argv", [program, *words, *more])
     runpy.run_path(str(Path(program)), run_name="__main__")
+
+
+def _check_server(command: list[str]) -> None:
+    """Check that a server of vLLM is started as a trainer asks for it."""
+    name = next(word for word in command if "/" in word)
+    asked = serve_command(name, None, torch.bfloat16, 32, temperature=1.0).split()
+    assert command[: len(asked)] == asked, f"{command}: a trainer asks for {asked}"
 
 
 def _check_install(line: str) -> None:

@@ -284,7 +284,6 @@ def test_two_steps_train_and_leave_a_model_whose_policy_decides(
         ({"pinned_generations": 4}, "pinned_generations = 4"),
         ({"utility_negatives": -1}, "utility_negatives = -1"),
         ({"primer_steps": -1}, "primer_steps = -1"),
-        ({"use_vllm": True}, "use_vllm = True"),
         ({"use_liger_kernel": True}, "use_liger_kernel = True"),
     ],
 )

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
     EmbedGRPOTrainer,
+    check_vllm,
     freeze_scorer,
     rollout_dataset,
 )
@@ -111,9 +113,24 @@ def test_log_probabilities_of_picture_prompts_are_those_of_plain_forwards(
     assert_logps_are_plain(partial(small_model, interface=interface), records, tmp_path)
 
 
-def test_vllm_rollouts_are_refused() -> None:
-    with pytest.raises(ValueError, match="use_vllm = True, expected False"):
-        EmbedGRPOConfig(use_vllm=True)
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size = 2, expected 1"),
+        ({"vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode = True, expected False"),
+        ({"vllm_structured_outputs_regex": "a"}, "vllm_structured_outputs_regex is set"),
+        ({"loss_type": "vespo"}, "vllm_importance_sampling_mode = sequence_mask"),
+    ],
+)
+def test_what_vllm_rollouts_do_not_do_is_refused(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        EmbedGRPOConfig(use_vllm=True, **settings)
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_rollouts_without_vllm_are_refused_before_anything_is_built() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"use_vllm = True, .* twn-rl\[vllm\]"):
+        check_vllm(EmbedGRPOConfig(use_vllm=True))
 
 
 @pytest.mark.parametrize("is_limited", [False, True])

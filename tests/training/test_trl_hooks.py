@@ -5,10 +5,12 @@ import re
 from importlib.metadata import version
 
 import pytest
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from twn_rl.training.trl_hooks import WRITTEN_AGAINST, HookedGRPOTrainer
+from twn_rl.training.vllm_rollouts import VLLMRollouts
 
 SIGNATURES = {
     "_get_train_sampler": ["dataset"],
@@ -84,6 +86,28 @@ CALLS = [
         "pictures padded to one row a prompt are counted anew before the batch is split",
     ),
     (
+        "_generate_single_turn",
+        "if self.use_vllm: # Sync weights if training step changed "
+        "if self.state.global_step != self._last_loaded_step:",
+        "rollouts by vLLM are switched on after TRL's __init__, and sync once a step",
+    ),
+    (
+        "_generate_single_turn",
+        "_, completion_ids, logprobs, _ = self.vllm_generation.generate( prompts=prompt_ids, "
+        "images=images, num_generations=num_generations,",
+        "`VLLMRollouts.generate` takes and returns this",
+    ),
+    (
+        "_generate_single_turn",
+        "logprobs = [[lp[0] for lp in seq] for seq in logprobs]",
+        "`VLLMRollouts.generate` returns a list for each token",
+    ),
+    (
+        "_generate_and_score_completions",
+        'torch.tensor([float("nan") if x is None else x for x in logps])',
+        "rollouts that `edit_completions` changed have None for vLLM's log-probabilities",
+    ),
+    (
         "log",
         "for key, val in self._metrics[mode].items()",
         "`log_means` appends to the metrics that TRL averages at the next log",
@@ -123,7 +147,18 @@ def test_no_hook_is_overridden_without_being_named_here() -> None:
     ours = {name for name in private if hasattr(GRPOTrainer, name)}
     assert ours == {*SIGNATURES, "_get_per_token_logps_and_entropies"}
     public = {"prompt_order", "edit_completions", "rollout_columns", "shape_loss", "write_on"}
-    for name in {*public, "log_means", "everywhere", "own", "_marks", "_prompts", "_loss_inputs"}:
+    for name in {
+        *public,
+        "whole_model",
+        "_short_prompts",
+        "_write_with_vllm",
+        "log_means",
+        "everywhere",
+        "own",
+        "_marks",
+        "_prompts",
+        "_loss_inputs",
+    }:
         assert not hasattr(GRPOTrainer, name), recheck(f"it has a {name} of its own now")
 
 
@@ -132,3 +167,13 @@ def test_weights_are_gathered_by_trls_own_function() -> None:
     expected = ["model", "accelerator", "gather_deepspeed3_params", "gradient_checkpointing_kwargs"]
     assert names[:2] == expected[:2], recheck(f"unwrap_model_for_generation takes {names}")
     assert set(expected) <= set(names), recheck(f"unwrap_model_for_generation takes {names}")
+
+
+def test_rollouts_by_vllm_stand_where_trls_own_stood() -> None:
+    source = re.sub(r"\s+", " ", inspect.getsource(GRPOTrainer.__init__))
+    expected = "if self.use_vllm: # Initialize vLLM generation backend self.vllm_generation ="
+    assert expected in source, recheck("GRPOTrainer.__init__ starts vLLM in another way")
+    assert list(inspect.signature(VLLMGeneration.generate).parameters) == list(
+        inspect.signature(VLLMRollouts.generate).parameters
+    ), recheck("VLLMGeneration.generate takes something else")
+    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,11 +39,46 @@ class EmbedGRPOConfig(ScorerSettings, GRPOConfig):
         """Return what is wrong with the scorer's fields, and what does not work yet."""
         problems = super().problems()
         if self.use_vllm:
-            problems.append(
-                "use_vllm = True, expected False: rollouts of a policy with two adapters, and of "
-                "pictures, are not right there yet"
-            )
+            problems += vllm_problems(self)
         return problems
+
+
+def check_vllm(args: EmbedGRPOConfig) -> None:
+    """See that vLLM is there if it is to be used.
+
+    Raises:
+        ModuleNotFoundError: If it is not.
+    """
+    if args.use_vllm and find_spec("vllm") is None:
+        raise ModuleNotFoundError(
+            "use_vllm = True, but the module vllm is missing; expected what twn-rl[vllm] brings; "
+            "install it in an environment of its own (docs/gpus.md), or set use_vllm to false",
+            name="vllm",
+        )
+
+
+def vllm_problems(args: EmbedGRPOConfig) -> list[str]:
+    """Return what rollouts by vLLM do not do."""
+    problems = []
+    if args.vllm_mode == "colocate" and args.vllm_tensor_parallel_size != 1:
+        problems.append(
+            f"vllm_tensor_parallel_size = {args.vllm_tensor_parallel_size}, expected 1: an engine "
+            "beside the trainer has one device; a server may have several (vllm_mode: server)"
+        )
+    if args.vllm_enable_sleep_mode:
+        problems.append(
+            "vllm_enable_sleep_mode = True, expected False: it drops the backbone's weights, which "
+            "no sync brings back; lower vllm_gpu_memory_utilization"
+        )
+    mode, is_used = args.vllm_importance_sampling_mode, args.vllm_importance_sampling_correction
+    if args.loss_type == "vespo" and is_used and not mode.startswith("token_"):
+        problems.append(
+            f"vllm_importance_sampling_mode = {mode} with loss_type = vespo, expected "
+            "token_truncate or token_mask"
+        )
+    if args.vllm_structured_outputs_regex is not None:
+        problems.append("vllm_structured_outputs_regex is set, expected null: it is not passed on")
+    return problems
 
 
 def place_scorer(model: DualLoraModel, args: Any) -> None:

@@ -5,9 +5,9 @@ What TRL must have for this is checked by tests/training/test_trl_hooks.py.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from twn_rl.modeling.late_adapter import acting_late
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import counting_images, encoding_first
 from twn_rl.runtime.extras import extra
+from twn_rl.training.vllm_rollouts import VLLMRollouts
 
 with extra("train"):
     from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]
@@ -37,15 +38,18 @@ class HookedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, dual_model: DualLoraModel, **kwargs: Any) -> None:
         """Hand all to TRL; `kwargs` are those of `GRPOTrainer` but for model and processor."""
-        args = kwargs.get("args")
-        if dual_model.shares_prefill and getattr(args, "use_transformers_continuous_batching", 0):
-            raise ValueError(
-                "use_transformers_continuous_batching = True with interface = 'shared_prefill'; "
-                "expected False: its paged cache has no place where an adapter begins to act"
-            )
+        args: Any = kwargs["args"]
+        for name in ("use_transformers_continuous_batching", "use_vllm"):
+            if dual_model.shares_prefill and getattr(args, name):
+                raise ValueError(
+                    f"{name} = True with interface = 'shared_prefill'; expected False: its cache "
+                    "has no place where an adapter begins to act"
+                )
         self.dual_model = dual_model
         self._marks: Mapping[str, Tensor] = {}
         self._loss_inputs: dict[str, Any] | None = None
+        # TRL's own vLLM would merge into the backbone, and knows no second adapter.
+        use_vllm, args.use_vllm = args.use_vllm, False
         super().__init__(
             model=dual_model.peft_model, processing_class=dual_model.processor, **kwargs
         )
@@ -53,6 +57,33 @@ class HookedGRPOTrainer(GRPOTrainer):
         set_trainable(dual_model.peft_model, [REASONING_ADAPTER])
         # TRL gathers pictures for its logs from the processes that have some: others would wait.
         self.log_multimodal = self.log_multimodal and self.accelerator.num_processes == 1
+        if use_vllm:
+            self._write_with_vllm(args)
+
+    def _write_with_vllm(self, args: Any) -> None:
+        """Let vLLM write from here on, as TRL would have it."""
+        self.use_vllm = args.use_vllm = True
+        self._last_loaded_step = -1  # none: the first rollouts wait for a sync
+        self.vllm_generation = VLLMRollouts(
+            self.dual_model, args, self.accelerator, self.whole_model, self.eos_token_ids
+        )
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as HF does, then give vLLM's memory back: an evaluation may need the room.
+
+        What is written after that is written by transformers.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self.use_vllm:
+                self.vllm_generation.close()
+                self.use_vllm = False
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Gather the weights in the body where an engine has parts of them."""
+        yield
 
     def prompt_order(self, batch_size: int) -> Sampler[int] | None:
         """Return the order of prompts, `batch_size` of them a step; None leaves it to TRL."""
@@ -112,6 +143,9 @@ class HookedGRPOTrainer(GRPOTrainer):
             for key, values in fields.items()
         }
         opened = [[*ids, *opening] for ids in prompt_ids]
+        if self.use_vllm and images is not None:
+            short = [[*ids, *opening] for ids in self._short_prompts(prompts)]
+            self.vllm_generation.name_prompts(opened, short)
         with self._policy_reads(1 + len(opening)):
             written, _ = super()._generate_single_turn(opened, images, fields, 1)
         return [[*opening, *ids][: self.max_completion_length] for ids in written[: len(rows)]]
@@ -158,7 +192,20 @@ class HookedGRPOTrainer(GRPOTrainer):
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         self._prompts = prompts
         ids, images, fields = super()._tokenize_prompts(prompts)
+        if self.use_vllm and images is not None:
+            self.vllm_generation.name_prompts(ids, self._short_prompts(prompts))
         return ids, self._per_prompt(images), fields
+
+    def _short_prompts(self, prompts: list[Any]) -> list[list[int]]:
+        """Return the tokens of prompts whose pictures are one placeholder each, for vLLM."""
+        processor, given = cast(Any, self.processing_class), cast(Any, self.chat_template_kwargs)
+        texts = processor.apply_chat_template(
+            prompts, add_generation_prompt=True, tokenize=False, **given
+        )
+        tokenizer = self.dual_model.tokenizer
+        # As the processor does: a template that writes BOS leaves none for the tokenizer.
+        has_bos = tokenizer.bos_token is not None and texts[0].startswith(tokenizer.bos_token)
+        return tokenizer(texts, add_special_tokens=not has_bos)["input_ids"]
 
     def _generate_single_turn(
         self,
@@ -172,7 +219,13 @@ class HookedGRPOTrainer(GRPOTrainer):
             completions, logprobs = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        written = [list(ids) for ids in completions]
         self._marks = self.edit_completions(prompt_ids, completions, num_generations)
+        if logprobs is not None:  # of vLLM; TRL takes the trainer's where there is none
+            logprobs = [
+                row if ids == before else [None] * len(ids)
+                for row, ids, before in zip(logprobs, completions, written, strict=True)
+            ]
         return completions, logprobs
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
