@@ -133,6 +133,15 @@ def test_vllm_rollouts_without_vllm_are_refused_before_anything_is_built() -> No
         check_vllm(EmbedGRPOConfig(use_vllm=True))
 
 
+@pytest.mark.parametrize("name", ["use_transformers_continuous_batching", "use_vllm"])
+def test_other_writers_are_refused_where_the_policy_acts_late(
+    records: RecordSet, tmp_path: Path, name: str
+) -> None:
+    settings: dict[str, Any] = {name: True}
+    with pytest.raises(ValueError, match=f"{name} = True with interface = 'shared_prefill'"):
+        make_trainer(small_model(interface="shared_prefill"), records, tmp_path, **settings)
+
+
 @pytest.mark.parametrize("is_limited", [False, True])
 def test_trl_reads_the_prompts_that_the_model_embeds(
     records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_limited: bool
