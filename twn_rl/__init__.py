@@ -2,11 +2,15 @@
 
 from typing import TYPE_CHECKING, Any
 
+from twn_rl.modeling.sentence_transformers_import import tell_sentence_transformers
+
 if TYPE_CHECKING:
     from twn_rl.inference.embedder import ThinkingEmbedder
 
 __version__ = "0.1.0"
 __all__ = ["ThinkingEmbedder", "__version__"]
+
+tell_sentence_transformers()
 
 
 def __getattr__(name: str) -> Any:

@@ -63,6 +63,7 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(files["train"], folder / "okvqa.jsonl")
     write_records(folder / "catalogue.parquet", list(load_records(files["rl"])))
     rows = {"queries": [{"text": "camel"}], "documents": [{"text": "owl"}, {"text": "tree"}]}
+    rows["changed"] = [{"id": "1", "text": "an old tree"}]
     for name, lines in rows.items():
         write_lines(folder / f"{name}.jsonl", *lines)
     pair = {"qry": "which animal", "qry_image_path": "", "pos_text": "camel", "pos_image_path": ""}

@@ -14,7 +14,6 @@ from local_hub import MODEL_FILES as FILES
 from local_hub import TOKEN, LocalHub
 from sentence_transformers import SentenceTransformer
 
-import twn_rl.inference.sentence_transformers_module  # noqa: F401  (tells them our class)
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.modeling.config import LoraSettings, TwnConfig

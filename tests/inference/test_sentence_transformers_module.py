@@ -21,6 +21,7 @@ from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import Gate
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.sentence_transformers_import import MODULE_CLASS
 
 QUESTIONS = ["which object is above the camel", "camel", "which object is at the north of it"]
 
@@ -163,18 +164,43 @@ try:
     SentenceTransformer(folder, device="cpu")
 except ValueError as error:
     assert "trust_remote_code" in str(error), error
+    assert "twn_rl.inference.sentence_transformers_module.ThinkingModule" in str(error), error
 else:
     raise AssertionError("loaded a class that nobody has imported")
+assert "twn_rl" not in sys.modules
 model = SentenceTransformer(folder, device="cpu", trust_remote_code=True)
-np.save(folder + "/found.npy", model.encode_query(texts))
+np.save(folder + "/flag.npy", model.encode_query(texts))
+"""
+AFTER = """
+import sys
+import numpy as np
+from sentence_transformers import SentenceTransformer
+import twn_rl
+assert "twn_rl.inference.sentence_transformers_module" not in sys.modules
+model = SentenceTransformer(sys.argv[1], device="cpu", trust_remote_code=False)
+np.save(sys.argv[1] + "/import.npy", model.encode_query(sys.argv[2:]))
 """
 
 
 @pytest.mark.distributed
-def test_without_our_import_their_flag_is_needed_and_runs_the_installed_class(
-    folder: Path, both: Any
+@pytest.mark.parametrize(("script", "file"), [(SCRIPT, "flag.npy"), (AFTER, "import.npy")])
+def test_the_installed_class_is_loaded_by_their_flag_or_once_twn_rl_is_imported(
+    folder: Path, both: Any, script: str, file: str
 ) -> None:
-    command = [sys.executable, "-c", SCRIPT, str(folder), *QUESTIONS]
+    command = [sys.executable, "-c", script, str(folder), *QUESTIONS]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(np.load(folder / "found.npy"), both[0].encode_query(QUESTIONS))
+    np.testing.assert_array_equal(np.load(folder / file), both[0].encode_query(QUESTIONS))
+
+
+def test_importing_twn_rl_imports_neither_torch_nor_sentence_transformers() -> None:
+    code = (
+        "import sys, twn_rl\n"
+        "assert not {'torch', 'transformers', 'sentence_transformers'} & set(sys.modules)\n"
+        "assert type(sys.meta_path[0]).__name__ == '_Watch'\n"
+        "from sentence_transformers.base.model import BaseModel\n"
+        "assert type(sys.meta_path[0]).__name__ != '_Watch'\n"
+        "assert list(BaseModel._module_classes) == [sys.argv[1]]\n"
+        "assert 'twn_rl.inference.embedder' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, MODULE_CLASS], check=True, timeout=300)

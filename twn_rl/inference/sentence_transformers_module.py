@@ -1,8 +1,7 @@
 """`ThinkingModule`: a checkpoint as a module of sentence-transformers, which then thinks.
 
-Importing this file tells sentence-transformers the class, so that `SentenceTransformer(folder)`
-loads a checkpoint without `trust_remote_code`: the code that runs is this file, which the caller
-has imported, and a checkpoint holds none. Needs the extra `st`.
+`SentenceTransformer(folder)` loads it without `trust_remote_code` where twn_rl has been imported:
+the code that runs is this file, and a checkpoint holds none. Needs the extra `st`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from tempfile import gettempdir
 from typing import Any, ClassVar, Self
 
 import torch
-from sentence_transformers.base.model import BaseModel
 from sentence_transformers.base.modules import InputModule
 from torch import Tensor
 
@@ -22,7 +20,7 @@ from twn_rl.inference.options import Side
 from twn_rl.modeling.hub import HubAccess
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.publishing import forget_ways
-from twn_rl.modeling.sentence_transformers_files import MODULE_CLASS
+from twn_rl.modeling.sentence_transformers_import import MODULE_CLASS
 
 # What `SentenceTransformer.encode` may be told besides its own arguments. Left out is what asks
 # about the other inputs of a call or their positions: it sorts them and passes on batches.
@@ -191,6 +189,4 @@ class ThinkingModule(InputModule):
         return self.embedder.processor
 
 
-# Theirs maps names in `modules.json` to classes that are imported already.
-BaseModel._module_classes = {**BaseModel._module_classes, MODULE_CLASS: ThinkingModule}
 assert f"{ThinkingModule.__module__}.{ThinkingModule.__name__}" == MODULE_CLASS

@@ -166,7 +166,7 @@ With sentence-transformers, in which it gives the same vectors:
 ```python
 from sentence_transformers import SentenceTransformer
 
-import twn_rl.inference.sentence_transformers_module
+import twn_rl  # tells sentence-transformers the class
 
 model = SentenceTransformer("{name}")
 vectors = model.encode_query(["a question"], think="never")

@@ -5,12 +5,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from twn_rl.modeling.sentence_transformers_import import MODULE_CLASS
 from twn_rl.runtime.whole_files import write_text
 
 MODULES_FILE = "modules.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
-# The class that loads the folder there; written into every checkpoint, so it must not move.
-MODULE_CLASS = "twn_rl.inference.sentence_transformers_module.ThinkingModule"
 
 
 def write_modules(directory: Path, folder: Path) -> None:
