@@ -239,7 +239,7 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     assert script.benchmark is not None
     with extra("mteb"):
         from twn_rl.evaluation.mteb.benchmark import BenchmarkSettings, run_benchmark
-        from twn_rl.evaluation.mteb.summary import format_table
+        from twn_rl.evaluation.mteb.summary import flat_metrics, format_table
         from twn_rl.evaluation.mteb.tasks import EMOJI_SCENES
 
     output = script.output / re.sub(r"[^\w.-]+", "_", script.benchmark).strip("_")
@@ -261,6 +261,8 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
         )
         embedder = ThinkingEmbedder.from_pretrained(script.model, device=join_processes().device)
         summary = run_benchmark(embedder, settings, name=Path(script.model).name, splits=splits)
+        if join_processes().is_main_process:
+            track_metrics(script.report_to, output, flat_metrics(summary))
     logger.log(NOTICE, "%s:\n%s", output, format_table(summary))
     return output
 

@@ -23,6 +23,7 @@ from twn_rl.evaluation import EvaluationSettings, evaluate  # noqa: E402
 from twn_rl.evaluation.mteb import benchmark as runs  # noqa: E402
 from twn_rl.evaluation.mteb.encoder import MtebEncoder, note_collapse  # noqa: E402
 from twn_rl.evaluation.mteb.inputs import BLANK_TEXT, Reader, task_instruction  # noqa: E402
+from twn_rl.evaluation.mteb.summary import flat_metrics  # noqa: E402
 from twn_rl.evaluation.mteb.tasks import (  # noqa: E402
     EMOJI_SCENES,
     HIT,
@@ -325,10 +326,11 @@ def test_two_processes_share_a_benchmark_and_score_as_one(tmp_path) -> None:
     arguments.build(0).save_pretrained(path)
     flags = [f"--model={path}", "--demo_scale=0.02", "--demo_dir=data", "--output_dir=out"]
     flags += ["--benchmark=EmojiScenes", "--think=always", "--batch_size=2"]
+    flags += ["--report_to=tensorboard"]
     done = launch("eval_embed.py", flags, config=TORCHRUN, cwd=tmp_path)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     written = (tmp_path / "out" / EMOJI_SCENES / runs.SUMMARY_FILE).read_text(encoding="utf-8")
-    two = json.loads(written)
+    two, tracked = json.loads(written), json.loads(written)
     data = DataArguments(demo_scale=0.02, demo_dir=str(tmp_path / "data"))
     demo_splits: list[Any] = [name for name in REPORTED_SPLITS if name != "ood"]
     one = runs.run_benchmark(
@@ -345,3 +347,15 @@ def test_two_processes_share_a_benchmark_and_score_as_one(tmp_path) -> None:
     assert two == one
     names = ["results/**/EmojiScenes.json", "costs/**/EmojiScenes.json"]
     assert [len(list((tmp_path / "out").glob(f"**/{name}"))) for name in names] == [1, 1]
+    assert scalars(tmp_path / "out") == {
+        f"evaluation/{name}": pytest.approx(value) for name, value in flat_metrics(tracked).items()
+    }
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    """Return what TensorBoard's one file in a folder holds."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (file,) = folder.rglob("events.out.*")
+    reader = events.EventAccumulator(str(file))
+    reader.Reload()
+    return {name: reader.Scalars(name)[0].value for name in reader.Tags()["scalars"]}

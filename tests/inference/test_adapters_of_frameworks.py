@@ -21,13 +21,14 @@ def test_langchain_searches_with_our_vectors_and_queries_think(embedder: Thinkin
 
     thinking = LangChainEmbeddings(embedder, think="always", max_think_tokens=4)
     expected = embedder.encode_query(TEXTS[1], think="always", max_think_tokens=4)
-    np.testing.assert_array_equal(np.float32(thinking.embed_query(TEXTS[1])), expected)
+    found = np.array(thinking.embed_query(TEXTS[1]), np.float32)
+    np.testing.assert_array_equal(found, expected)
     documents = embedder.encode_document(TEXTS)
     np.testing.assert_allclose(thinking.embed_documents(TEXTS), documents, atol=1e-6)
     store = core.InMemoryVectorStore.from_texts(TEXTS, LangChainEmbeddings(embedder, think="never"))
     query = embedder.encode_query("zebra tree", think="never")
-    ((found, score),) = store.similarity_search_with_score("zebra tree", k=1)
-    assert found.page_content == TEXTS[int((documents @ query).argmax())]
+    ((best, score),) = store.similarity_search_with_score("zebra tree", k=1)
+    assert best.page_content == TEXTS[int((documents @ query).argmax())]
     assert score == pytest.approx(float((documents @ query).max()), abs=1e-5)
 
 
@@ -39,7 +40,8 @@ def test_llama_index_gets_our_vectors_and_queries_think(embedder: ThinkingEmbedd
 
     thinking = LlamaIndexEmbedding(embedder, think="always", max_think_tokens=4)
     expected = embedder.encode_query(TEXTS[1], think="always", max_think_tokens=4)
-    np.testing.assert_array_equal(np.float32(thinking.get_query_embedding(TEXTS[1])), expected)
+    vector = np.array(thinking.get_query_embedding(TEXTS[1]), np.float32)
+    np.testing.assert_array_equal(vector, expected)
     documents = embedder.encode_document(TEXTS)
     nodes = thinking([TextNode(text=text) for text in TEXTS])
     np.testing.assert_allclose([node.embedding for node in nodes], documents, atol=1e-6)

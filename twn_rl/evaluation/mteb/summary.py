@@ -17,6 +17,18 @@ def format_row(row: Mapping[str, Any]) -> str:
     return f"{row['task']}: {row['metric']} {row['score']:.4f}{spent}"
 
 
+def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
+    """Return the scores as `<task>/<metric>`, and what queries cost, for trackers."""
+    found: dict[str, float] = {}
+    for row in summary["tasks"]:
+        found[f"{row['task']}/{row['metric']}"] = row["score"]
+        costs = row["queries"] or {}
+        for name in ("think_rate", "think_tokens", "seconds"):
+            if name in costs:
+                found[f"{row['task']}/{name}"] = costs[name]
+    return found
+
+
 def format_table(summary: Mapping[str, Any]) -> str:
     """Return the summary as a Markdown table."""
     rows = []
