@@ -108,11 +108,13 @@ def test_worker_processes_find_what_threads_find_and_nothing_is_decoded_again(
     rows = [record(name, query=Item(images=(f"{name}.png",))) for name in "abcd"]
     path = write(folder, *rows)
     images._remembered.clear()
+    images._others.clear()
     by_processes = load_records(path, on_bad_record="skip", workers=2)
     monkeypatch.setattr(images, "open_image", lambda *_: pytest.fail("decoded again"))
     keys = [row.query.content_key() for row in by_processes]
     monkeypatch.undo()
     images._remembered.clear()
+    images._others.clear()
     by_threads = load_records(path, on_bad_record="skip")
     assert keys == [row.query.content_key() for row in by_threads]
     assert by_processes.skipped_rows == by_threads.skipped_rows

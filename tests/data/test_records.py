@@ -14,9 +14,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from twn_rl.data import images
+from twn_rl.data import images, shared_verification
 from twn_rl.data import parquet as parquet_rows
-from twn_rl.data import verification as record_checks
 from twn_rl.data.images import ImageError, image_digest, open_image
 from twn_rl.data.record import Item, Record, RecordError
 from twn_rl.data.record_files import load_records, write_records
@@ -374,7 +373,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the pictures decoded since the list was last cleared."""
     opened: list[str] = []
     original = images.open_image
-    monkeypatch.setattr(record_checks, "_CACHE_FROM_IMAGES", 1)
+    monkeypatch.setattr(shared_verification, "STORED_FROM_PICTURES", 1)
     monkeypatch.setattr(
         images, "open_image", lambda p, r=None: opened.append(Path(p).name) or original(p, r)
     )
@@ -384,6 +383,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def _forget() -> None:
     """Bring the module to the state of a new process."""
     images._remembered.clear()
+    images._others.clear()
 
 
 def test_verified_images_are_not_decoded_again_by_the_next_process(
@@ -415,29 +415,30 @@ def test_an_image_that_changed_is_verified_again(root: Path, decoded: list[str])
     assert set(decoded) == {"a.png"}
 
 
-@pytest.mark.parametrize("content", ["", "nonsense", '{"format": 1}\n["pics/a.png", "x"]\n'])
-def test_a_damaged_image_cache_is_logged_and_written_anew(
-    root: Path, decoded: list[str], content: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("content", [b"", b"nonsense", bytes(64), b"\x10" + bytes(7) + b"[]" * 9])
+def test_damaged_findings_are_logged_and_made_anew(
+    root: Path, decoded: list[str], content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = _write_lines(root, GOOD)
-    cache = root / f"{path.name}{record_checks.CACHE_SUFFIX}"
-    cache.write_text(content)
-    _forget()
     load_records(path)
-    assert "is not usable" in caplog.text
-    assert sorted(decoded) == ["a.png", "b.jpg"]
-    decoded.clear()
-    _forget()
-    load_records(path)
-    assert decoded == []
+    (stored,) = (root / "records.jsonl.verified").glob("*/*.safetensors")
+    whole = stored.read_bytes()
+    for damaged in (content, whole[: len(whole) // 2], whole[:-1]):
+        stored.write_bytes(damaged)
+        _forget()
+        decoded.clear()
+        caplog.clear()
+        assert load_records(path)[0].id == "good"
+        assert "is not usable" in caplog.text
+        assert sorted(decoded) == ["a.png", "b.jpg"]
+    assert stored.read_bytes() == whole
 
 
-def test_an_image_cache_that_cannot_be_written_is_only_logged(
+def test_findings_that_cannot_be_written_are_only_logged(
     root: Path, decoded: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = _write_lines(root, GOOD)
-    (root / f"{path.name}{record_checks.CACHE_SUFFIX}").mkdir()
-    _forget()
+    (root / "records.jsonl.verified").write_text("in the way")
     assert len(load_records(path)) == 1
     assert "cannot be written" in caplog.text
     assert not [name for name in os.listdir(root) if name.endswith(".tmp")]
@@ -445,7 +446,7 @@ def test_an_image_cache_that_cannot_be_written_is_only_logged(
 
 def test_each_distinct_image_is_decoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    images._remembered.clear()
+    _forget()
     original = images.open_image
     monkeypatch.setattr(images, "open_image", lambda p, r=None: opened.append(p) or original(p, r))
     rows = [_row(id=str(i), negatives=[{"images": ["pics/a.png"]}]) for i in range(50)]
@@ -460,12 +461,14 @@ def test_long_verification_shows_progress(
     path = _write_lines(root, GOOD)
     load_records(path)
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(record_checks, "_PROGRESS_FROM_IMAGES", 1)
+    monkeypatch.setattr(shared_verification, "PROGRESS_AFTER_SECONDS", 0)
     load_records(path)
     assert capsys.readouterr().err == "", "a bar is for terminals"
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load_records(path)
-    assert "Verifying images of records.jsonl" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "Verifying records.jsonl: 100%" in shown
+    assert "00:00" in shown, "the time left"
 
 
 def test_content_keys_follow_pixels_and_every_field(root: Path) -> None:

@@ -7,13 +7,14 @@ see the same pixels: orientation applied, transparency laid over white, RGB.
 import hashlib
 import io
 import math
+import os
 import re
 import struct
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -65,8 +66,17 @@ class ImageFacts(NamedTuple):
     modified_ns: int
 
 
-# By absolute path, what was found by decoding, in this process or another one.
+class KnownImages(Protocol):
+    """What somebody else has found out about picture files."""
+
+    def facts(self, path: str, state: tuple[int, int]) -> ImageFacts | None:
+        """Return the facts of an absolute path that were found at this size and time of change."""
+        ...
+
+
+# By absolute path, what this process found by decoding; and who else can be asked, by its name.
 _remembered: dict[str, ImageFacts] = {}
+_others: dict[str, KnownImages] = {}
 
 
 def resolve_inside(source: str | Path, data_root: str | Path, *, must_exist: bool = True) -> Path:
@@ -209,7 +219,8 @@ def image_digest(source: ImageSource, data_root: str | Path | None = None) -> st
         return _pixel_digest(_to_rgb(source))
     if _URL.match(str(source)):
         open_image(source)  # raises the message for URLs
-    return image_facts(Path(data_root or ".") / source).digest
+    is_plain = isinstance(source, str) and source.startswith("/")
+    return image_facts(source if is_plain else Path(data_root or ".") / source).digest
 
 
 def image_facts(path: str | Path) -> ImageFacts:
@@ -218,6 +229,10 @@ def image_facts(path: str | Path) -> ImageFacts:
     Raises:
         ImageError: If the image cannot be decoded.
     """
+    # A set's paths are absolute and normal already, and making Path objects would take longest.
+    known = remembered_facts(path) if isinstance(path, str) and path.startswith("/") else None
+    if known is not None:
+        return known
     path = Path(path).absolute()
     known = remembered_facts(str(path))
     if known is None:
@@ -231,13 +246,16 @@ def image_facts(path: str | Path) -> ImageFacts:
 
 def remembered_facts(path: str) -> ImageFacts | None:
     """Return what is known of an absolute path, if the file is still the same."""
-    known = _remembered.get(path)
     try:
-        stat = Path(path).stat() if known else None
-    except OSError:
+        stat = os.stat(path)
+    except (OSError, ValueError):
         return None
-    is_same = known and stat and known[3:] == (stat.st_size, stat.st_mtime_ns)
-    return known if is_same else None
+    state = stat.st_size, stat.st_mtime_ns
+    known = _remembered.get(path)
+    if known is not None and known[3:] == state:
+        return known
+    found = (other.facts(path, state) for other in [*_others.values()])
+    return next((facts for facts in found if facts is not None), None)
 
 
 def remember_images(facts: Mapping[str, ImageFacts]) -> None:
@@ -247,6 +265,17 @@ def remember_images(facts: Mapping[str, ImageFacts]) -> None:
         facts: By absolute path; a file that has changed since is decoded anew when asked for.
     """
     _remembered.update(facts)
+
+
+def forget_images(paths: Iterable[str]) -> None:
+    """Leave the facts of these absolute paths to those who were named by `ask_about_images`."""
+    for path in paths:
+        _remembered.pop(path, None)
+
+
+def ask_about_images(name: str, source: KnownImages) -> None:
+    """Ask `source` about pictures, too, in place of the one that had this name."""
+    _others[name] = source
 
 
 def _pixel_digest(image: Image.Image) -> str:

@@ -2,26 +2,71 @@
 
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
+
+import msgspec
 
 from twn_rl.data.record import RecordError
 from twn_rl.runtime.reading import decode_json, regular_file
 
-_BLOCK_BYTES = 8192
+_READ_BYTES = 8192
+_COUNT_BYTES = 1024 * 1024
+_BLOCK_BYTES = 8 * 1024 * 1024
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Row = Mapping[str, Any] | RecordError
 
 
+class Thoughts(NamedTuple):
+    """The thoughts of a record, and its name."""
+
+    id: str
+    query_cot: str | None
+    positive_cot: str | None
+
+
 class RowFile(Protocol):
-    """A file of rows, read from start to end or one at a place; survives pickling."""
+    """A file of rows, read from start to end, in blocks or one at a place; survives pickling.
+
+    Attributes:
+        path: The file.
+        place_unit: What places count.
+    """
 
     path: Path
+    place_unit: str
 
-    def scan(self) -> Iterator[tuple[int, int, Row]]:
-        """Yield 1-based row number, place, and the parsed row or what is wrong with it."""
+    def end(self, limit: int | None) -> int:
+        """Return the place behind the first `limit` rows, or behind all."""
+        ...
+
+    def blocks(self, end: int) -> list[range]:
+        """Return the places before `end` in blocks that can be scanned apart from each other."""
+        ...
+
+    def scan(self, block: range | None = None) -> Iterator[tuple[int, int, Row]]:
+        """Yield number, place, and the parsed row or what is wrong with it.
+
+        Numbers count from 1, in the file or in the block; the rows of a block start in it.
+        """
+        ...
+
+    def numbers(self, places: Sequence[int]) -> list[int]:
+        """Return the 1-based row numbers of places in ascending order."""
+        ...
+
+    def thoughts(self, places: Sequence[int]) -> Iterator[Thoughts]:
+        """Yield the thoughts of the rows at places of usable records; nothing else is parsed."""
+        ...
+
+    def check(self) -> None:
+        """Refuse a file that is no longer the one that was opened.
+
+        Raises:
+            RecordError: If it has changed.
+        """
         ...
 
     def read(self, place: int) -> Row:
@@ -35,6 +80,8 @@ class RowFile(Protocol):
 
 class JsonLines:
     """The rows of a `.jsonl` file; a place is the byte a line starts at."""
+
+    place_unit = "B"
 
     def __init__(self, path: Path) -> None:
         """Note the state of the file, so that a later change shows.
@@ -51,29 +98,90 @@ class JsonLines:
         """Leave the open file behind: another process opens its own."""
         return {**self.__dict__, "_descriptor": None}
 
-    def scan(self) -> Iterator[tuple[int, int, Row]]:
-        """Yield row numbers, places and rows; blank lines have a number but are no rows."""
-        place = 0
+    def end(self, limit: int | None) -> int:
+        """Return the byte behind the first `limit` rows, or behind all."""
+        end = self._signature[0]
+        if limit is None:
+            return end
+        place = count = 0
         with self.path.open("rb") as file:
+            for line in file:
+                if count == limit:
+                    return place
+                count += bool(line.strip())
+                place += len(line)
+        return end
+
+    def blocks(self, end: int) -> list[range]:
+        """Return the bytes before `end` in blocks of eight megabytes."""
+        starts = range(0, end, _BLOCK_BYTES)
+        return [range(start, min(start + _BLOCK_BYTES, end)) for start in starts]
+
+    def scan(self, block: range | None = None) -> Iterator[tuple[int, int, Row]]:
+        """Yield row numbers, places and rows; blank lines have a number but are no rows."""
+        place, end = (0, None) if block is None else (block.start, block.stop)
+        with self.path.open("rb") as file:
+            if place:  # the line that goes across the start is of the block before
+                file.seek(place - 1)
+                place += len(file.readline()) - 1
             for number, line in enumerate(file, start=1):
+                if end is not None and place >= end:
+                    return
                 if line.strip():
                     yield number, place, _parse(line)
                 place += len(line)
 
     def read(self, place: int) -> Row:
         """Return the row that starts at byte `place`."""
+        return _parse(self._line(place), is_strict=False)  # `scan` has looked
+
+    def numbers(self, places: Sequence[int]) -> list[int]:
+        """Return the numbers of the lines that start at ascending `places`."""
+        found, number, at = [], 1, 0
+        with self.path.open("rb") as file:
+            for place in places:
+                while at < place:
+                    part = file.read(min(_COUNT_BYTES, place - at))
+                    if not part:
+                        break
+                    number, at = number + part.count(b"\n"), at + len(part)
+                found.append(number)
+        return found
+
+    def thoughts(self, places: Sequence[int]) -> Iterator[Thoughts]:
+        """Yield the thoughts of the rows that start at `places`."""
+        decode = msgspec.json.Decoder(_ThoughtFields).decode
+        for place in places:
+            row = decode(self._line(int(place)).removeprefix(_BYTE_ORDER_MARK))
+            yield Thoughts(row.id, row.query_cot, row.positive_cot)
+
+    def check(self) -> None:
+        """Refuse a file that is no longer the one that was opened."""
+        self._open()
+        check_unchanged(self.path, self._signature, self.path.stat())
+
+    def _open(self) -> int:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
         check_unchanged(self.path, self._signature, os.fstat(self._descriptor))
+        return self._descriptor
+
+    def _line(self, place: int) -> bytes:
         # pread moves no file position, which forked processes and threads would share.
-        line = b""
+        line, descriptor = b"", self._open()
         while b"\n" not in line:
-            block = os.pread(self._descriptor, max(_BLOCK_BYTES, len(line)), place + len(line))
+            block = os.pread(descriptor, max(_READ_BYTES, len(line)), place + len(line))
             line += block
             if not block:
                 break
-        return _parse(line.partition(b"\n")[0], is_strict=False)  # `scan` has looked
+        return line.partition(b"\n")[0]
+
+
+class _ThoughtFields(msgspec.Struct):
+    id: str
+    query_cot: str | None = None
+    positive_cot: str | None = None
 
 
 def file_signature(stat: os.stat_result) -> tuple[int, int]:

@@ -20,11 +20,14 @@ from typing import Annotated, Any, Literal, overload
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
+from twn_rl.data.jsonl import Thoughts
 from twn_rl.data.record import Record, RecordError, checked_fields
 from twn_rl.data.record_files import RecordSet, load_records
 from twn_rl.runtime.problems import Problems
+from twn_rl.runtime.processes import Processes
 from twn_rl.runtime.reading import load_yaml
 
 logger = logging.getLogger(__name__)
@@ -102,6 +105,24 @@ class Mixture(Sequence[Record]):
         source = self.source_of(position)
         return self.sources[source][position - self._starts[source]]
 
+    def digests(self, positions: range) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Return `digests_of` consecutive records, as they were when they were verified."""
+        parts = [source.digests(part) for source, part in self._parts(positions)]
+        ids, contents = zip(*parts, strict=True)
+        return np.concatenate(ids), np.concatenate(contents)
+
+    def thoughts(self, positions: range) -> Iterator[Thoughts]:
+        """Yield the thoughts of consecutive records, each source's in the order of its file."""
+        for source, part in self._parts(positions):
+            yield from source.thoughts(part)
+
+    def _parts(self, positions: range) -> Iterator[tuple[RecordSet, range]]:
+        """Yield the sources that have some of the positions, and which of their own these are."""
+        for source, start, end in zip(self.sources, self._starts, self._starts[1:], strict=False):
+            first, last = max(positions.start, start), min(positions.stop, end)
+            if first < last:
+                yield source, range(first - start, last - start)
+
     def source_of(self, position: int) -> int:
         """Return the number of the source that holds the record at `position`, counted from 0."""
         return bisect_right(self._starts, position) - 1
@@ -122,6 +143,7 @@ def load_mixture(
     data_root: str | Path | None = None,
     on_bad_record: Literal["raise", "skip"] = "raise",
     workers: int = 0,
+    sharers: Sequence[Processes] = (),
 ) -> Mixture:
     """Return the verified records of every source of a mixture file.
 
@@ -130,6 +152,7 @@ def load_mixture(
         data_root: Of the sources that name none; each file's folder when None.
         on_bad_record: As for `load_records`.
         workers: As for `load_records`.
+        sharers: As for `load_records`.
 
     Raises:
         ValueError: For an unreadable file or settings that cannot work, all named together, before
@@ -146,6 +169,7 @@ def load_mixture(
             on_bad_record=on_bad_record,
             limit=source.limit,
             workers=workers,
+            sharers=sharers,
         )
         for source in settings
     ]

@@ -9,9 +9,10 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from twn_rl.data.jsonl import Row, check_unchanged, file_signature, parse_json
+from twn_rl.data.jsonl import Row, Thoughts, check_unchanged, file_signature, parse_json
 from twn_rl.data.record import RecordError, bad_file
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.reading import regular_file
@@ -27,6 +28,7 @@ COPY_SUFFIX = ".rows.arrow"
 _SIGNATURE_KEY = b"twn_rl_source"
 _IN_MEMORY_BYTES = 32 * 1024 * 1024
 _PARQUET_BATCH_ROWS = 1024
+_BLOCK_BATCHES = 16
 _ITEM = pa.struct(
     {
         "instruction": pa.string(),
@@ -57,6 +59,8 @@ class ParquetRows:
     file stays the same.
     """
 
+    place_unit = "row"
+
     def __init__(self, path: Path) -> None:
         """Note the state of the file, so that a later change shows.
 
@@ -72,19 +76,61 @@ class ParquetRows:
         """Leave the decoded rows behind: another process opens the file itself."""
         return {**self.__dict__, "_batches": None}
 
-    def scan(self) -> Iterator[tuple[int, int, Row]]:
+    def end(self, limit: int | None) -> int:
+        """Return the number of rows, at most `limit`."""
+        with _readable(self.path):
+            rows = pq.read_metadata(self.path).num_rows
+        return rows if limit is None else min(rows, limit)
+
+    def blocks(self, end: int) -> list[range]:
+        """Return the rows before `end` in blocks."""
+        size = _BLOCK_BATCHES * _PARQUET_BATCH_ROWS
+        return [range(start, min(start + size, end)) for start in range(0, end, size)]
+
+    def scan(self, block: range | None = None) -> Iterator[tuple[int, int, Row]]:
         """Yield row numbers, places and rows.
 
         Raises:
             RecordError: If the file is damaged or no Parquet.
         """
-        place = 0
-        for batch in self._open():
+        number = 0
+        for place, batch in self._parts(block):
             with _readable(self.path):
                 rows = batch.to_pylist()
-            for data in rows:
-                yield place + 1, place, _parse_metadata(data)
-                place += 1
+            for row, data in enumerate(rows, start=place):
+                number += 1
+                yield number, row, _parse_metadata(data)
+
+    def numbers(self, places: Sequence[int]) -> list[int]:
+        """Return the row numbers, which are places counted from 1."""
+        return [place + 1 for place in places]
+
+    def thoughts(self, places: Sequence[int]) -> Iterator[Thoughts]:
+        """Yield the thoughts of the rows at ascending `places`; no other column is decoded."""
+        wanted = np.asarray(places, dtype=np.int64)
+        if not len(wanted):
+            return
+        for start, batch in self._parts(range(int(wanted[0]), int(wanted[-1]) + 1)):
+            first, last = np.searchsorted(wanted, (start, start + batch.num_rows))
+            names = [name for name in Thoughts._fields if name in batch.schema.names]
+            rows = batch.select(names).take(pa.array(wanted[first:last] - start)).to_pylist()
+            yield from (Thoughts(*map(row.get, Thoughts._fields)) for row in rows)
+
+    def check(self) -> None:
+        """Refuse a file that is no longer the one that was opened."""
+        check_unchanged(self.path, self._signature, self.path.stat())
+
+    def _parts(self, block: range | None) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Yield the first row and the rows of each batch that a block has a part of."""
+        batches = self._open()
+        rows = self._starts[-1] + batches[-1].num_rows if batches else 0
+        start, stop = (0, rows) if block is None else (block.start, min(block.stop, rows))
+        while start < stop:
+            index = bisect_right(self._starts, start) - 1
+            offset = start - self._starts[index]
+            part = batches[index].slice(offset, stop - start)
+            yield start, part
+            start += part.num_rows
 
     def read(self, place: int) -> Row:
         """Return the row at `place`."""

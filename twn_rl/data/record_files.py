@@ -6,31 +6,33 @@ JSON lines (`.jsonl`) and Parquet (`.parquet`) hold one record a row: `id`, `sou
 """
 
 import json
-from array import array
+import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
-from twn_rl.data.images import ImageSource, resolve_inside
-from twn_rl.data.jsonl import JsonLines, RowFile
+from twn_rl.data.images import ImageSource, ask_about_images, resolve_inside
+from twn_rl.data.jsonl import JsonLines, RowFile, Thoughts
 from twn_rl.data.record import Record, RecordError, bad_file
-from twn_rl.data.verification import RecordChecks
+from twn_rl.data.shared_verification import verified_blocks
+from twn_rl.data.verification import digests_of
+from twn_rl.data.verified_blocks import PictureTable, VerifiedBlock
 from twn_rl.runtime.whole_files import write_json_lines, written_aside
 
-T = TypeVar("T")
-_PROGRESS_AFTER_SECONDS = 5.0
+if TYPE_CHECKING:
+    from twn_rl.runtime.processes import Processes
+
+logger = logging.getLogger(__name__)
 
 
 class RecordSet(Sequence[Record]):
-    """Verified records with absolute image paths, 8 bytes of memory each: all else stays on disk.
+    """Verified records with absolute image paths; all but 24 bytes of each stays on disk.
 
     Each access reads the row again, so a record that is used often is worth keeping. A set can be
     pickled for other processes, which must see the same file.
@@ -47,17 +49,23 @@ class RecordSet(Sequence[Record]):
         self,
         rows: RowFile,
         places: NDArray[np.int64],
+        findings: "Findings | None",
         *,
         data_root: Path,
         skipped_rows: Sequence[tuple[int, RecordError]] = (),
         metadata_fields: Mapping[str, int] | None = None,
     ) -> None:
-        """Hold the places of the rows that `load_records` has verified."""
+        """Hold the places of the rows that `load_records` has verified, and its findings."""
         self._rows, self._places, self.data_root = rows, places, data_root
+        self._findings = findings
         self.skipped = Counter(error.reason for _, error in skipped_rows)
         self.skipped_rows = [(row, str(error)) for row, error in skipped_rows]
         self.errors = [error for _, error in skipped_rows]
         self.metadata_fields = Counter(metadata_fields or {})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the findings behind: they may be large, and can be found again."""
+        return {**self.__dict__, "_findings": None}
 
     def __len__(self) -> int:
         """Return the number of usable records."""
@@ -74,7 +82,8 @@ class RecordSet(Sequence[Record]):
             RecordError: If the file has changed since it was verified.
         """
         if isinstance(index, slice):
-            return RecordSet(self._rows, self._places[index], data_root=self.data_root)
+            findings = self._findings and self._findings[index]
+            return RecordSet(self._rows, self._places[index], findings, data_root=self.data_root)
         row, root = self._rows.read(int(self._places[index])), str(self.data_root)
         try:
             if isinstance(row, RecordError):
@@ -91,6 +100,50 @@ class RecordSet(Sequence[Record]):
         """
         return self[index].load(self.data_root)
 
+    def digests(self, positions: range) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Return `digests_of` consecutive records, as they were when they were verified."""
+        if self._findings is None:
+            return digests_of(self[position] for position in positions)
+        return self._findings.digests(positions)
+
+    def thoughts(self, positions: range) -> Iterator[Thoughts]:
+        """Yield the thoughts of consecutive records in the order of the file.
+
+        Raises:
+            RecordError: If the file has changed since it was verified.
+        """
+        places = np.sort(self._places[positions.start : positions.stop])
+        return self._rows.thoughts(places)  # pyright: ignore[reportArgumentType]
+
+
+class Findings:
+    """What verification found of the records of a set."""
+
+    def __init__(
+        self,
+        blocks: Sequence[VerifiedBlock],
+        kept: NDArray[np.int64],
+    ) -> None:
+        """Hold the usable rows of `blocks` that are `kept`, counted over all blocks."""
+        self._blocks, self._kept = blocks, kept
+        self._starts = np.cumsum([0, *(len(block.places) for block in blocks)])
+
+    def __getitem__(self, part: slice) -> "Findings":
+        """Return the findings of a slice of the records."""
+        return Findings(self._blocks, self._kept[part])
+
+    def digests(self, positions: range) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+        """Return the digests of consecutive records, see `digests_of`."""
+        rows = self._kept[positions.start : positions.stop]
+        ids, contents = np.empty(len(rows), np.uint64), np.empty((len(rows), 32), np.uint8)
+        numbers = np.searchsorted(self._starts, rows, side="right") - 1
+        for number in np.unique(numbers):
+            here = numbers == number
+            inside = rows[here] - self._starts[number]
+            ids[here] = self._blocks[number].ids[inside]
+            contents[here] = self._blocks[number].contents[inside]
+        return ids, contents
+
 
 @lru_cache(maxsize=65_536)
 def _resolved(name: str, data_root: str) -> str:
@@ -105,11 +158,14 @@ def load_records(
     on_bad_record: Literal["raise", "skip"] = "raise",
     limit: int | None = None,
     workers: int = 0,
+    sharers: Sequence["Processes"] = (),
 ) -> RecordSet:
     """Return the verified records of a `.jsonl` or `.parquet` file.
 
     Fields and types are checked, every path must stay inside the data root, each distinct image is
-    decoded once, and a positive that is also listed as a negative is refused.
+    decoded once, and a positive that is also listed as a negative is refused. What was found of a
+    file that takes long is kept beside it (`NAME.verified`) and believed while the file and its
+    pictures are the same.
 
     Args:
         path: File to read.
@@ -117,47 +173,109 @@ def load_records(
         on_bad_record: "raise" stops at a bad row; "skip" leaves it out, counted in `skipped`.
         limit: Read at most this many rows; None reads all.
         workers: Processes that decode images; 0 decodes in threads of this process.
+        sharers: Processes that verify together, see `verified_blocks`; each gets all records.
 
     Raises:
         RecordError: For a bad row under "raise"; for a file of another kind; when no row is usable.
         FileNotFoundError: If there is no such file.
     """
     path = Path(path)
+    is_strict = on_bad_record == "raise"
     if on_bad_record not in ("raise", "skip"):
         raise ValueError(
             f"on_bad_record = {on_bad_record!r}; expected 'raise' or 'skip'; change it"
         )
     root = (path.parent if data_root is None else Path(data_root)).resolve()
-    check = RecordChecks(path, root, is_strict=on_bad_record == "raise")
     rows = _open_rows(path)
-    places, numbers, total = array("q"), array("q"), 0
-    illustrated = array("q")  # positions whose pictures must be decoded before they are judged
-    for number, place, data in _progress(islice(rows.scan(), limit), f"Reading {path.name}"):
-        total += 1
-        record = check.parse(number, data)
-        has_pictures = record is not None and any(i.images or i.video for i in record.items())
-        if record is not None and (has_pictures or check.is_trainable(number, record)):
-            if has_pictures:
-                illustrated.append(len(places))
-            places.append(place)
-            numbers.append(number)
-    check.decode_images(workers=workers)
-    is_usable = np.ones(len(places), dtype=bool)
-    for position in _progress(illustrated, f"Verifying {path.name}"):
-        record = check.parse_again(rows.read(places[position]))
-        is_usable[position] = check.is_trainable(numbers[position], record)
-    check.report(usable=int(is_usable.sum()), total=total)
+    blocks = verified_blocks(
+        rows, root, is_strict=is_strict, limit=limit, workers=workers, sharers=sharers
+    )
+    places = np.concatenate([np.empty(0, np.int64), *(block.places for block in blocks)])
+    repeated = _repeated_ids(rows, places, blocks)
+    skipped = _located(rows, [*(pair for block in blocks for pair in block.errors), *repeated])
+    if is_strict and skipped:
+        raise skipped[0][1]
+    kept = np.flatnonzero(~np.isin(places, [place for place, _ in repeated]))
+    fields = sum((Counter(block.metadata_fields) for block in blocks), Counter[str]())
+    _report(path, skipped, fields, usable=len(kept), total=sum(block.rows for block in blocks))
+    pictures = PictureTable(path.parent.resolve())
+    for block in blocks:
+        pictures.add(block)
+    ask_about_images(str(path.absolute()), pictures)
     return RecordSet(
         rows,
-        np.array(places, dtype=np.int64)[is_usable],
+        places[kept],
+        Findings(blocks, kept),
         data_root=root,
-        skipped_rows=sorted(check.skipped, key=lambda pair: pair[0]),
-        metadata_fields=check.metadata_fields,
+        skipped_rows=skipped,
+        metadata_fields=fields,
     )
 
 
-def _progress(rows: Iterable[T], label: str) -> Iterable[T]:
-    return tqdm(rows, desc=label, unit="row", delay=_PROGRESS_AFTER_SECONDS, disable=None)
+def _repeated_ids(
+    rows: RowFile, places: NDArray[np.int64], blocks: Sequence[VerifiedBlock]
+) -> list[tuple[int, RecordError]]:
+    """Return place and error of each row whose id an earlier one has."""
+    ids = np.concatenate([np.empty(0, np.uint64), *(block.ids for block in blocks)])
+    order = np.argsort(ids, kind="stable")
+    ids = ids[order]
+    is_shared = np.zeros(len(ids) + 1, dtype=bool)
+    is_shared[1:-1] = ids[1:] == ids[:-1]
+    suspects = np.sort(places[order[is_shared[1:] | is_shared[:-1]]]).tolist()
+    if not suspects:
+        return []
+    first: dict[str, int] = {}
+    errors = []
+    names = (thoughts.id for thoughts in rows.thoughts(suspects))
+    for place, number, name in zip(suspects, rows.numbers(suspects), names, strict=True):
+        used_in = first.setdefault(name, number)  # hashes may agree where ids do not
+        if used_in != number:
+            error = RecordError(
+                f"id = {name!r} was used in row {used_in}; expected unique ids; rename one or "
+                "remove the copy",
+                reason="duplicate_id",
+                field="id",
+            )
+            errors.append((place, error))
+    return errors
+
+
+def _located(
+    rows: RowFile, errors: Iterable[tuple[int, RecordError]]
+) -> list[tuple[int, RecordError]]:
+    """Return row numbers and errors that name file and row, in the order of the file."""
+    ordered = sorted(errors, key=lambda pair: pair[0])
+    numbers = rows.numbers([place for place, _ in ordered])
+    return [
+        (number, error.at(file=rows.path, row=number))
+        for number, (_, error) in zip(numbers, ordered, strict=True)
+    ]
+
+
+def _report(
+    path: Path,
+    skipped: Sequence[tuple[int, RecordError]],
+    metadata_fields: Mapping[str, int],
+    *,
+    usable: int,
+    total: int,
+) -> None:
+    """Log what was left out and where unknown fields went; refuse a file without records."""
+    if metadata_fields:
+        logger.info("%s: kept in metadata: %s", path, dict(metadata_fields))
+    if skipped:
+        counts = dict(Counter(error.reason for _, error in skipped))
+        logger.warning(
+            "%s: skipped %d of %d rows %s, first: %s",
+            *(path, len(skipped), total, counts, skipped[0][1]),
+        )
+    if not usable:
+        first = f"; first problem: {skipped[0][1]}" if skipped else ""
+        raise RecordError(
+            f"usable records = 0 of {total} rows; expected at least one; correct the file" + first,
+            reason="no_records",
+            file=path,
+        )
 
 
 def write_records(

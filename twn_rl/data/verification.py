@@ -1,225 +1,296 @@
 """What is verified of a row besides its types: ids, paths, negatives, pictures decoded once."""
 
-import json
-import logging
+from __future__ import annotations
+
+import hashlib
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from stat import S_ISREG
+from typing import Any, Protocol
 
-import msgspec
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from twn_rl.data.images import (
     ImageError,
     ImageFacts,
+    ask_about_images,
+    forget_images,
     image_facts,
     remember_images,
     remembered_facts,
     resolve_inside,
 )
-from twn_rl.data.jsonl import Row
+from twn_rl.data.jsonl import Row, RowFile, Thoughts
 from twn_rl.data.markup import Markup
 from twn_rl.data.record import Record, RecordError, named_in_errors, refuse_in_thought
-from twn_rl.runtime.whole_files import written_aside
+from twn_rl.data.verified_blocks import PictureTable, VerifiedBlock, picture_columns
+from twn_rl.runtime.whole_files import digest
 
-logger = logging.getLogger(__name__)
-
-CACHE_SUFFIX = ".images.cache"
-_CACHE_FORMAT = 1
-_CACHE_FROM_IMAGES = 1000
-_PROGRESS_FROM_IMAGES = 1000
 _THREADS = 8
 _PATHS_PER_JOB = 32
 
 
-def refuse_markup_in_thoughts(records: Iterable[Record], markup: Markup) -> None:
+class ThoughtSource(Protocol):
+    """Records whose thoughts are read without all else; `RecordSet` is one, `Mixture` another."""
+
+    def __len__(self) -> int: ...
+
+    def thoughts(self, positions: range) -> Iterator[Thoughts]:
+        """Yield the thoughts of consecutive records, in any order."""
+        ...
+
+
+def refuse_markup_in_thoughts(
+    records: Sequence[Record] | ThoughtSource, markup: Markup, part: range | None = None
+) -> None:
     """Refuse records whose thoughts hold markup of the model they are to teach.
+
+    Args:
+        records: The records.
+        markup: What means something to the model.
+        part: Positions to look at; None is all.
 
     Raises:
         RecordError: For the first one; it names the record and the field.
     """
-    for record in tqdm(records, desc="Reading thoughts", unit="record", delay=5.0):
-        for name in ("query_cot", "positive_cot"):
+    positions = range(len(records)) if part is None else part
+    read = getattr(records, "thoughts", None)
+    thoughts = read(positions) if read else _thoughts(records, positions)
+    progress = tqdm(
+        thoughts, "Reading thoughts", len(positions), unit="record", delay=5.0, disable=None
+    )
+    for name, *cots in progress:
+        for field, cot in zip(Thoughts._fields[1:], cots, strict=True):
             try:
-                refuse_in_thought(getattr(record, name), name, markup)
+                refuse_in_thought(cot, field, markup)
             except RecordError as error:
-                detail = f"record {record.id!r}: {error.detail}"
-                raise RecordError(detail, reason=error.reason, field=name) from error
+                detail = f"record {name!r}: {error.detail}"
+                raise RecordError(detail, reason=error.reason, field=field) from error
 
 
-class RecordChecks:
-    """Verifies rows one after the other: raises at a bad one, or keeps count of it."""
+def _thoughts(records: Any, positions: range) -> Iterator[Thoughts]:
+    for position in positions:
+        record = records[position]
+        yield Thoughts(record.id, record.query_cot, record.positive_cot)
 
-    def __init__(self, path: Path, root: Path, *, is_strict: bool) -> None:
-        """Check rows of the file `path` against the data root `root`; raise if `is_strict`."""
-        self.path, self.root, self.is_strict = path, root, is_strict
-        self.skipped: list[tuple[int, RecordError]] = []
-        self.metadata_fields: Counter[str] = Counter()
-        self._row_of_id: dict[str, int] = {}
-        self._resolved: dict[str, str] = {}
-        self._problems: dict[str, ImageError] = {}
 
-    def parse(self, row: int, data: Row) -> Record | None:
-        """Return the record of a row with absolute paths, or None if it is bad."""
-        try:
-            record = self.parse_again(data)
-            if record.id in self._row_of_id:
-                raise RecordError(
-                    f"id = {record.id!r} was used in row {self._row_of_id[record.id]}; expected "
-                    "unique ids; rename one or remove the copy",
-                    reason="duplicate_id",
-                    field="id",
-                )
-        except RecordError as error:
-            return self._bad(row, error)
-        self._row_of_id[record.id] = row
-        assert not isinstance(data, RecordError)
-        self.metadata_fields.update(set(data) - set(Record.__dataclass_fields__))
-        return record
+def digests_of(records: Iterable[Record]) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    """Return beginnings (n,) of the sha256 of ids, and the sha256 (n, 32) of all content.
 
-    def decode_images(self, *, workers: int = 0) -> None:
-        """Decode each distinct image of the parsed rows and remember what is wrong with it."""
-        cache = self.path.with_name(f"{self.path.name}{CACHE_SUFFIX}")
-        self._problems = _unusable(sorted(set(self._resolved.values())), workers, cache)
+    Pictures count by their pixels, as in `Item.content_key`, wherever they lie.
+    """
+    ids, contents = [], []
+    for record in records:
+        items = [item.content_key() for item in record.items()]
+        thoughts = [record.query_cot, record.positive_cot]
+        metadata = {key: str(value) for key, value in sorted(record.metadata.items())}
+        ids.append(hashlib.sha256(record.id.encode()).digest()[:8])
+        content = digest([record.id, record.source, items, thoughts, metadata])
+        contents.append(bytes.fromhex(content))
+    return (
+        np.frombuffer(b"".join(ids), dtype=">u8").astype(np.uint64),
+        np.frombuffer(b"".join(contents), np.uint8).reshape(-1, 32),
+    )
 
-    def parse_again(self, data: Row) -> Record:
-        """Return the record of a row that `parse` has accepted."""
+
+class RowChecks:
+    """Verifies blocks of rows, each for itself; ids are compared by who has all blocks.
+
+    Enter it to let go of its workers in the end.
+    """
+
+    def __init__(
+        self,
+        rows: RowFile,
+        root: Path,
+        *,
+        is_strict: bool,
+        known: PictureTable,
+        workers: int = 0,
+    ) -> None:
+        """Prepare to verify.
+
+        Args:
+            rows: The file.
+            root: Data root.
+            is_strict: Stop at the first bad row of a block.
+            known: Pictures that need not be decoded again; those of verified blocks are added.
+            workers: Processes that decode pictures; 0 decodes in threads of this process.
+        """
+        self.rows, self.root, self.is_strict, self.known = rows, root, is_strict, known
+        self._workers, self._exit = workers, ExitStack()
+        self._pool: Executor | None = None
+        self._names: dict[str, str] = {}
+        self._paths = _PathsInside(root)
+        ask_about_images(str(rows.path.absolute()), known)
+
+    def __enter__(self) -> RowChecks:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._exit.close()
+
+    def verify(
+        self, block: range, progress: Callable[[float], object] = lambda share: None
+    ) -> VerifiedBlock:
+        """Return what is usable of the rows of a block and what is wrong with the others.
+
+        Args:
+            block: Places, see `RowFile.blocks`.
+            progress: Told the share of the work that has been done since, in [0, 1].
+        """
+        parsed, errors = list[tuple[int, Record]](), list[tuple[int, RecordError]]()
+        fields, count = Counter[str](), 0
+        self._names = {}
+        for _, place, data in self.rows.scan(block):
+            count += 1
+            try:
+                parsed.append((place, self._parse(data)))
+            except RecordError as error:
+                errors.append((place, error))
+                if self.is_strict:
+                    break
+                continue
+            fields.update(set(data) - _FIELDS)  # pyright: ignore[reportArgumentType]
+        if errors and self.is_strict:
+            parsed = []  # their rows come before it, but nothing is trained on them
+        problems, facts = self._examine(sorted(set(self._names.values())), progress)
+        good = list[tuple[int, Record]]()
+        for place, record in parsed:
+            try:
+                _refuse_untrainable(record, problems)
+            except RecordError as error:
+                errors.append((place, error))
+                if self.is_strict:
+                    break
+                continue
+            good.append((place, record))
+        ids, contents = digests_of(record for _, record in good)
+        forget_images(facts)
+        self.rows.check()
+        found = VerifiedBlock(
+            places=np.array([place for place, _ in good], dtype=np.int64),
+            ids=ids,
+            contents=contents,
+            rows=count,
+            errors=sorted(errors, key=lambda pair: pair[0]),
+            metadata_fields=fields,
+            is_final=not problems
+            and not (errors and self.is_strict)
+            and not any(error.reason in _MENDED_OUTSIDE for _, error in errors),
+            **picture_columns(facts, self.rows.path.parent.resolve()),
+        )
+        self.known.add(found)
+        return found
+
+    def _parse(self, data: Row) -> Record:
         if isinstance(data, RecordError):
             raise data
         return Record.from_dict(data).with_paths(self._resolve)
 
-    def is_trainable(self, row: int, record: Record) -> bool:
-        """Return whether all images are readable and the positive is not among the negatives."""
-        try:
-            for name, source in record.sources():
-                if str(source) in self._problems:
-                    with named_in_errors(name):
-                        raise self._problems[str(source)]
-            record.refuse_positive_as_negative()
-        except RecordError as error:
-            self._bad(row, error)
-            return False
-        return True
-
-    def report(self, *, usable: int, total: int) -> None:
-        """Log what was left out and where unknown fields went; refuse a file without records."""
-        if self.metadata_fields:
-            logger.info("%s: kept in metadata: %s", self.path, dict(self.metadata_fields))
-        if self.skipped:
-            counts = dict(Counter(error.reason for _, error in self.skipped))
-            logger.warning(
-                "%s: skipped %d of %d rows %s, first: %s",
-                *(self.path, len(self.skipped), total, counts, self.skipped[0][1]),
-            )
-        if not usable:
-            first = f"; first problem: {self.skipped[0][1]}" if self.skipped else ""
-            raise RecordError(
-                f"usable records = 0 of {total} rows; expected at least one; correct the file"
-                + first,
-                reason="no_records",
-                file=self.path,
-            )
-
     def _resolve(self, name: str) -> str:
-        if name not in self._resolved:
-            self._resolved[name] = str(resolve_inside(name, self.root))
-        return self._resolved[name]
+        if name not in self._names:
+            self._names[name] = self._paths.resolve(name)
+        return self._names[name]
 
-    def _bad(self, row: int, error: RecordError) -> None:
-        located = error.at(file=self.path, row=row)
-        if self.is_strict:
-            raise located
-        self.skipped.append((row, located))
+    def _examine(
+        self, paths: list[str], progress: Callable[[float], object]
+    ) -> tuple[dict[str, ImageError], dict[str, ImageFacts]]:
+        """Return what is wrong with pictures that cannot be used, and the facts of the others."""
+        facts = {path: found for path in paths if (found := remembered_facts(path)) is not None}
+        unknown = [path for path in paths if path not in facts]
+        problems: dict[str, ImageError] = {}
+        for path, finding in zip(unknown, self._examine_all(unknown), strict=True):
+            if isinstance(finding, ImageError):
+                problems[path] = finding
+            else:
+                facts[path] = finding
+            progress(1 / len(unknown))
+        if not unknown:
+            progress(1)
+        remember_images(facts)
+        return problems, facts
 
-
-def _unusable(paths: list[str], workers: int, cache: Path) -> dict[str, ImageError]:
-    """Return what is wrong with each picture that cannot be used; the others are remembered.
-
-    Args:
-        paths: Absolute paths, each decoded once.
-        workers: Processes that decode; 0 decodes in threads of this process.
-        cache: File that keeps what was found, so that the next run decodes only pictures whose
-            size or time of change differs. Written from a thousand pictures on.
-    """
-    cached = _read_cache(cache)
-    remember_images(cached)
-    # Threads look the known ones up themselves; a worker process would decode them.
-    unknown = [path for path in paths if not workers or remembered_facts(path) is None]
-    problems: dict[str, ImageError] = {}
-    found: dict[str, ImageFacts] = {}
-    progress = tqdm(
-        _examine_all(unknown, workers),
-        desc=f"Verifying images of {cache.name.removesuffix(CACHE_SUFFIX)}",
-        unit="image",
-        total=len(unknown),
-        disable=len(paths) < _PROGRESS_FROM_IMAGES or None,
-    )
-    for path, finding in zip(unknown, progress, strict=True):
-        if isinstance(finding, ImageError):
-            problems[path] = finding
-        elif cached.get(path) != finding:
-            found[path] = finding
-    remember_images(found)
-    if found and len(paths) >= _CACHE_FROM_IMAGES:
-        _write_cache(cache, cached | found)
-    return problems
-
-
-def _read_cache(path: Path) -> dict[str, ImageFacts]:
-    """Return facts by absolute path; a cache that cannot be read costs time, not the run."""
-    facts: dict[str, ImageFacts] = {}
-    folder = path.parent.resolve()
-    try:
-        with path.open(encoding="utf-8") as file:
-            if json.loads(file.readline()) != {"format": _CACHE_FORMAT}:
-                raise ValueError(f"expected format {_CACHE_FORMAT}")
-            for line in file:
-                name, *fact = json.loads(line)
-                facts[os.path.normpath(folder / name)] = msgspec.convert(fact, ImageFacts)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        logger.warning("Image cache %s is not usable (%s); verifying all images", path, error)
-        return {}
-    return facts
-
-
-def _write_cache(path: Path, facts: Mapping[str, ImageFacts]) -> None:
-    """Write facts by path relative to the cache, so that data can move as a whole."""
-    folder = path.parent.resolve()
-    try:
-        with written_aside(path) as aside, aside.open("w", encoding="utf-8") as file:
-            file.write(json.dumps({"format": _CACHE_FORMAT}) + "\n")
-            for name, fact in facts.items():
-                file.write(json.dumps([os.path.relpath(name, folder), *fact]) + "\n")
-    except OSError as error:
-        logger.warning("Image cache %s cannot be written (%s); going on without", path, error)
-
-
-def _examine_all(paths: list[str], workers: int) -> Iterator[ImageFacts | ImageError]:
-    pool: Executor
-    workers = min(workers, -(-len(paths) // _PATHS_PER_JOB))  # no process without a job
-    if workers:
-        # Not forked: a fork of a process that runs threads can hang.
-        pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    else:
-        pool = ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
-    with pool:
+    def _examine_all(self, paths: list[str]) -> Iterator[ImageFacts | ImageError]:
+        if not paths:
+            return
+        if self._pool is None:
+            self._pool = self._exit.enter_context(self._start())
         try:
-            yield from pool.map(_examine, paths, chunksize=_PATHS_PER_JOB)
+            jobs = [paths[i : i + _PATHS_PER_JOB] for i in range(0, len(paths), _PATHS_PER_JOB)]
+            for findings in self._pool.map(_examine, jobs):
+                yield from findings
         except BrokenProcessPool as error:
+            self._pool = None
             raise RuntimeError(
-                f"a worker of {workers} died while verifying images ({error}); expected all to "
-                "finish; start fewer workers if memory ran out, or 0 to find the picture"
+                f"a worker of {self._workers} died while verifying images ({error}); expected all "
+                "to finish; start fewer workers if memory ran out, or 0 to find the picture"
             ) from error
 
+    def _start(self) -> Executor:
+        if self._workers:
+            # Not forked: a fork of a process that runs threads can hang.
+            return ProcessPoolExecutor(self._workers, multiprocessing.get_context("spawn"))
+        return ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1))
 
-def _examine(path: str) -> ImageFacts | ImageError:
-    try:
-        return image_facts(path)
-    except ImageError as error:
-        return error
+
+# Fields of a record; others go to its metadata.
+_FIELDS = frozenset(Record.__dataclass_fields__)
+# Somebody may put the picture where it should be, and the file of the rows stays what it is.
+_MENDED_OUTSIDE = {"missing_image", "unreadable_image", "path_outside_root"}
+
+
+def _refuse_untrainable(record: Record, problems: dict[str, ImageError]) -> None:
+    """Refuse unreadable images, and a positive that is among the negatives."""
+    for name, source in record.sources():
+        if str(source) in problems:
+            with named_in_errors(name):
+                raise problems[str(source)]
+    record.refuse_positive_as_negative()
+
+
+def _examine(paths: list[str]) -> list[ImageFacts | ImageError]:
+    findings: list[ImageFacts | ImageError] = []
+    for path in paths:
+        try:
+            findings.append(image_facts(path))
+        except ImageError as error:
+            findings.append(error)
+    return findings
+
+
+class _PathsInside:
+    """`resolve_inside` for many files in few folders: each folder is looked up once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._folders: dict[str, str | None] = {}
+
+    def resolve(self, name: str) -> str:
+        """Return the absolute path of a file inside the root; raise as `resolve_inside` does."""
+        folder, _, last = name.rpartition("/")
+        is_plain = not name.startswith("/") and ":" not in name and last not in ("", ".", "..")
+        if is_plain and (inside := self._folder(folder)):
+            path = f"{inside}/{last}"
+            with suppress(OSError, ValueError):
+                if S_ISREG(os.lstat(path).st_mode):  # no link, which might lead outside
+                    return path
+        return str(resolve_inside(name, self._root))
+
+    def _folder(self, name: str) -> str | None:
+        """Return the absolute path of a folder inside the root, None if it is none."""
+        if name not in self._folders:
+            path = None
+            with suppress(OSError, ValueError, RuntimeError):
+                path = (self._root / name).resolve()
+            is_inside = path is not None and path.is_relative_to(self._root)
+            self._folders[name] = str(path).rstrip("/") if is_inside else None
+        return self._folders[name]

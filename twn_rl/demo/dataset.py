@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
-from twn_rl.data.verification import CACHE_SUFFIX
+from twn_rl.data.verified_blocks import FORMER_SUFFIX, STORE_SUFFIX
 from twn_rl.demo import questions
 from twn_rl.demo.questions import SCENE_RETRIEVAL, Question, TeacherNoise
 from twn_rl.demo.scenes import GREY_STYLE, PLACES, STYLES, Scene, concepts, draw_tile
@@ -143,7 +143,8 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
 
 def _refuse_foreign(directory: Path, stamp: Path) -> None:
     files = [f"{split}.jsonl" for split in (*SPLITS, *FORMER_SPLITS)]
-    known = {stamp.name, "images", *files, *(f"{file}{CACHE_SUFFIX}" for file in files)}
+    beside = (f"{file}{suffix}" for file in files for suffix in (STORE_SUFFIX, FORMER_SUFFIX))
+    known = {stamp.name, "images", *files, *beside}
     names = [path.name for path in directory.iterdir() if path.name not in known]
     foreign = sorted(name for name in names if not name.startswith(DOMAIN_PREFIX))
     if foreign:

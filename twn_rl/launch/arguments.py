@@ -188,15 +188,14 @@ class DataArguments:
                     f"{split}_file = None while other record files are given; expected a .jsonl, "
                     f".parquet or mixture .yaml file; pass --{split}_file"
                 )
-        # One process of a machine decodes the images, the others read what it found.
-        with join_processes().one_first():
-            load = load_mixture if is_mixture(path) else load_records
-            return load(
-                path,
-                data_root=self.data_root,
-                on_bad_record=self.on_bad_record,  # pyright: ignore[reportArgumentType]
-                workers=self.verify_workers,
-            )
+        load = load_mixture if is_mixture(path) else load_records
+        return load(
+            path,
+            data_root=self.data_root,
+            on_bad_record=self.on_bad_record,  # pyright: ignore[reportArgumentType]
+            workers=self.verify_workers,
+            sharers=join_processes().sharers(),
+        )
 
     def has(self, split: Split) -> bool:
         """Tell whether `load(split)` would find records."""

@@ -87,6 +87,17 @@ class RunProcesses:
         if self.num_processes > 1:
             dist.barrier(group=RunProcesses._waiting)
 
+    def sharers(self) -> list[Processes]:
+        """Return who may share work whose results lie on disk, to be asked one after the other.
+
+        All processes do, if there are several; then those of each machine, for what they do not see
+        of the others' work because the disk is their machine's own.
+        """
+        if self.num_processes == 1:
+            return []
+        machine = MachineProcesses()
+        return [self, machine] if machine.num_processes < self.num_processes else [self]
+
     @contextmanager
     def one_first(self) -> Iterator[None]:
         """Run the body on one process of each machine, then on its others.
@@ -99,6 +110,24 @@ class RunProcesses:
         yield
         if is_first:
             self.wait_for_everyone()
+
+
+class MachineProcesses(RunProcesses):
+    """The processes of this run on this machine."""
+
+    @property
+    def process_index(self) -> int:
+        """This process's number on its machine."""
+        return PartialState().local_process_index
+
+    @property
+    def num_processes(self) -> int:
+        """How many the launcher has started on this machine; 1 if it does not say."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    def wait_for_everyone(self) -> None:
+        """Wait until all processes of the run are here."""
+        RunProcesses().wait_for_everyone()
 
 
 def wait(processes: Processes | None) -> None:

@@ -6,6 +6,7 @@ end).
 """
 
 import json
+import re
 import stat
 from collections import Counter
 from collections.abc import Hashable
@@ -19,6 +20,8 @@ import yaml
 from twn_rl.runtime.nearest import path_hint
 
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
+_AFTER_KEY = re.compile(r'"[ \t\r\n]*:')
+_AFTER_KEY_BYTES = re.compile(rb'"[ \t\r\n]*:')
 _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFCHR: "a device",
@@ -111,9 +114,7 @@ def decode_json(text: str | bytes, *, is_strict: bool = True) -> Any:
     """
     try:
         value = msgspec.json.decode(text)
-        # As many colons as keys: none is there twice. Otherwise texts hold the others, perhaps.
-        colons = text.count(":") if isinstance(text, str) else text.count(b":")
-        if is_strict and colons != _count_keys(value):
+        if is_strict and _most_keys(text) != _count_keys(value):
             json.loads(text, object_pairs_hook=unrepeated)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
@@ -122,10 +123,22 @@ def decode_json(text: str | bytes, *, is_strict: bool = True) -> Any:
     return value
 
 
+def _most_keys(text: str | bytes) -> int:
+    """Return how many keys a JSON text has; more where its strings hold quotes before colons.
+
+    If the parsed value has as many, none was there twice.
+    """
+    found = _AFTER_KEY.findall(text) if isinstance(text, str) else _AFTER_KEY_BYTES.findall(text)
+    return len(found)
+
+
 def _count_keys(value: Any) -> int:
     if isinstance(value, dict):
-        return len(value) + sum(map(_count_keys, value.values()))
-    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
+        inside = (each for each in value.values() if isinstance(each, dict | list))
+        return len(value) + sum(map(_count_keys, inside))
+    if isinstance(value, list):
+        return sum(_count_keys(each) for each in value if isinstance(each, dict | list))
+    return 0
 
 
 def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

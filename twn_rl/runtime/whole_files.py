@@ -184,6 +184,21 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def file_state(path: Path, known: Any = None) -> dict[str, Any]:
+    """Return `bytes`, `mtime_ns` and `sha256` of a file.
+
+    Args:
+        path: The file.
+        known: An earlier state, or what holds one; its sha256 is believed if size and time are the
+            same, and the file is not read.
+    """
+    stat = path.stat()
+    state = {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    if isinstance(known, dict) and all(known.get(key) == value for key, value in state.items()):
+        return {**state, "sha256": known["sha256"]}
+    return {**state, "sha256": file_digest(path)}
+
+
 def _remove(path: Path) -> None:
     """Remove a file or a folder, if there is one."""
     if path.is_dir():

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from twn_rl.data.mixture import Mixture, MixtureSampler
-from twn_rl.data.record import Record
+from twn_rl.data.record import Record, RecordError
 from twn_rl.data.verification import refuse_markup_in_thoughts
 from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import encode_images
+from twn_rl.runtime.processes import gather_objects, join_processes
+from twn_rl.runtime.sharded_pass import shard_ranges
 from twn_rl.training.chunking import Chunk, Chunks
 from twn_rl.training.losses import GatheredPairs
 from twn_rl.training.settings import ContrastiveConfig
@@ -67,7 +69,7 @@ class ContrastiveTrainer(Trainer):
 
         A step calls `module`, the model itself or what holds it; `kwargs` go to HF's trainer.
         """
-        refuse_markup_in_thoughts(records, dual_model.backbone.markup(dual_model.renderer))
+        _refuse_markup(dual_model, records)
         drop_gates(dual_model, "training changes what it reads", args.output_dir or "OUTPUT_DIR")
         self.dual_model, self.records = dual_model, records
         self._noted: dict[str, list[float]] = defaultdict(list)
@@ -320,3 +322,18 @@ def _average_gradients(parameters: list[Any]) -> None:
         flat /= dist.get_world_size()
         for member, part in zip(members, flat.split([p.numel() for p in members]), strict=True):
             member.grad = part.view_as(member).clone()
+
+
+def _refuse_markup(model: DualLoraModel, records: Sequence[Record]) -> None:
+    """Refuse thoughts with markup of the model, on every process; each reads its share of them."""
+    processes, problem = join_processes(), None
+    share = -(-len(records) // processes.num_processes)
+    parts = dict(enumerate(shard_ranges(len(records), share)))
+    part = parts.get(processes.process_index, range(0))  # there may be fewer records
+    try:
+        refuse_markup_in_thoughts(records, model.backbone.markup(model.renderer), part)
+    except RecordError as error:
+        problem = error
+    found = [each for each in gather_objects(problem) if each is not None]
+    if found:
+        raise found[0]

@@ -129,8 +129,7 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
     # TRL asks for a query once a rollout; measuring it again would process its pictures again.
     kept_characters: dict[int, int] = {}
 
-    def fitted(index: int) -> Item:
-        query = records[index].query
+    def fitted(index: int, query: Item) -> Item:
         if index in kept_characters:
             text = (query.text or "")[: kept_characters[index]]
             return limits.open(replace(query, text=text or None))
@@ -139,21 +138,23 @@ def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
         return item
 
     def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        queries = [fitted(index) for index in batch["record_index"]]
-        prompts = [renderer.messages(q, is_multimodal, markup=markup) for q in queries]
-        rendered = {**batch, "prompt": prompts}
+        indices = batch["record_index"]
+        drawn = [records[index] for index in indices]
+        queries = [fitted(index, row.query) for index, row in zip(indices, drawn, strict=True)]
+        rendered = {
+            **batch,
+            "record_id": [record.id for record in drawn],
+            "source": [record.source for record in drawn],
+            "task": [str(record.metadata.get("task", "")) for record in drawn],
+            "hops": [record.metadata.get("hops") for record in drawn],
+            "prompt": [renderer.messages(q, is_multimodal, markup=markup) for q in queries],
+        }
         if is_multimodal:
             rendered["images"] = [renderer.images(query) for query in queries]
         return rendered
 
-    rows = {
-        "record_index": list(range(len(records))),
-        "record_id": [record.id for record in records],
-        "source": [record.source for record in records],
-        "task": [str(record.metadata.get("task", "")) for record in records],
-        "hops": [record.metadata.get("hops") for record in records],
-    }
-    return Dataset.from_dict(rows).with_transform(render)
+    # All else is read when a record is drawn: millions of them would delay the first step.
+    return Dataset.from_dict({"record_index": range(len(records))}).with_transform(render)
 
 
 class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):

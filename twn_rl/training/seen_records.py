@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from twn_rl.data.mixture import Mixture
 from twn_rl.data.record import Record
+from twn_rl.data.record_files import RecordSet
+from twn_rl.data.verification import digests_of
 from twn_rl.runtime.sharded_pass import shard_ranges
-from twn_rl.runtime.whole_files import digest
 
 RECORDS_FILE = "records.json"
 _MAX_BLOCKS = 256
@@ -23,13 +27,11 @@ def describe_records(records: Sequence[Record], seed: int) -> dict[str, Any]:
     rows = max(1, -(-len(records) // _MAX_BLOCKS))
     blocks, ids, contents = [], 0, 0
     for positions in shard_ranges(len(records), rows):
-        block = hashlib.sha256()
-        for name, content in _digests(records, positions):
-            block.update(content)
-            # Sums do not depend on the order.
-            ids += int.from_bytes(name[:8], "big")
-            contents += int.from_bytes(content[:8], "big")
-        blocks.append(block.hexdigest()[:16])
+        names, digests = _digests(records, positions)
+        blocks.append(hashlib.sha256(digests.tobytes()).hexdigest()[:16])
+        # Sums do not depend on the order.
+        ids += int(names.sum(dtype=np.uint64))
+        contents += int(digests[:, :8].copy().view(">u8").sum(dtype=np.uint64))
     drawn: dict[str, Any] = {"seed": seed}
     if isinstance(records, Mixture):
         drawn |= {
@@ -40,14 +42,12 @@ def describe_records(records: Sequence[Record], seed: int) -> dict[str, Any]:
     return {"records": len(records), **sums, "drawn": drawn, "rows": rows, "blocks": blocks}
 
 
-def _digests(records: Sequence[Record], positions: range) -> Iterator[tuple[bytes, bytes]]:
-    for position in positions:
-        record = records[position]
-        items = [item.content_key() for item in record.items()]
-        thoughts = [record.query_cot, record.positive_cot]
-        metadata = {key: str(value) for key, value in sorted(record.metadata.items())}
-        content = digest([record.id, record.source, items, thoughts, metadata])
-        yield hashlib.sha256(record.id.encode()).digest(), bytes.fromhex(content)
+def _digests(
+    records: Sequence[Record], positions: range
+) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
+    if isinstance(records, RecordSet | Mixture):
+        return records.digests(positions)
+    return digests_of(records[position] for position in positions)
 
 
 def what_changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
