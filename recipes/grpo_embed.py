@@ -149,7 +149,7 @@ def main(
 
         # Data: every target of the RL records is embedded once.
         records = data.load("rl")
-        scorer = make_scorer(model, records, training, output)
+        scorer = make_scorer(model, records, training, output, is_shared=True)
 
         # Trainer
         watch = CollapseWatch(stop_on_collapse=script.stop_on_collapse)

@@ -206,7 +206,10 @@ def make_rl(
     if not os.environ.get("WORKER_UNPLACED"):
         place_scorer(model, args)
     scorer = RolloutScorer(
-        model, data[1], folder / "bank", num_negatives=3, processes=join_processes()
+        *(model, data[1], folder / "bank"),
+        num_negatives=3,
+        processes=join_processes(),
+        is_shared=True,
     )
 
     def margin(completions: list[Any], **seen: Any) -> list[float | None]:

@@ -188,7 +188,7 @@ def keep(model: DualLoraModel, records: Any, folder: Path) -> dict[str, Any]:
         model, records, QUERY_SIDE, folder / "labels", LabelSettings(shard_size=4, batch_size=4)
     )
     scorer = RolloutScorer(model, records, folder / "banks", num_negatives=2, batch_size=4)
-    banks = {name: getattr(scorer, name) for name in ("targets", "queries")}
+    banks = {"targets": scorer.targets}
     return {
         "rows": labels.rows,
         "states": labels.states.copy().tolist(),

@@ -1,10 +1,10 @@
 """Attaching, switching and freezing the two adapters."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from twn_rl.modeling.adapters import (
@@ -13,7 +13,6 @@ from twn_rl.modeling.adapters import (
     active_adapter,
     adapter_parameters,
     attach_adapters,
-    quick_switches,
     set_trainable,
     snapshot_reasoning_adapter,
     use_adapter,
@@ -97,25 +96,47 @@ def _switched(model):
     } | {"": (active_adapter(model.peft_model), model.peft_model.base_model.active_adapter)}
 
 
-def test_quick_switches_set_what_pefts_switch_sets_and_leave_nothing_behind(make_model):
-    model = make_model()
+def test_switches_set_what_pefts_switch_sets(make_model):
+    model, expected = make_model(), {}
+    for name in BOTH:
+        model.peft_model.set_adapter(name)
+        expected[name] = _switched(model)
+    assert expected[REASONING_ADAPTER] != expected[EMBEDDING_ADAPTER]
+    model.peft_model.set_adapter(REASONING_ADAPTER)
     set_trainable(model.peft_model, [REASONING_ADAPTER])
-    before, flags, expected = _switched(model), _flags(model), {}
+    before, flags = _switched(model), _flags(model)
+    for name in (*BOTH, *BOTH, BOTH[1]):  # the first time as PEFT does, later from memory
+        with use_adapter(model.peft_model, name):
+            assert _switched(model) == expected[name]
+            assert _flags(model) == flags
+        assert (_switched(model), _flags(model)) == (before, flags)
+
+
+def test_only_the_first_switch_to_an_adapter_walks_through_the_model(make_model, monkeypatch):
+    model = make_model()
     for name in BOTH:
         with use_adapter(model.peft_model, name):
-            expected[name] = _switched(model)
-    assert expected[REASONING_ADAPTER] != expected[EMBEDDING_ADAPTER]
-    with contextlib.suppress(ZeroDivisionError), quick_switches(model.peft_model):
-        for name in (*BOTH, *BOTH, BOTH[1]):  # the first time as PEFT does, later from memory
-            with use_adapter(model.peft_model, name):
-                assert _switched(model) == expected[name]
-                assert _flags(model) == flags
-            assert _switched(model) == before
-        with pytest.raises(ValueError, match="unknown"), use_adapter(model.peft_model, "unknown"):
             pass
-        assert _switched(model) == before
-        raise ZeroDivisionError
-    assert (_switched(model), _flags(model)) == (before, flags)
+
+    def walk(*args, **kwargs):
+        raise AssertionError("a walk through the model")
+
+    with monkeypatch.context() as patch:
+        for name in ("modules", "parameters", "named_modules"):
+            patch.setattr(torch.nn.Module, name, walk)
+        with use_adapter(model.peft_model, EMBEDDING_ADAPTER):
+            assert active_adapter(model.peft_model) == EMBEDDING_ADAPTER
+
+
+def test_an_adapter_that_is_added_later_can_be_switched_to_and_from(make_model):
+    model = make_model()
+    with use_adapter(model.peft_model, EMBEDDING_ADAPTER):
+        pass
+    name = snapshot_reasoning_adapter(model.peft_model)
+    with use_adapter(model.peft_model, name):
+        layers = [m for m in model.peft_model.modules() if isinstance(m, LoraLayer)]
+        assert all(layer.active_adapters == [name] for layer in layers)
+    assert active_adapter(model.peft_model) == REASONING_ADAPTER
 
 
 def test_switching_is_undone_after_an_exception(make_model):
@@ -125,7 +146,6 @@ def test_switching_is_undone_after_an_exception(make_model):
 
     def fail_inside():
         with use_adapter(model.peft_model, EMBEDDING_ADAPTER):
-            set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
             raise RuntimeError("inside")
 
     with pytest.raises(RuntimeError, match="inside"):

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_idefics3
-from picture_rollouts import assert_logps_are_plain, mixed_records
+from picture_rollouts import assert_logps_are_plain, grpo_trainer, mixed_records
 from short_runs import SHORT_RUN, moved, small_model, weights
 from trl.trainer.grpo_trainer import GRPOTrainer
 
+from twn_rl.data.images import open_image
 from twn_rl.data.record_files import RecordSet
 from twn_rl.launch.run_folder import checkpoint_to_resume
+from twn_rl.modeling import limits
 from twn_rl.modeling.adapters import REASONING_ADAPTER, SNAPSHOT_ADAPTER, adapter_parameters
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.rewards import REWARDS
@@ -336,3 +338,27 @@ def test_the_trainer_stays_thin() -> None:
         "create_accelerator_and_postprocess",
         "save_model",
     }
+
+
+def test_a_picture_is_decoded_once_for_its_rollouts_and_their_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "records").mkdir()
+    records = mixed_records(tmp_path / "records")
+    trainer = grpo_trainer(small_model(), records, tmp_path)
+    decoded: list[str] = []
+
+    def counting(source: Any, *args: Any) -> Any:
+        if isinstance(source, str):
+            decoded.append(source)
+        return open_image(source, *args)
+
+    monkeypatch.setattr(limits, "open_image", counting)
+    trainer.train()  # eight groups, TRL asks for each query several times, the scorer once
+    sources = [
+        str(source)
+        for record in records
+        for name, source in record.sources()
+        if name.startswith("query")
+    ]
+    assert sorted(decoded) == sorted(sources)

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from twn_rl.modeling.config import LoraSettings
 from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.kv_prefix import Prefix
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.training.grpo import EmbedGRPOConfig
+from twn_rl.training.grpo import EmbedGRPOConfig, make_scorer
 from twn_rl.training.losses import false_negative_mask, key_ids
 from twn_rl.training.measure_gains import LabelSettings, measure_gains
 from twn_rl.training.rollout_scorer import RolloutScorer, embed_items, evaluating, pool_of
@@ -160,11 +163,11 @@ class Counting:
             self.rows.append(len(batch["input_ids"]))
             return embed(batch, **kwargs)
 
-        def counting_read(prompts) -> Prefix:
-            self.prompts.append(len(prompts))
-            return read(prompts)
+        def counting_read(prompts, rows) -> Prefix:
+            self.prompts.append(len(rows))
+            return read(prompts, rows)
 
-        def counting_read_out(prefix, completions) -> Tensor:
+        def counting_read_out(prefix, completions=None) -> Tensor:
             self.rows.append(len(prefix))
             return read_out(prefix, completions)
 
@@ -181,12 +184,13 @@ def test_equal_thoughts_about_one_record_are_embedded_once_in_one_forward(
 ) -> None:
     counting = Counting(model, monkeypatch)
     columns = scorer.columns(GROUPS, rollouts)
-    assert counting.rows == [4]  # two of record 0, one of record 1, one of record 5
-    assert counting.prompts == [3]  # each of these records once
+    # Each of four queries without a thought; two thoughts of record 0, one of record 1, one of 5.
+    assert counting.rows == [4, 4]
+    assert counting.prompts == [4]
     assert columns["positive_similarity"][0] == columns["positive_similarity"][2]
 
 
-def test_a_step_without_any_complete_think_still_runs_one_forward(
+def test_a_step_without_any_complete_think_has_the_columns_of_no_thinking(
     model: DualLoraModel,
     scorer: RolloutScorer,
     rollouts: list[list[int]],
@@ -194,18 +198,36 @@ def test_a_step_without_any_complete_think_still_runs_one_forward(
 ) -> None:
     counting = Counting(model, monkeypatch)
     columns = scorer.columns([1, 3], [rollouts[4], rollouts[5]])
-    assert counting.rows == [1]  # other processes may be in a collective forward
+    assert counting.rows == [2]
     assert columns["is_think_complete"] == [False, False]
     assert columns["positive_similarity"] == columns["no_think_positive_similarity"]
 
 
-def test_every_target_is_embedded_once_and_the_banks_are_reused(
+def test_rollouts_are_read_in_chunks_of_tokens(
+    model: DualLoraModel,
+    scorer: RolloutScorer,
+    rollouts: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = scorer.columns(GROUPS, rollouts)
+    scorer.chunk_tokens = 1
+    counting = Counting(model, monkeypatch)
+    chunked = scorer.columns(GROUPS, rollouts)
+    assert counting.prompts == [1, 1, 1, 1]
+    assert sorted(counting.rows) == [1, 1, 1, 1, 1, 1, 2]
+    for name, values in whole.items():
+        torch.testing.assert_close(
+            torch.tensor(chunked[name]), torch.tensor(values), rtol=0, atol=1e-5
+        )
+
+
+def test_every_target_and_no_query_is_embedded_once_and_the_bank_is_reused(
     model: DualLoraModel, records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counting = Counting(model, monkeypatch)
     first = RolloutScorer(model, records, tmp_path / "bank", batch_size=4)
     distinct = {i.content_key() for r in records for i in (r.positive, *r.negatives)}
-    assert sum(counting.rows) == len(distinct) + len(records)
+    assert sum(counting.rows) == len(distinct)
     assert max(counting.rows) <= 4
     counting.rows.clear()
     second = RolloutScorer(model, records, tmp_path / "bank", batch_size=2)
@@ -404,3 +426,67 @@ def test_dropout_is_off_while_scoring(
     model.train()
     items = [record.query for record in records]
     torch.testing.assert_close(embed_items(model, items), embed_items(model, items))
+
+
+@pytest.mark.parametrize("is_killed", [False, True], ids=["whole", "resumed"])
+def test_the_bank_is_built_where_and_in_the_type_in_which_the_engine_will_score(
+    make_model: Callable[..., DualLoraModel],
+    records: RecordSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_killed: bool,
+) -> None:
+    model = make_model("idefics3")
+    args = EmbedGRPOConfig(output_dir=str(tmp_path), report_to=[], scorer_batch_size=2)
+    # As DeepSpeed's plugin says it; the engine itself is in tests/launch.
+    settings = {"deepspeed_config": {"bf16": {"enabled": True}}}
+    monkeypatch.setattr(args, "deepspeed_plugin", SimpleNamespace(**settings))
+    calls: list[str] = []
+    move, embed = model.to, model.embed
+
+    def moving(*given: Any, **wanted: Any) -> Any:
+        calls.append(f"to {wanted['device']} {wanted['dtype']}")
+        return move(*given, **wanted)
+
+    def embedding(batch: Any, **options: Any) -> Tensor:
+        weight = next(model.backbone.model.parameters())
+        calls.append(f"embed {weight.device} {weight.dtype}")
+        if is_killed and len(calls) == 3:
+            raise KeyboardInterrupt
+        return embed(batch, **options)
+
+    monkeypatch.setattr(model, "to", moving)
+    monkeypatch.setattr(model, "embed", embedding)
+    if is_killed:
+        with pytest.raises(KeyboardInterrupt):
+            make_scorer(model, records, args, tmp_path)
+        is_killed = False
+        assert set(calls) == {f"to {args.device} torch.bfloat16", "embed cpu torch.bfloat16"}
+        calls.clear()
+    scorer = make_scorer(model, records, args, tmp_path)
+    assert calls[0] == f"to {args.device} torch.bfloat16"
+    assert len(calls) > 2
+    assert set(calls[1:]) == {f"embed {args.device} torch.bfloat16"}
+    assert scorer.targets.embeddings.dtype == np.uint16  # bfloat16 on disk, too
+
+
+def test_above_a_size_rollouts_meet_candidates_and_are_audited_against_the_whole_bank(
+    model: DualLoraModel, records: RecordSet, rollouts: list[list[int]], tmp_path: Path
+) -> None:
+    shared: dict[str, Any] = {"num_negatives": NUM_NEGATIVES, "audit_steps": 2}
+    whole = RolloutScorer(model, records, tmp_path / "bank", **shared)
+    expected = whole.columns(GROUPS, rollouts)
+    assert "is_other_margin" not in expected
+    size = len(whole.targets)
+    at_limit = RolloutScorer(model, records, tmp_path / "bank", exact_targets=size, **shared)
+    assert at_limit.candidates is None
+    for count, is_exact in ((size, True), (1, False)):
+        scorer = RolloutScorer(
+            model, records, tmp_path / "bank", exact_targets=1, num_candidates=count, **shared
+        )
+        steps = [scorer.columns(GROUPS, rollouts) for _ in range(3)]
+        assert ["is_other_margin" in step for step in steps] == [True, False, True]
+        assert any(steps[0]["is_other_margin"]) is not is_exact
+        assert (steps[0]["target_rank"] == expected["target_rank"]) is is_exact
+        for name in ("positive_similarity", "no_think_positive_similarity"):
+            assert steps[0][name] == pytest.approx(expected[name], abs=1e-5)

@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twn_rl.data.record import Item
+from twn_rl.training.bank_product import Asked
+from twn_rl.training.candidate_pools import CandidatePools, audit
 from twn_rl.training.similarity_columns import similarity_columns
 from twn_rl.training.target_bank import BankError, ScorerMismatchError, TargetBank
 
@@ -44,7 +46,7 @@ class Scorer:
 
 
 def make_items(count: int) -> list[Item]:
-    return [Item(text=f"target {i}") for i in range(count)]
+    return [Item(text=f"target {i:02d}") for i in range(count)]
 
 
 def build(directory, items, scorer=None, **options) -> TargetBank:
@@ -211,6 +213,164 @@ def test_processes_share_the_shards_and_call_the_scorer_equally_often(tmp_path):
         assert np.array_equal(bank.embeddings, whole.embeddings)
 
 
+def test_batches_hold_items_of_like_length_and_rows_stay_in_order(tmp_path):
+    items = [Item(text="w" * (1 + i * 7 % 10) + str(i)) for i in range(10)]
+    lengths: list[list[int]] = []
+
+    def encode(batch: list[Item]) -> torch.Tensor:
+        lengths.append([len(item.text or "") for item in batch])
+        return Scorer()(batch)
+
+    bank = build(tmp_path, items, encode, shard_size=10)
+    flat = [length for batch in lengths for length in batch]
+    assert flat == sorted(flat, reverse=True)
+    assert [len(batch) for batch in lengths] == [4, 4, 2]
+    for row, item in enumerate(items):
+        assert torch.equal(torch.tensor(bank.embeddings[row]), vector_of(item.text or ""))
+
+
+def test_workers_prepare_batches_and_leave_the_random_state_alone(tmp_path):
+    pids, state = [], torch.get_rng_state()
+
+    def encode(prepared: tuple[int, list[Item]]) -> torch.Tensor:
+        pids.append(prepared[0])
+        return Scorer()(prepared[1])
+
+    def prepare(items: list[Item]) -> tuple[int, list[Item]]:
+        return os.getpid(), items
+
+    bank = build(tmp_path / "workers", make_items(18), encode, prepare=prepare, num_workers=2)
+    assert os.getpid() not in pids
+    assert len(set(pids)) == 2
+    assert torch.equal(state, torch.get_rng_state())
+    assert np.array_equal(bank.embeddings, build(tmp_path / "alone", make_items(18)).embeddings)
+
+
+def test_a_bank_in_bfloat16_takes_half_the_room_and_is_multiplied_in_float32(tmp_path):
+    items = make_items(40)
+    whole = build(tmp_path / "float32", items)
+    half = build(tmp_path / "bfloat16", items, dtype="bfloat16")
+    assert half.embeddings.nbytes * 2 == whole.embeddings.nbytes
+    rounded = torch.tensor(np.array(whole.embeddings)).bfloat16().float()
+    rows = np.arange(40)
+    assert torch.equal(half.rows(rows, torch.device("cpu")), rounded)
+    assert torch.equal(half.keep("cpu").rows(rows, torch.device("cpu")), rounded)
+    query = vector_of("x")
+    columns = similarity_columns(query[None], [half.ids[3]], half, num_negatives=39)
+    expected = (rounded @ query).tolist()
+    assert columns["positive_similarity"] == pytest.approx([expected.pop(3)], abs=1e-6)
+    assert columns["negative_similarities"][0] == pytest.approx(
+        sorted(expected, reverse=True), abs=1e-6
+    )
+    scorer = Scorer()
+    build(tmp_path / "bfloat16", items, scorer, dtype="bfloat16")
+    assert scorer.calls == 0
+    build(tmp_path / "bfloat16", items, scorer)  # another type is another bank
+    assert scorer.calls == 10
+
+
+def test_infinity_in_a_bank_of_bfloat16_is_found_on_opening(tmp_path):
+    build(tmp_path, make_items(10), dtype="bfloat16")
+    vectors = np.lib.format.open_memmap(tmp_path / "embeddings.npy", mode="r+")
+    vectors[7, 2] = torch.tensor(-torch.inf).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    vectors.flush()
+    with pytest.raises(BankError, match=r"targets \[7\].*rebuild=True"):
+        TargetBank(tmp_path).open()
+
+
+def shared_case(directory, dtype):
+    """Return a bank with many equal vectors, queries, and the arguments of their columns."""
+    signs = torch.randint(0, 2, (100, 4), generator=torch.Generator().manual_seed(0)) * 2 - 1
+    vectors = signs / 2  # 16 directions: ties everywhere
+    names = ["left" if i % 3 else "right" for i in range(100)]
+    items = [Item(text=f"{i:03d}") for i in range(100)]
+    bank = build(
+        directory,
+        items,
+        lambda batch: vectors[[int(item.text or "") for item in batch]],
+        pools=names,
+        dtype=dtype,
+    )
+    generator = np.random.default_rng(0)
+    positions = generator.integers(0, 100, size=8)
+    queries = torch.from_numpy(generator.normal(size=(8, 4))).float()
+    queries[2] = vectors[positions[2]]
+    arguments = {
+        "query_embeds": torch.nn.functional.normalize(queries, dim=1),
+        "positive_ids": [bank.ids[i] for i in positions],
+        "false_negative_ids": [
+            [bank.ids[j] for j in generator.integers(0, 100, 5)] for _ in "8" * 8
+        ],
+        "pools": [None if i % 2 else names[p] for i, p in enumerate(positions)],
+    }
+    return bank, arguments
+
+
+def found_candidates(directory, numbers, processes=None):
+    """Return the candidates of some of eight queries in a bank of distinct vectors."""
+    bank = build(
+        directory, make_items(100), pools=["left" if i % 3 else "right" for i in range(100)]
+    )
+    queries = torch.stack([vector_of(f"query {number}") for number in numbers])
+    asked = [Asked(n, (n,), None if n % 2 else ("left" if n % 3 else "right")) for n in numbers]
+    pools = CandidatePools(bank, 20, processes)
+    pools.find(numbers, queries, asked)
+    return {str(number): rows.tolist() for number, rows in pools.rows.items()}
+
+
+SHARED = [(None, "float32"), (0.9, "float32"), (None, "bfloat16")]
+SHARE_SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import torch.distributed as dist
+from types import SimpleNamespace
+from test_scoring import SHARED, found_candidates, shared_case
+from twn_rl.training.bank_rows import own_rows
+from twn_rl.training.similarity_columns import similarity_columns
+folder, rank = sys.argv[2], int(sys.argv[3])
+dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+processes = SimpleNamespace(process_index=rank, num_processes=2)
+found = []
+for number, (limit, dtype) in enumerate(SHARED):
+    bank, arguments = shared_case(f"{folder}/{rank}_{number}", dtype)
+    if number % 2:
+        bank.keep("cpu", own_rows(len(bank), processes, 16))
+    mine = slice(0, 5) if rank == 0 else slice(5, 8)
+    own = {name: values[mine] for name, values in arguments.items()}
+    found.append(similarity_columns(
+        **own, bank=bank, num_negatives=7, max_negative_similarity=limit, chunk_size=16,
+        processes=processes,
+    ))
+candidates = found_candidates(f"{folder}/{rank}_candidates", list(range(8))[mine], processes)
+print(json.dumps([found, candidates]))
+"""
+
+
+@pytest.mark.distributed
+def test_a_bank_shared_by_two_processes_gives_the_columns_of_one_to_the_last_bit(tmp_path):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE_SCRIPT, os.path.dirname(__file__), tmp_path, str(rank)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    printed = [json.loads(worker.communicate(timeout=120)[0]) for worker in workers]
+    found, ranks = [part[0] for part in printed], []
+    for number, (limit, dtype) in enumerate(SHARED):
+        bank, arguments = shared_case(tmp_path / "alone", dtype)
+        alone = similarity_columns(
+            **arguments, bank=bank, num_negatives=7, max_negative_similarity=limit, chunk_size=16
+        )
+        both = [part[number] for part in found]
+        assert alone == {name: both[0][name] + both[1][name] for name in alone}
+        ranks += alone["target_rank"]
+    assert len(set(ranks)) > 5
+    candidates = found_candidates(tmp_path / "candidates", range(8))
+    assert candidates == printed[0][1] | printed[1][1]
+
+
 def naive_columns(queries, positive_ids, bank, count, false_negative_ids, pools, limit):
     vectors = np.array(bank.embeddings, dtype=np.float64)
     rows = []
@@ -317,13 +477,18 @@ def test_no_query_can_hide_a_hard_negative_by_leaving_its_positive(
 
 def test_looking_for_unlabelled_positives_reads_no_more_of_the_bank(tmp_path, monkeypatch):
     bank = build(tmp_path, make_items(30))
-    read, rows = [], bank.rows
+    read, rows, block = [], bank.rows, bank.block
 
     def counting(chosen, device):
         read.append(len(chosen))
         return rows(chosen, device)
 
+    def counting_block(chosen, device):
+        read.append(len(chosen))
+        return block(chosen, device)
+
     monkeypatch.setattr(bank, "rows", counting)
+    monkeypatch.setattr(bank, "block", counting_block)
     queries = torch.stack([vector_of("x"), vector_of("y"), vector_of("z")])
     counts = []
     for limit in (None, 0.5):
@@ -366,7 +531,7 @@ def test_a_bank_in_memory_gives_the_same_columns_without_gradient(tmp_path):
     bank = build(tmp_path, make_items(9))
     queries = torch.stack([vector_of("x"), vector_of("y")]).requires_grad_()
     from_disk = similarity_columns(queries, bank.ids[:2], bank)
-    assert similarity_columns(queries, bank.ids[:2], bank.to("cpu")) == from_disk
+    assert similarity_columns(queries, bank.ids[:2], bank.keep("cpu")) == from_disk
     assert json.loads(json.dumps(from_disk)) == from_disk
 
 
@@ -389,3 +554,44 @@ def test_queries_that_cannot_be_scored_are_refused(tmp_path, change, message):
     arguments = {"query_embeds": vector_of("x")[None], "positive_ids": [bank.ids[0]], "bank": bank}
     with pytest.raises(BankError, match=message):
         similarity_columns(**{**arguments, **change})
+
+
+def test_candidates_are_the_nearest_to_the_query_and_to_its_positive(tmp_path):
+    bank = build(tmp_path, make_items(60), pools=["a" if i % 2 else "b" for i in range(60)])
+    queries = torch.stack([vector_of("x"), vector_of("y")])
+    asked = [Asked(3, (3,), "a"), Asked(8, (8,), None)]
+    pools = CandidatePools(bank, 4)
+    pools.find([0, 1], queries, asked)
+    vectors = torch.tensor(np.array(bank.embeddings))
+    for number, (query, each) in enumerate(zip(queries, asked, strict=True)):
+        rows = np.arange(60) if each.pool is None else bank.pools[each.pool]
+        expected = {each.positive}
+        for anchor in (query, vectors[each.positive]):
+            expected |= set(rows[(vectors[rows] @ anchor).topk(4).indices])
+        assert set(pools.rows[number]) == expected
+    known = pools.rows[0]
+    pools.find([0], queries[1:], asked[1:])
+    assert pools.rows[0] is known  # found once
+
+
+def test_scores_among_candidates_are_exact_and_the_audit_tells_where_they_are_not_enough(tmp_path):
+    bank = build(tmp_path, make_items(60))
+    query, thought = vector_of("x"), vector_of("z")
+    asked = [Asked(3, (3, 5), None)] * 2
+    vectors = torch.stack([query, thought])
+    whole = similarity_columns(
+        vectors, [bank.ids[3]] * 2, bank, num_negatives=3, false_negative_ids=[[bank.ids[5]]] * 2
+    )
+    verdicts = {}
+    for count in (4, 60):
+        pools = CandidatePools(bank, count)
+        pools.find([0], query[None], asked[:1])
+        found = pools.columns([0, 0], vectors, asked, 3, None)
+        others = [row for row in pools.rows[0] if row not in (3, 5)]
+        similarities = torch.tensor(np.array(bank.embeddings[others])) @ vectors.T
+        for place in range(2):
+            expected = similarities[:, place].topk(3).values.tolist()
+            assert found["negative_similarities"][place] == pytest.approx(expected, abs=1e-6)
+        verdicts[count] = audit(found, whole)["is_other_margin"]
+    assert verdicts[4][1]  # a thought far from its query and positive
+    assert verdicts[60] == [False, False]

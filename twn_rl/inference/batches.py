@@ -14,10 +14,6 @@ from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.collator import collate_opened, cut_item, fit_prompts
 from twn_rl.modeling.limits import PromptLengthError, PromptLimits
 
-# A picture fills some hundred tokens in most backbones; only the order of the batches depends on
-# it, no result does.
-_CHARACTERS_PER_PICTURE = 1000
-
 
 def in_batches(items: Sequence[Item | None], batch_size: int) -> Iterator[dict[int, Item]]:
     """Yield batches of like length, longest first, so that memory runs out early or not at all.
@@ -25,16 +21,9 @@ def in_batches(items: Sequence[Item | None], batch_size: int) -> Iterator[dict[i
     Positions without an item are left out.
     """
     rows = [(position, item) for position, item in enumerate(items) if item is not None]
-    rows.sort(key=lambda row: -_length_estimate(row[1]))
+    rows.sort(key=lambda row: -row[1].length_estimate())
     for start in range(0, len(rows), batch_size):
         yield dict(rows[start : start + batch_size])
-
-
-def _length_estimate(item: Item) -> int:
-    """Return a number that grows with the tokens of an item; reads nothing."""
-    pictures = len(item.images) + len(item.video)
-    text = len(item.instruction or "") + len(item.text or "")
-    return text + _CHARACTERS_PER_PICTURE * pictures
 
 
 def collate_usable(

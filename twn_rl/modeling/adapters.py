@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -177,78 +176,68 @@ def active_adapter(peft_model: PeftModel) -> str:
 def use_adapter(peft_model: PeftModel, name: str | None) -> Iterator[None]:
     """Run the body with adapter `name` active; None is the bare backbone.
 
-    Inside the body and after it, also after an exception, every `requires_grad` flag is what it was
-    before, and afterwards the previous adapter is active again.
+    Neither switch changes a `requires_grad` flag. Afterwards, also after an exception, what was
+    active before is active again.
     """
     if name is None:
         with without_adapters(peft_model):
             yield
         return
-    previous, switches = active_adapter(peft_model), _SWITCHES.get(peft_model)
-    if switches is not None:
-        switches.to(name)
-        try:
-            yield
-        finally:
-            switches.to(previous)
-        return
-    flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+    switch = _switch_of(peft_model)
+    before = switch.state(peft_model)
+    switch.set(peft_model, switch.state_of(peft_model, name))
     try:
-        _activate(peft_model, name, flags)
         yield
     finally:
-        _activate(peft_model, previous, flags)
+        switch.set(peft_model, before)
 
 
-class _Switches:
-    """What PEFT's switch to each adapter sets in each layer, so that it need not search for it."""
+_State = tuple[str, list[Any]]  # active adapter, and what that means in each layer
+
+
+class _Switch:
+    """The layers in which adapters are switched, and what PEFT's own switch sets in each.
+
+    PEFT walks through all modules, and turns gradients on and off: of a 2B backbone that takes
+    milliseconds, twice for every use. What is active in a layer is one attribute.
+    """
 
     def __init__(self, peft_model: PeftModel) -> None:
-        self.peft_model: Any = peft_model
-        self.flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
-        self.active: dict[str, list[tuple[Any, Any]]] = {}
-        self.layers = _adapted(peft_model)
-        self.to(active_adapter(peft_model))
+        kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+        self.adapters = tuple(peft_model.peft_config)
+        self.layers: list[Any] = [m for m in peft_model.modules() if isinstance(m, kinds)]
+        self.known: dict[str, _State] = {}
 
-    def to(self, name: str) -> None:
-        """Activate an adapter: the first time as PEFT does, later as that left it."""
-        if name not in self.active:
-            _activate(self.peft_model, name, self.flags)
-            active = [vars(layer)["_active_adapter"] for layer in self.layers]
-            self.active[name] = list(zip(self.layers, active, strict=True))
-        elif active_adapter(self.peft_model) != name:
-            for layer, active in self.active[name]:
-                layer._active_adapter = active
-            self.peft_model.base_model.active_adapter = self.peft_model.active_adapter = name
+    def state(self, peft_model: PeftModel) -> _State:
+        """Return what is active now."""
+        return active_adapter(peft_model), [layer._active_adapter for layer in self.layers]
 
+    def state_of(self, peft_model: PeftModel, name: str) -> _State:
+        """Return what is active once PEFT has switched to an adapter."""
+        if name not in self.known:
+            before = self.state(peft_model)
+            flags = [(parameter, parameter.requires_grad) for parameter in peft_model.parameters()]
+            try:
+                peft_model.set_adapter(name)
+                self.known[name] = self.state(peft_model)
+            finally:
+                self.set(peft_model, before)
+                _restore(flags)
+        return self.known[name]
 
-_SWITCHES: WeakKeyDictionary[PeftModel, _Switches] = WeakKeyDictionary()
-
-
-@contextmanager
-def quick_switches(peft_model: PeftModel) -> Iterator[None]:
-    """Let `use_adapter` walk through no modules in the body, in which nothing is trained.
-
-    In a small model, or at each token, the walk takes as long as the work between two switches. No
-    adapter may be added in the body, and nobody else may switch.
-    """
-    if peft_model in _SWITCHES:
-        yield
-        return
-    previous = active_adapter(peft_model)
-    switches = _SWITCHES[peft_model] = _Switches(peft_model)
-    try:
-        yield
-    finally:
-        del _SWITCHES[peft_model]
-        _activate(peft_model, previous, switches.flags)
+    def set(self, peft_model: Any, state: _State) -> None:
+        """Make a state the active one."""
+        for layer, active in zip(self.layers, state[1], strict=True):
+            layer._active_adapter = active
+        peft_model.base_model.active_adapter = peft_model.active_adapter = state[0]
 
 
-def _activate(peft_model: PeftModel, name: str, flags: list[tuple[nn.Parameter, bool]]) -> None:
-    layers = (m for m in peft_model.modules() if isinstance(m, BaseTunerLayer))
-    if active_adapter(peft_model) != name or any(m.active_adapters != [name] for m in layers):
-        peft_model.set_adapter(name)
-    _restore(flags)
+def _switch_of(peft_model: PeftModel) -> _Switch:
+    """Return the model's switch; an adapter that was added or deleted since makes a new one."""
+    switch = vars(peft_model).get("_twn_switch")
+    if switch is None or switch.adapters != tuple(peft_model.peft_config):
+        switch = vars(peft_model)["_twn_switch"] = _Switch(peft_model)
+    return switch
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
@@ -263,8 +252,7 @@ def without_adapters(peft_model: PeftModel) -> Iterator[None]:
 
     Other than PEFT's `disable_adapter` it touches no `requires_grad`, and it may stand inside that.
     """
-    switches = _SWITCHES.get(peft_model)
-    layers: list[Any] = switches.layers if switches is not None else _adapted(peft_model)
+    layers = _switch_of(peft_model).layers
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
@@ -273,11 +261,6 @@ def without_adapters(peft_model: PeftModel) -> Iterator[None]:
     finally:
         for layer, is_disabled in zip(layers, before, strict=True):
             layer._disable_adapters = is_disabled
-
-
-def _adapted(peft_model: PeftModel) -> list[Any]:
-    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
-    return [module for module in peft_model.modules() if isinstance(module, kinds)]
 
 
 def under_own_adapter(checkpoint: Callable[..., Any], peft_model: PeftModel) -> Callable[..., Any]:

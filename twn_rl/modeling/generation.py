@@ -14,12 +14,7 @@ from torch import Tensor, nn
 
 from twn_rl.data.chat import Think, parse_think
 from twn_rl.data.record import Item
-from twn_rl.modeling.adapters import (
-    EMBEDDING_ADAPTER,
-    REASONING_ADAPTER,
-    quick_switches,
-    use_adapter,
-)
+from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.collator import (
     Completion,
@@ -393,14 +388,14 @@ class DualLoraInference(nn.Module):
     def session(self) -> Iterator[None]:
         """Prepare for inference once for all calls in the body, in which nothing is trained.
 
-        Modes are set and adapters' layers looked for here instead of in every call. For one thread;
-        a session inside a session is the same one.
+        Modes are set here instead of in every call. For one thread; a session inside a session is
+        the same one.
         """
         if self._sessions:
             with torch.no_grad():
                 yield
             return
-        with self._inference(), evaluating(self), quick_switches(self.peft_model):
+        with self._inference(), evaluating(self):
             self._sessions += 1
             try:
                 yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
+from torch import Tensor
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,24 @@ def gather_objects(mine: T) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine, group=RunProcesses._waiting)
     return everyone
+
+
+def gather_rows(mine: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return every process's rows (N, ...) one below the other, in the order of the processes.
+
+    Every process must call this, with tensors of one type and one width.
+
+    Args:
+        mine: (counts[this process], ...), on the device that the processes talk through.
+        counts: Rows of each process.
+    """
+    if len(counts) == 1:
+        return mine
+    padded = mine.new_zeros(max(counts), *mine.shape[1:])
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def join_processes(

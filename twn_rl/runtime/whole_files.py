@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -144,33 +144,43 @@ def read_json(path: Path) -> Any:
         return None
 
 
-def write_array(path: Path, parts: np.ndarray | Iterable[np.ndarray]) -> None:
-    """Write one (M, D) float32 array, whole or in parts."""
+def write_array(path: Path, parts: np.ndarray | Iterable[np.ndarray], dtype: str = "<f4") -> None:
+    """Write one (M, D) array of float32, or of another `dtype`, whole or in parts."""
     arrays = [parts] if isinstance(parts, np.ndarray) else list(parts)
     rows, width = sum(map(len, arrays)), arrays[0].shape[1]
-    with written_aside(path, 4 * rows * width) as aside, aside.open("wb") as file:
-        write_array_header(file, (rows, width))
+    size = np.dtype(dtype).itemsize * rows * width
+    with written_aside(path, size) as aside, aside.open("wb") as file:
+        write_array_header(file, (rows, width), dtype)
         for part in arrays:
-            file.write(np.ascontiguousarray(part, dtype="<f4").data)
+            file.write(np.ascontiguousarray(part, dtype=dtype).data)
         _sync(file)
 
 
-def write_array_header(file: Any, shape: tuple[int, int]) -> None:
-    """Begin a .npy file of (M, D) float32."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+def write_array_header(file: Any, shape: tuple[int, int], dtype: str = "<f4") -> None:
+    """Begin a .npy file of (M, D) float32, or of another `dtype`."""
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
 
-def map_file(path: Path, shape: tuple[int | None, int | None]) -> np.ndarray | None:
-    """Return the memory-mapped array, or `None` if it is absent, truncated or of another shape."""
+def map_file(
+    path: Path,
+    shape: tuple[int | None, int | None],
+    dtype: str = "<f4",
+    *,
+    mode: Literal["r", "c"] = "r",
+) -> np.ndarray | None:
+    """Return the memory-mapped array, or `None` if it is absent, truncated or of another kind.
+
+    In mode "c" torch can share its memory; whatever is changed there does not reach the file.
+    """
     try:
-        vectors = np.load(regular_file(path), mmap_mode="r")
+        vectors = np.load(regular_file(path), mmap_mode=mode)
     except (OSError, ValueError, EOFError, TokenError, SyntaxError, TypeError, OverflowError):
         return None  # a damaged header is parsed as Python literals
     fits = vectors.ndim == 2 and all(
         want in (None, size) for want, size in zip(shape, vectors.shape, strict=True)
     )
-    return vectors if fits and vectors.dtype == np.float32 else None
+    return vectors if fits and vectors.dtype == np.dtype(dtype) else None
 
 
 def digest(content: Any) -> str:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch.utils.data import Sampler
 
 from twn_rl.data.mixture import Mixture, MixtureSampler
-from twn_rl.data.record import Item, Record
+from twn_rl.data.record import Record
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable, snapshot_reasoning_adapter
-from twn_rl.modeling.collator import fit_item
 from twn_rl.modeling.gate_files import drop_gates
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.extras import extra
 from twn_rl.runtime.processes import join_processes
 from twn_rl.runtime.zero import deepspeed_dtype
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
+from twn_rl.training.opened_queries import OpenedQueries
 from twn_rl.training.rollout_scorer import RolloutScorer
 from twn_rl.training.settings import ScorerSettings
 from twn_rl.training.trl_hooks import HookedGRPOTrainer
@@ -98,14 +99,21 @@ def freeze_scorer(model: DualLoraModel) -> None:
 
 
 def make_scorer(
-    model: DualLoraModel, records: Sequence[Record], args: Any, output: Path
+    model: DualLoraModel,
+    records: Sequence[Record],
+    args: Any,
+    output: Path,
+    *,
+    is_shared: bool = False,
 ) -> RolloutScorer:
     """Return what scores a run's rollouts: the model, frozen and placed, and a bank of targets.
 
-    `args` are `ScorerSettings` and a trainer's.
+    `args` are `ScorerSettings` and a trainer's. For `is_shared` see `RolloutScorer`.
     """
     freeze_scorer(model)
     place_scorer(model, args)
+    is_half = model.backbone.model.dtype == torch.bfloat16
+    auto = "bfloat16" if is_half else "float32"
     return RolloutScorer(
         model,
         records,
@@ -113,44 +121,38 @@ def make_scorer(
         num_negatives=args.num_negatives,
         max_negative_similarity=args.max_negative_similarity,
         batch_size=args.scorer_batch_size,
+        chunk_tokens=args.scorer_chunk_tokens,
+        bank_dtype=auto if args.bank_dtype == "auto" else args.bank_dtype,
+        num_workers=args.dataloader_num_workers,
         processes=join_processes(),
+        is_shared=is_shared,
+        exact_targets=args.exact_targets,
+        num_candidates=args.num_candidates,
+        audit_steps=args.audit_steps,
     )
 
 
-def rollout_dataset(model: DualLoraModel, records: Sequence[Record]) -> Dataset:
-    """Return TRL's view of the records: prompts, pictures opened on access, columns for rewards.
-
-    Texts are cut and pictures scaled by the model's limits, as `model.collate` does.
-    """
-    renderer, limits, is_multimodal = model.renderer, model.limits, model.backbone.is_multimodal
-    # Datasets pickles what `render` holds to name itself: the weights must not be among it.
-    weightless = replace(model.backbone, model=cast(Any, None))
+def rollout_dataset(
+    model: DualLoraModel, records: Sequence[Record], queries: OpenedQueries | None = None
+) -> Dataset:
+    """Return TRL's view of the records: prompts, pictures opened on access, columns for rewards."""
+    queries = queries or OpenedQueries(model, records)
+    renderer, is_multimodal = model.renderer, model.backbone.is_multimodal
     markup = model.backbone.markup(renderer)
-    # TRL asks for a query once a rollout; measuring it again would process its pictures again.
-    kept_characters: dict[int, int] = {}
-
-    def fitted(index: int, query: Item) -> Item:
-        if index in kept_characters:
-            text = (query.text or "")[: kept_characters[index]]
-            return limits.open(replace(query, text=text or None))
-        item = fit_item(weightless, renderer, query, limits)
-        kept_characters[index] = len(item.text or "")
-        return item
 
     def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        indices = batch["record_index"]
-        drawn = [records[index] for index in indices]
-        queries = [fitted(index, row.query) for index, row in zip(indices, drawn, strict=True)]
+        drawn = [records[index] for index in batch["record_index"]]
+        opened = [queries(index) for index in batch["record_index"]]
         rendered = {
             **batch,
             "record_id": [record.id for record in drawn],
             "source": [record.source for record in drawn],
             "task": [str(record.metadata.get("task", "")) for record in drawn],
             "hops": [record.metadata.get("hops") for record in drawn],
-            "prompt": [renderer.messages(q, is_multimodal, markup=markup) for q in queries],
+            "prompt": [renderer.messages(q, is_multimodal, markup=markup) for q in opened],
         }
         if is_multimodal:
-            rendered["images"] = [renderer.images(query) for query in queries]
+            rendered["images"] = [renderer.images(query) for query in opened]
         return rendered
 
     # All else is read when a record is drawn: millions of them would delay the first step.
@@ -183,11 +185,12 @@ class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):
         given: Any = args.generation_kwargs or {}
         args.generation_kwargs = {**given, "suppress_tokens": model.suppressed_token_ids}
         self.scorer, self.records = scorer, records
+        self.scorer.query_of = queries = OpenedQueries(model, records)
         super().__init__(
             model,
             reward_funcs=list(reward_funcs),
             args=args,
-            train_dataset=rollout_dataset(model, records),
+            train_dataset=rollout_dataset(model, records, queries),
             **kwargs,
         )
 
@@ -215,6 +218,10 @@ class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):
             "rollouts/incomplete_ratio": [float(not ok) for ok in columns["is_think_complete"]],
             "embedding_variance": columns["embedding_variance"],
         }
+        for name in ("margin", "rank"):  # of an audit
+            if f"is_other_{name}" in columns:
+                differs = columns[f"is_other_{name}"]
+                metrics[f"rollouts/other_{name}_ratio"] = [float(other) for other in differs]
         ratios = self.dual_model.limits.counts.take_ratios()
         self.log_means({**metrics, **{name: [ratio] for name, ratio in ratios.items()}})
         return columns

@@ -197,7 +197,7 @@ class _Gauge:
     ) -> tuple[list[dict[str, Any]], np.ndarray]:
         """Return one row an example, and the states (N, 2D) without and with its thought."""
         # A batch is as long as its longest prompt; pictures decide before words.
-        order = sorted(range(len(examples)), key=lambda i: _size(examples[i].item))
+        order = sorted(range(len(examples)), key=lambda i: examples[i].item.length_estimate())
         no_think = torch.empty(len(examples), self.model.hidden_size)
         think = torch.empty_like(no_think)
         thoughts: list[dict[str, Any]] = [{}] * len(examples)
@@ -264,10 +264,6 @@ class _Gauge:
             {name: [values[p] for p in rows] for name, values in columns.items()}
             for rows in members
         ]
-
-
-def _size(item: Item) -> tuple[int, int]:
-    return len(item.images) + len(item.video), len(item.text or "") + len(item.instruction or "")
 
 
 def _row(

@@ -58,6 +58,9 @@ def measure_checkpoints(args: Any) -> list[str]:
     return problems
 
 
+BANK_DTYPES = ("auto", "float32", "bfloat16")
+
+
 @dataclass
 class TrainingSettings:
     """Mixin, before HF's or TRL's arguments: the launch file and the recipe must agree.
@@ -151,7 +154,43 @@ class ScorerSettings(TrainingSettings):
         default=16, metadata={"help": "K hardest bank negatives handed to the rewards."}
     )
     scorer_batch_size: int = field(
-        default=64, metadata={"help": "Items per forward pass while the banks are built."}
+        default=64,
+        metadata={
+            "help": "Items per forward pass while the bank is built; dataloader_num_workers "
+            "processes open their pictures."
+        },
+    )
+    scorer_chunk_tokens: int = field(
+        default=32_768,
+        metadata={
+            "help": "Tokens whose keys and values are held at once while rollouts are scored: "
+            "each query once, and once more with each of its thoughts."
+        },
+    )
+    bank_dtype: str = field(
+        default="auto",
+        metadata={
+            "help": "Type of the bank's vectors on disk and device, float32 or bfloat16; auto is "
+            "the backbone's. Products are float32 in any case."
+        },
+    )
+    exact_targets: int | None = field(
+        default=None,
+        metadata={
+            "help": "Largest bank that every rollout is compared with. Above, candidates of each "
+            "query are found once and rollouts are compared with these alone; null: never."
+        },
+    )
+    num_candidates: int = field(
+        default=1024,
+        metadata={"help": "Targets nearest to a query, and to its positive, that are candidates."},
+    )
+    audit_steps: int = field(
+        default=20,
+        metadata={
+            "help": "Every so many generations candidates are audited against the whole bank: "
+            "rollouts/other_margin_ratio and other_rank_ratio are the shares that differ."
+        },
     )
     bank_dir: str | None = field(
         default=None,
@@ -162,7 +201,11 @@ class ScorerSettings(TrainingSettings):
 
     def problems(self) -> list[str]:
         """Return what is wrong with the scorer's fields, and with those of other bases."""
-        return [*super().problems(), *at_least(1, self, "num_negatives", "scorer_batch_size")]
+        counts = "num_negatives", "scorer_batch_size", "scorer_chunk_tokens", "num_candidates"
+        problems = [*super().problems(), *at_least(1, self, *counts, "audit_steps")]
+        if self.bank_dtype not in BANK_DTYPES:
+            problems.append(f"bank_dtype = {self.bank_dtype!r}, expected one of {BANK_DTYPES}")
+        return problems
 
 
 @dataclass

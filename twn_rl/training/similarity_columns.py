@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from twn_rl.metrics.ranking import TIE_TOLERANCE
+from twn_rl.runtime.processes import Processes, gather_objects, gather_rows
+from twn_rl.training.bank_product import Asked, BankProduct
+from twn_rl.training.bank_rows import BLOCK_ROWS, BankError, own_rows
 from twn_rl.training.settings import limit_problems
-from twn_rl.training.target_bank import BankError, TargetBank
+from twn_rl.training.target_bank import TargetBank
 
 SCORING_COLUMNS = (
     "positive_similarity",
@@ -38,8 +39,9 @@ def similarity_columns(
     false_negative_ids: Sequence[Sequence[str]] | None = None,
     max_negative_similarity: float | None = None,
     pools: Sequence[str] | None = None,
-    chunk_size: int = 16_384,
+    chunk_size: int = BLOCK_ROWS,
     temperature: float | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, list[Any]]:
     """Return the similarity columns of N queries against the whole bank, one value per query.
 
@@ -59,6 +61,9 @@ def similarity_columns(
         pools: Per query, the pool whose targets it competes with; `None` means the whole bank.
         chunk_size: Bank rows per matrix product; bounds memory, does not change the result.
         temperature: If given, also return the loss `info_nce`; similarities are divided by it.
+        processes: Share the bank: every process calls this with its own queries, multiplies those
+            of all with its own rows (`own_rows`), and merges. The result is that of one process
+            with all queries, to the last bit but for `info_nce`. None multiplies with all rows.
 
     Returns:
         `positive_similarity` (float in [-1, 1]), `negative_similarities` (at most K floats, hardest
@@ -71,99 +76,70 @@ def similarity_columns(
             lists have other lengths than N, or a query vector is not finite.
     """
     queries = query_embeds.detach().float()
-    num_queries = len(queries)
-    names = list(pools) if pools is not None else [None] * num_queries
-    false_negatives = list(false_negative_ids or [()] * num_queries)
-    _check_queries(queries, positive_ids, names, false_negatives, bank, num_negatives)
     for problem in limit_problems(max_negative_similarity):
         raise BankError(f"{problem}; correct it, or leave it out")
-    kept = ["positive_similarity", "negative_similarities", "target_rank"]
-    kept += [] if temperature is None else ["info_nce"]
-    columns: dict[str, list[Any]] = {name: [None] * num_queries for name in kept}
-    for name in dict.fromkeys(names):
-        members = [row for row in range(num_queries) if names[row] == name]
-        if name is not None and name not in bank.pools:
-            raise BankError(
-                f"pool = {name!r} is not in the bank, expected one of {sorted(bank.pools)[:10]}; "
-                "name the pools when building the bank"
-            )
-        pool = np.arange(len(bank)) if name is None else bank.pools[name]
-        positives = np.array([bank.row_of[positive_ids[row]] for row in members])
-        outside = [row for row, ok in zip(members, np.isin(positives, pool), strict=True) if not ok]
-        if outside:
-            raise BankError(
-                f"positive of row {outside[0]} = {positive_ids[outside[0]]} is not in pool "
-                f"{name!r}, expected it among the pool's {len(pool)} targets; correct pools"
-            )
-        ignored = [
-            [bank.row_of[i] for i in (positive_ids[row], *false_negatives[row]) if i in bank.row_of]
-            for row in members
-        ]
-        scored = _score_pool(
-            queries[members],
-            positives,
-            ignored,
-            pool,
-            bank,
-            num_negatives,
-            chunk_size,
-            temperature,
-            max_negative_similarity,
-        )
-        for column in kept:
-            for row, value in zip(members, scored[column], strict=True):
-                columns[column][row] = value
-    return columns
+    asked = what_is_asked(queries, positive_ids, bank, num_negatives, false_negative_ids, pools)
+    is_shared = processes is not None and processes.num_processes > 1
+    by_process = gather_objects(asked) if is_shared else [asked]
+    counts = [len(part) for part in by_process]
+    product = BankProduct(bank, num_negatives, chunk_size, temperature, max_negative_similarity)
+    everyones = [each for part in by_process for each in part]
+    standings = product.standings(
+        gather_rows(queries, counts),
+        everyones,
+        own_rows(len(bank), processes if is_shared else None, chunk_size),
+    )
+    if is_shared:
+        assert processes is not None
+        standings = standings.merged(counts, processes.process_index)
+    return standings.columns(temperature)
 
 
-def _score_pool(
+def what_is_asked(
     queries: Tensor,
-    positives: np.ndarray,
-    ignored: list[list[int]],
-    pool: np.ndarray,
+    positive_ids: Sequence[str],
     bank: TargetBank,
     num_negatives: int,
-    chunk_size: int,
-    temperature: float | None,
-    max_negative_similarity: float | None,
-) -> dict[str, list[Any]]:
-    """Score n queries that share one pool; `ignored` holds bank rows that are no rivals."""
-    device = queries.device
-    positive_embeds = bank.rows(positives, device)
-    positive = (queries * positive_embeds).sum(dim=1)  # (n,)
-    # Rollouts of one query share their positive: it meets the bank once.
-    _, first, place = np.unique(positives, return_index=True, return_inverse=True)
-    anchors, anchor_of = positive_embeds[torch.from_numpy(first)], torch.from_numpy(place)
-    owner = np.repeat(np.arange(len(ignored)), [len(rows) for rows in ignored])
-    ignored_rows = np.concatenate([np.array(rows, dtype=np.int64) for rows in ignored])
-    hardest = queries.new_empty((len(queries), 0))
-    rivals = torch.zeros(len(queries), dtype=torch.int64, device=device)
-    log_sum = torch.full_like(positive, -torch.inf)  # of exp(similarity / temperature) of rivals
-    for start in range(0, len(pool), chunk_size):
-        rows = pool[start : start + chunk_size]
-        targets = bank.rows(rows, device)
-        similarities = queries @ targets.T  # (n, chunk)
-        if max_negative_similarity is not None:
-            is_unlabelled = anchors @ targets.T >= max_negative_similarity  # (distinct, chunk)
-            similarities.masked_fill_(is_unlabelled[anchor_of], -torch.inf)
-        column = np.searchsorted(rows, ignored_rows)
-        is_here = rows[np.minimum(column, len(rows) - 1)] == ignored_rows
-        similarities[owner[is_here], column[is_here]] = -torch.inf
-        rivals += (similarities >= positive[:, None] - TIE_TOLERANCE).sum(dim=1)
-        if temperature is not None:
-            log_sum = log_sum.logaddexp((similarities / temperature).logsumexp(dim=1))
-        merged = torch.cat([hardest, similarities], dim=1)
-        hardest = merged.topk(min(num_negatives, merged.shape[1]), dim=1).values
-    negatives = [[value for value in row if value != -torch.inf] for row in hardest.tolist()]
-    scored: dict[str, list[Any]] = {
-        "positive_similarity": positive.tolist(),
-        "negative_similarities": negatives,
-        "target_rank": (1 + rivals).tolist(),
-    }
-    if temperature is not None:
-        # -log(e^p / (e^p + sum)) without the cancellation of log(e^p + sum) - p.
-        scored["info_nce"] = F.softplus(log_sum - positive / temperature).tolist()
-    return scored
+    false_negative_ids: Sequence[Sequence[str]] | None = None,
+    pools: Sequence[str] | None = None,
+) -> list[Asked]:
+    """Return what each of N queries is compared with; see `similarity_columns`.
+
+    Raises:
+        BankError: If the bank cannot answer that.
+    """
+    names = list(pools) if pools is not None else [None] * len(queries)
+    false_negatives = list(false_negative_ids or [()] * len(queries))
+    _check_queries(queries, positive_ids, names, false_negatives, bank, num_negatives)
+    asked = [
+        Asked(
+            bank.row_of[positive],
+            tuple(bank.row_of[i] for i in (positive, *ignored) if i in bank.row_of),
+            name,
+        )
+        for positive, ignored, name in zip(positive_ids, false_negatives, names, strict=True)
+    ]
+    _check_pools(asked, positive_ids, bank)
+    return asked
+
+
+def _check_pools(asked: Sequence[Asked], positive_ids: Sequence[str], bank: TargetBank) -> None:
+    """Refuse pools that are unknown or do not hold the positive."""
+    for row, (each, positive_id) in enumerate(zip(asked, positive_ids, strict=True)):
+        if each.pool is None:
+            continue
+        if each.pool not in bank.pools:
+            raise BankError(
+                f"pool = {each.pool!r} is not in the bank, expected one of "
+                f"{sorted(bank.pools)[:10]}; name the pools when building the bank"
+            )
+        pool = bank.pools[each.pool]
+        place = min(int(np.searchsorted(pool, each.positive)), len(pool) - 1)
+        if pool[place] != each.positive:
+            raise BankError(
+                f"positive of row {row} = {positive_id} is not in pool {each.pool!r}, expected it "
+                f"among the pool's {len(pool)} targets; correct pools"
+            )
 
 
 def _check_queries(

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from twn_rl.data.mixture import ReorderedSampler
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable
+from twn_rl.modeling.distinct_pictures import encoding_distinct
 from twn_rl.modeling.late_adapter import acting_late
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import counting_images, encoding_first
@@ -215,7 +216,7 @@ class HookedGRPOTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
-        with self._policy_reads(1):
+        with self._policy_reads(1), encoding_distinct(self.dual_model.backbone):
             completions, logprobs = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
@@ -250,7 +251,7 @@ class HookedGRPOTrainer(GRPOTrainer):
         return super()._calculate_rewards(scored, prompts, completions, completion_ids_list)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what TRL computes, pictures encoded first under ZeRO-3."""
+        """Return what TRL computes, a group's pictures encoded once, and first under ZeRO-3."""
         input_ids: Tensor = args[1]
         if (types := kwargs.get("token_type_ids")) is not None:
             # Where template and tokenizer both write BOS, TRL's processor call has one too many.
@@ -260,6 +261,7 @@ class HookedGRPOTrainer(GRPOTrainer):
         with (
             encoding_first(backbone),
             counting_images(backbone, kwargs.get("num_images")),
+            encoding_distinct(backbone),
             self._policy_reads(1 + logits_to_keep),
         ):
             logps, *rest = super()._get_per_token_logps_and_entropies(*args, **kwargs)

@@ -78,7 +78,7 @@ class MarginEvaluator:
         batch_size: int = 64,
         processes: Processes | None = None,
     ) -> None:
-        """Embed targets and queries once below `directory`; all processes call this together."""
+        """Embed targets once below `directory`; all processes call this together."""
         self.model = model
         self.scorer = RolloutScorer(
             model,
@@ -93,7 +93,7 @@ class MarginEvaluator:
             "evaluator": "margin",
             "scorer": self.scorer.targets.fingerprint,
             "targets": digest(self.scorer.targets.ids),
-            "queries": digest(self.scorer.queries.ids),
+            "queries": digest(list(dict.fromkeys(self.scorer.query_ids))),
             "num_negatives": num_negatives,
         }
         if any(self.scorer.false_negative_ids):
