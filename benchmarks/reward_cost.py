@@ -243,7 +243,9 @@ def print_switches(layers: int) -> None:
 
     The model is as narrow as can be and has the modules of Qwen3-VL-2B: only these count.
     """
-    model = DualLoraModel.from_backbone(random_backbone(True, layers, layers - 4), TwnConfig())
+    model = DualLoraModel.from_backbone(
+        random_backbone(True, layers, max(2, layers - 4)), TwnConfig()
+    )
     peft_model, times = model.peft_model, 20
 
     def by_peft() -> None:

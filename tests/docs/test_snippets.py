@@ -41,6 +41,7 @@ PAGES = [page for page in pages() if blocks(page)]
 SLOW = {
     *("docs/quickstart.md", "docs/benchmarks.md", "docs/results/thoughts.md"),
     *("docs/methods/grpo.md", "docs/rewards.md", "docs/results/speed.md"),
+    "docs/results/reward.md",
 }
 
 
