@@ -11,6 +11,7 @@
 #   pip install --no-index --no-deps --target site FOLDER/*.whl
 #   PYTHONPATH=site:. python benchmarks/gpu.py --minutes 9
 #
+# ALSO names packages to bring although they are there, such as a newer transformers.
 # PYTHON_VERSION (3.12) and ARCHITECTURE (x86_64) are the machine's, PYTHON is what downloads here,
 # with pip and torch (DeepSpeed is built from its source). More than LIMIT_MB (60) is an error.
 set -euo pipefail
@@ -37,8 +38,8 @@ for tag in manylinux_2_{28,27,26,24,17} manylinux2014 manylinux_2_12 manylinux20
 done
 
 mkdir -p "$folder"
-for name in $packages; do
-  grep -qx "$name" <<<"$here" && continue
+for name in $packages ${ALSO:-}; do
+  grep -qw "$name" <<<"${ALSO:-}" || ! grep -qx "$name" <<<"$here" || continue
   pin=$(normal <"$root/constraints.txt" | grep "^$name==" || echo "$name")
   test "$name" != pyarrow || pin=$pyarrow
   if [ "$name" = deepspeed ]; then # published as source only; its operators compile when they run

@@ -1,5 +1,6 @@
 """Tiny random backbones of each family, built in code. Knows no expected values."""
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
@@ -93,6 +95,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in set(left_out)]
 
 
+# Passes share pictures from the transformers on whose models take features made beforehand.
+sharing_pictures = pytest.mark.skipif(
+    "mm_encoder_outputs" not in inspect.signature(Qwen3VLModel.forward).parameters,
+    reason="the models of this transformers take no features of pictures made beforehand",
+)
 WORDS = (  # noqa: SIM905 -- one string keeps the list readable
     "find the picture of a camel pizza zebra tree above below left right top bottom center it is "
     "one two three in row column which object answer Assistant: User: System:"

@@ -122,7 +122,7 @@ def test_parts_that_hang_raise_or_die_are_told_and_leave_the_others_alone(tmp_pa
     (tmp_path / "gpu_parts.py").write_text(STAND_INS, encoding="utf-8")
     parts = ["machine", "grpo", "encode", "gate_labels"]
     done, found = run_battery(
-        tmp_path / "gpu.py", tmp_path / "out", "--minutes", "2", "--parts", *parts
+        tmp_path / "gpu.py", tmp_path / "out", "--minutes", "1", "--parts", *parts
     )
     hung, raised, died, worked = (found["parts"][name] for name in parts)
     assert (hung["state"], hung["seconds_a_step"]) == ("out of time", 1.5)

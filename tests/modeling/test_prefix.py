@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import COUNTING_BACKBONES
+from conftest import COUNTING_BACKBONES, sharing_pictures
 from torch.nn.functional import normalize
 
 from twn_rl.modeling.kv_prefix import merge
@@ -80,6 +80,7 @@ def test_gradient_flows_where_states_are_written_in_place(make_model, make_items
     assert any(grad is not None and grad.abs().max() > 0 for grad in grads)
 
 
+@sharing_pictures
 @pytest.mark.parametrize("name", FAMILIES)
 def test_selected_prompts_are_read_as_if_they_were_alone(make_model, make_items, name):
     model, items = make_model(name), make_items(name)
@@ -112,6 +113,7 @@ def test_prefixes_of_different_lengths_merge(make_model, make_items, name):
     torch.testing.assert_close(normalize(states, dim=-1), expected)
 
 
+@sharing_pictures
 @pytest.mark.parametrize("name", FAMILIES)
 def test_prompts_of_different_batches_merge(make_model, make_items, name):
     model, items = make_model(name), make_items(name)

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from conftest import sharing_pictures
 
 from twn_rl.modeling.vision import FEATURES_KEY, share_images
 
@@ -41,6 +42,7 @@ def _assert_close(actual, expected):
     torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-6)
 
 
+@sharing_pictures
 @pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_shared_pictures_are_encoded_once_and_give_the_same_numbers(
@@ -89,6 +91,7 @@ def test_batches_without_pictures_are_left_untouched(make_model, make_items, cou
     assert not calls
 
 
+@sharing_pictures
 @pytest.mark.parametrize("name", FAMILIES)
 def test_text_beside_pictures_gets_no_features(make_model, make_items, name):
     model, items = make_model(name), make_items(name)

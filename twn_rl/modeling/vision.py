@@ -4,16 +4,20 @@ Knows no adapters: they sit in the language model, so features never depend on t
 """
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image
 
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.runtime.zero import is_sharded
 
+logger = logging.getLogger(__name__)
 FEATURES_KEY = "mm_encoder_outputs"  # transformers' own argument for features made beforehand
 _COUNTS_KEY = "batch_num_images"
 _PIXEL_KEYS = ("pixel_values", "pixel_attention_mask")
@@ -43,10 +47,23 @@ def encode_images(backbone: Backbone, batch: Mapping[str, Any]) -> dict[str, Any
     if in_step and not has_pictures:
         _encode(backbone, _blank_picture(backbone))
         return {**batch, FEATURES_KEY: None}
-    if not has_pictures or not takes_features:
+    if not has_pictures:
+        return dict(batch)
+    if not takes_features:
+        _tell_pictures_are_not_shared(type(model).__name__)
         return dict(batch)
     rest = {key: value for key, value in batch.items() if key not in _PIXEL_KEYS}
     return {**rest, FEATURES_KEY: {"image": _encode(backbone, batch)}}
+
+
+@lru_cache
+def _tell_pictures_are_not_shared(model: str) -> None:
+    """Warn once of each model."""
+    logger.warning(
+        "%s of transformers %s takes no %s: pictures go through the vision tower again in every "
+        "pass; from 5.18 on most families take it",
+        *(model, transformers.__version__, FEATURES_KEY),
+    )
 
 
 def _encode(backbone: Backbone, batch: Mapping[str, Any]) -> Any:
