@@ -198,7 +198,6 @@ def measure_splits(
             facts=facts,
             settings=settings,
         )
-    log_summary(before, after)
     if output.parent == Path(script.model) and (output.parent / CONFIG_FILE).is_file():
         write_card(script.model)
     track_metrics(script.report_to, output, after.metrics)
@@ -306,17 +305,6 @@ def learning_curves(script: EvalScriptArguments) -> dict[str, Path]:
     named = {"SFT": script.before, "GRPO": script.model}
     files = {name: Path(path) / "metrics.jsonl" for name, path in named.items() if path}
     return {name: path for name, path in files.items() if path.exists()}
-
-
-def log_summary(before: Evaluation | None, after: Evaluation) -> None:
-    """Log hit@1 by group and mode of serving, before and after."""
-    for key in sorted(after.metrics):
-        parts = key.split("/")
-        served = ("never", "latent", "always", "auto", JUDGE_MODE, POLICY_MODE)
-        if parts[-1] == "hit@1" and parts[2] in served:
-            old = before.metrics.get(key) if before else None
-            was = "" if old is None else f" (before {100 * old:.1f})"
-            logger.info("%-48s %5.1f%s", key, 100 * after.metrics[key], was)
 
 
 def named_benchmark(arguments: Sequence[str] | None = None) -> str | None:

@@ -6,8 +6,13 @@ import argparse
 import logging
 from typing import Any
 
-from twn_rl.cli.encode import named_fields
-from twn_rl.cli.model_arguments import add_model_arguments, encode_settings, load_embedder
+from twn_rl.cli.model_arguments import (
+    add_model_arguments,
+    add_row_arguments,
+    encode_settings,
+    load_embedder,
+    named_fields,
+)
 from twn_rl.inference.item_rows import ItemFile
 
 logger = logging.getLogger(__name__)
@@ -15,15 +20,7 @@ logger = logging.getLogger(__name__)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare input, output and how a row becomes an item."""
-    parser.add_argument("--input", required=True, help="rows, .jsonl or .parquet")
-    parser.add_argument("--output", required=True, help="folder of the collection")
-    parser.add_argument(
-        "--field",
-        nargs="+",
-        default=[],
-        metavar="[PART=]NAME",
-        help="field that holds the text or item; or parts, as id=sku text=title image=photo",
-    )
+    add_row_arguments(parser, output="folder of the collection")
     parser.add_argument("--ann_rows", type=int, help="approximate index from so many rows on")
     one = parser.add_mutually_exclusive_group()
     one.add_argument(

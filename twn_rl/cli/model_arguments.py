@@ -1,12 +1,37 @@
-"""Arguments of every command that embeds, and the one place where its model is loaded."""
+"""Arguments of the commands that embed rows, and the one place where its model is loaded."""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.options import Keep
+
+
+def add_row_arguments(parser: argparse.ArgumentParser, *, output: str) -> None:
+    """Declare input, output, which is what `output` says, and how a row becomes an item."""
+    parser.add_argument("--input", required=True, help="rows, .jsonl or .parquet")
+    parser.add_argument("--output", required=True, help=output)
+    parser.add_argument(
+        "--field",
+        nargs="+",
+        default=[],
+        metavar="[PART=]NAME",
+        help="field that holds the text or item; or parts, as id=sku text=title image=photo",
+    )
+
+
+def named_fields(words: Sequence[str]) -> dict[str, str]:
+    """Return part -> name of the words of `--field`."""
+    return dict(_part(word) for word in words)
+
+
+def _part(field: str) -> tuple[str, str]:
+    """Return ("text", "title") of "text=title", and ("item", "title") of "title"."""
+    part, is_named, name = field.partition("=")
+    return (part, name) if is_named else ("item", part)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
