@@ -119,6 +119,8 @@ def try_command(
     is_run = program in SHORTER and not any(re.search(need, line) for need in ABSENT)
     is_run = is_run and may_run
     shorter = SHORTER[program] if is_run and "--help" not in words else []
+    if shorter and "--metric_for_best_model" in words:  # which wants checkpoints
+        shorter = [*shorter, "--save_strategy", "steps", "--validation_records", "4"]
     with monkeypatch.context() as patch:
         if not is_run:
             stop_after_parsing(patch)

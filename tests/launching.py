@@ -54,16 +54,17 @@ def launch_worker(
     fails: bool = False,
     dropout: float = 0.0,
     environment: dict[str, str] | None = None,
+    restarts: int = 0,
 ) -> subprocess.CompletedProcess:
     """Run the worker on one process (None), under torchrun, or under a launch file."""
-    command = [sys.executable, str(WORKER)]
+    command, more = [sys.executable, str(WORKER)], [f"--max_restarts={restarts}", str(WORKER)]
     if config == TORCHRUN:
         launcher = ["torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
-        command = [sys.executable, "-m", *launcher, "--rdzv_endpoint=localhost:0", str(WORKER)]
+        command = [sys.executable, "-m", *launcher, "--rdzv_endpoint=localhost:0", *more]
     elif config is not None:
         path = ROOT / "recipes" / "accelerate" / config
         launcher = ["accelerate.commands.launch", "--config_file", str(path)]
-        command = [sys.executable, "-m", *launcher, "--main_process_port=0", str(WORKER)]
+        command = [sys.executable, "-m", *launcher, "--main_process_port=0", *more]
     done = subprocess.run(
         [*command, str(folder), *flags],
         cwd=WORKER.parent,

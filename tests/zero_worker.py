@@ -7,6 +7,7 @@ so that of two processes one has pictures and the other has not. What happened g
 import argparse
 import json
 import os
+import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,13 @@ from transformers import TrainerCallback
 
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records, write_records
-from twn_rl.launch.run_folder import checkpoint_to_resume
+from twn_rl.evaluation.validation import Validation
+from twn_rl.launch.run_folder import (
+    checkpoint_to_resume,
+    owned_run,
+    set_up_logging,
+    train_and_save,
+)
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, set_trainable
 from twn_rl.modeling.backbone import whole_parameters
 from twn_rl.modeling.config import LoraSettings
@@ -106,13 +113,17 @@ class FixedAdaptive(FixedRollouts, AdaptiveGRPOTrainer):
     """Adaptive control on fixed thoughts."""
 
 
-class Kill(TrainerCallback):
-    """Ends the process without a word, as a machine that goes away does."""
+class KillOne(TrainerCallback):
+    """Kills one process of an attempt without a word, as a machine that runs out of memory does."""
+
+    def __init__(self, attempt: int, rank: int) -> None:
+        self.is_meant = os.environ.get("TORCHELASTIC_RESTART_COUNT") == str(attempt)
+        self.is_meant = self.is_meant and join_processes().process_index == rank
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Die after a checkpoint has been written and another step has been done."""
-        if state.global_step == KILLED_AT:
-            os._exit(9)
+        if self.is_meant and state.global_step == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def whole_model(**settings: Any) -> DualLoraModel:
@@ -222,7 +233,8 @@ def make_rl(
     rewards = load_rewards(
         ["kept"], {"kept": margin}, available_columns=[*columns, *ROLLOUT_COLUMNS]
     )
-    return trainer_class(model, rewards, args, data[1], scorer)
+    nothing = Validation(())  # checkpoints may be chosen by the reward all the same
+    return trainer_class(model, rewards, args, data[1], scorer, eval_dataset=nothing)
 
 
 def make_grpo(folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any) -> AdapterCheckpoints:
@@ -252,6 +264,24 @@ STAGES: dict[str, Callable[..., AdapterCheckpoints]] = {
 }
 
 
+def run_elastic(
+    stages: list[str], folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any
+) -> None:
+    """Train stages as recipes do; one process of each dies once: of the first stage the last.
+
+    `extra` are settings of the last stage.
+    """
+    set_up_logging()
+    size = join_processes().num_processes
+    for attempt, stage in enumerate(stages):
+        output = folder / stage
+        with owned_run(output):
+            own = extra if stage == stages[-1] else {}
+            trainer: Any = STAGES[stage](output, data, resume_from_checkpoint="true", **own)
+            trainer.add_callback(KillOne(attempt, (size - 1 - attempt) % size))
+            train_and_save(trainer, output)
+
+
 def run(
     stage: str,
     folder: Path,
@@ -270,8 +300,6 @@ def run(
             KillPoints(folder, f"checkpoint-{STEPS}", point=int(point))
     elif kill and os.environ.get("WORKER_DIES_IN_SAVE"):
         trainer._save_rng_state = die_in_save
-    elif kill:
-        trainer.add_callback(Kill())
     checkpoint = checkpoint_to_resume(folder, "true") if resume else None
     if resume:
         assert checkpoint is not None
@@ -310,6 +338,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
     parser.add_argument("--resume", nargs="*", default=[])
     parser.add_argument("--kill", nargs="*", default=[])
+    parser.add_argument("--elastic", action="store_true")
     parser.add_argument("--settings", type=json.loads, default={})
     options = parser.parse_args()
     processes = join_processes()
@@ -320,7 +349,9 @@ def main() -> None:
         write_data(folder)
     processes.wait_for_everyone()
     data = load_records(folder / "batches.jsonl"), load_records(folder / "groups.jsonl")
-    for stage in options.stages:
+    if options.elastic:
+        run_elastic(options.stages, options.folder, data, **options.settings)
+    for stage in options.stages if not options.elastic else ():
         run(
             stage,
             options.folder / stage,

@@ -205,20 +205,28 @@ def test_dropout_falls_alike_in_both_phases_on_every_engine(runs: Any, config: s
         assert float((other - wanted).norm() / wanted.norm()) > 0.1, "dropout did nothing"
 
 
-@pytest.mark.parametrize("config", ZERO)
-def test_a_killed_run_resumes_to_the_weights_of_an_unbroken_one(
+@pytest.mark.parametrize("config", [TORCHRUN, *ZERO])
+def test_a_launch_goes_on_by_itself_after_a_killed_process(
     runs: Any, config: str, tmp_path: Path
 ) -> None:
     unbroken = runs(config)
-    launch_worker(tmp_path, config, "--stages", "sft", "--kill", "sft", fails=True)
-    assert (tmp_path / "sft" / "checkpoint-2").is_dir()
-    assert not (tmp_path / "sft" / "report.json").exists()
-    flags = ("--stages", "sft", "grpo", "--resume", "sft", "--kill", "grpo")
-    launch_worker(tmp_path, config, *flags, fails=True)
+    # RL keeps the checkpoint in the middle: its rewards are taken for the better ones.
+    first, second, *rest = logged(unbroken, "grpo", "reward")
+    choice = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "reward",
+        "greater_is_better": first + second > sum(rest),
+    }
+    flags = ("--stages", "sft", "grpo", "--elastic", "--settings", json.dumps(choice))
+    done = launch_worker(tmp_path, config, *flags, restarts=2)
+    for stage in ("sft", "grpo"):  # in each another process died, the first one in RL
+        assert f"Resuming from {tmp_path / stage / 'checkpoint-2'}" in done.stderr, done.stderr
+        assert farthest(tmp_path / stage / "checkpoint-4", unbroken / stage) == 0.0
+    assert done.stderr.count("exitcode: -9") == 2
+    assert f"{tmp_path / 'sft' / 'checkpoint-4'} is the end of this run" in done.stderr
     assert farthest(tmp_path / "sft", unbroken / "sft") == 0.0
-    assert not (tmp_path / "grpo" / "report.json").exists()
-    launch_worker(tmp_path, config, "--stages", "grpo", "--resume", "grpo")
-    assert farthest(tmp_path / "grpo", unbroken / "grpo") == 0.0
+    assert "The model is that of step 2 of 4, the best by reward" in done.stderr
+    assert farthest(tmp_path / "grpo", unbroken / "grpo" / "checkpoint-2") == 0.0
 
 
 @pytest.mark.parametrize("config", [TORCHRUN, *ZERO])
