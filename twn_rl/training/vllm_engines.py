@@ -66,8 +66,6 @@ class Answer:
 class Engine(Protocol):
     """What `vllm_rollouts` needs of vLLM."""
 
-    vocab_size: int | None
-
     def load(self, name: str, folder: Path) -> None:
         """Serve this adapter from here on, and no longer the one before."""
         ...
@@ -153,7 +151,6 @@ class ColocatedEngine:
                 enforce_eager=is_on_cpu,
                 disable_log_stats=True,
             )
-        self.vocab_size: int | None = self._llm.llm_engine.model_config.get_vocab_size()
         self._adapter: Any = None
 
     def load(self, name: str, folder: Path) -> None:

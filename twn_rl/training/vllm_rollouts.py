@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
+from transformers import AutoConfig
 
 from twn_rl.data.record import Item
 from twn_rl.modeling.adapter_files import save_adapter
@@ -122,11 +123,6 @@ class VLLMRollouts:
 
     def _sampling_parameters(self, eos_token_ids: Sequence[int]) -> dict[str, Any]:
         args = self._args
-        # Read-out rows may have been added: the stored backbone has no such tokens.
-        base = self.model.backbone
-        rows = self.engine.vocab_size if self.engine else None
-        stored = rows or base.model.config.get_text_config(decoder=True).vocab_size
-        forbidden = [token for token in self.model.suppressed_token_ids if token < stored]
         given = {k: v for k, v in (args.generation_kwargs or {}).items() if k != "suppress_tokens"}
         return {
             "temperature": args.temperature,
@@ -137,7 +133,7 @@ class VLLMRollouts:
             "max_tokens": args.max_completion_length,
             "logprobs": 0,
             "stop_token_ids": [int(token) for token in eos_token_ids],
-            "logit_bias": dict.fromkeys(forbidden, FORBIDDEN_BIAS),
+            "logit_bias": dict.fromkeys(forbidden_tokens(self.model), FORBIDDEN_BIAS),
             **given,
         }
 
@@ -254,6 +250,17 @@ class VLLMRollouts:
                 )
         completions = [ids for answer in answers for ids in answer.completion_ids]
         return completions, [row for answer in answers for row in answer.logprobs]
+
+
+def forbidden_tokens(model: DualLoraModel) -> list[int]:
+    """Return what a policy must never write, of the tokens that the stored backbone has.
+
+    Rows for read-outs may have been added since; vLLM has none of them, and refuses their numbers.
+    """
+    backbone = model.backbone
+    stored = AutoConfig.from_pretrained(backbone.name, revision=backbone.revision)
+    rows = stored.get_text_config(decoder=True).vocab_size
+    return [token for token in model.suppressed_token_ids if token < rows]
 
 
 Probed = tuple[Sequence[float], Sequence[float]]

@@ -24,8 +24,6 @@ _CONNECTIONS = 64
 class EngineServer:
     """A vLLM server that somebody started with `serve_command`; it must see the run's folder."""
 
-    vocab_size: int | None = None
-
     def __init__(
         self, address: str, *, timeout_seconds: float, logprobs_mode: str, command: str
     ) -> None:
