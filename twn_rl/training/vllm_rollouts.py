@@ -72,7 +72,9 @@ class VLLMRollouts:
         self.model, self._args, self._accelerator = model, args, accelerator
         self._whole_model = whole_model
         self._folder = Path(args.output_dir or ".") / ".vllm"
-        self._run, self._syncs = uuid.uuid4().hex[:8], 0
+        # A server may serve several runs, and every process must know the folder by one name.
+        self._run: str = broadcast_object_list([uuid.uuid4().hex[:8]], from_process=0)[0]
+        self._syncs = 0
         self._short: dict[tuple[int, ...], list[int]] = {}
         probe = model.collate([Item(text="which object is it")])["input_ids"][0].tolist()
         closing = [*model.think_open_ids, *probe[-2:], model.backbone.eos_token_id]
