@@ -165,7 +165,7 @@ def rl_arms(models: Mapping[str, DualLoraModel], data: DataArguments, folder: Pa
     def step(trainer: EmbedGRPOTrainer) -> None:
         inputs: Any = next(iter(trainer.get_train_dataloader()))
         policy: Any = trainer.model
-        trainer.training_step(policy.train(), inputs)
+        trainer.training_step(policy.train(), inputs, None)
         policy.zero_grad(set_to_none=True)
 
     arms: Arms = {}

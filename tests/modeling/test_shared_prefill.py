@@ -154,6 +154,30 @@ def test_forwards_of_others_write_the_same_thoughts_and_give_the_same_losses(
     assert "forward" not in vars(model.backbone.inner_model)
 
 
+@pytest.mark.parametrize("name", ["idefics3", "qwen3_vl"])
+def test_forwards_of_others_read_equal_rows_once(make_model, make_items, name):
+    model, items = shared(make_model, name), make_items(name)
+    twin = replace(items[2], images=items[3].images[:1])  # the same words, another picture
+    batch = with_thoughts(model, [items[2], items[2], twin, items[0], items[2], items[0]])
+    inputs, length = join_sequence(batch), batch["completion_ids"].shape[1]
+    sizes = []
+    layer = model.backbone.model.get_submodule(f"{model.backbone.language_prefix}.layers.0.mlp")
+    layer.register_forward_pre_hook(lambda _, args: sizes.append(tuple(args[0].shape[:2])))
+    taken = []
+    with acting_late(
+        *(model.backbone, model.peft_model, length + 1), take=lambda *read: taken.append(read)
+    ):
+        logits = model.backbone.model(**inputs, use_cache=False).logits[:, -length - 1 : -1]
+    early = inputs["input_ids"].shape[1] - length - 1
+    assert sizes == [(3, early), (6, length + 1)]
+    ((prefix, places),) = taken
+    assert places == [0, 0, 1, 2, 0, 2]
+    assert prefix.pending.tolist() == batch["input_ids"][:3, -1].tolist()
+    losses = cross_entropy(logits.transpose(1, 2), batch["completion_ids"], reduction="none")
+    losses = (losses * batch["completion_mask"]).sum(1)
+    torch.testing.assert_close(losses, reference_nll(model, batch), atol=1e-4, rtol=1e-5)
+
+
 def test_a_prompt_is_read_once_whoever_thinks(make_model, make_items, monkeypatch):
     model, items = shared(make_model), make_items("idefics3")
     read_rows, towers = twn_rl.modeling.generation.read_rows, []

@@ -106,6 +106,38 @@ def test_the_scorer_is_frozen_although_the_policy_moved(records: RecordSet, tmp_
         assert trainer.scorer.columns([0, 1], [thought, thought]) == before
 
 
+def test_a_scorer_that_shares_the_prefill_pays_for_thoughts_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "records").mkdir()
+    records = mixed_records(tmp_path / "records")
+    model = small_model(interface="shared_prefill")
+    trainer = make_trainer(model, records, tmp_path, max_steps=1)
+    columns = trainer.scorer.columns
+    scored: list[tuple[Any, ...]] = []
+    thought = model.completion_ids("<think> camel left </think>", add_eos=True)
+
+    def watch(indices, completion_ids, read):
+        prefix, places = read
+        assert len(prefix) == len(set(indices)) < len(indices) == len(places)  # once a group
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "prepare", None)  # to read prompts here would raise
+            scored.append((indices, columns(indices, [thought] * len(indices), read)))
+            return columns(indices, completion_ids, read)
+
+    monkeypatch.setattr(trainer.scorer, "columns", watch)
+    trainer.train()
+    (indices, with_thoughts), *_ = scored
+    alone = columns(indices, [thought] * len(indices))
+    names = ("positive_similarity", "no_think_positive_similarity", "negative_similarities")
+    for name in names:
+        torch.testing.assert_close(
+            torch.tensor(with_thoughts[name]), torch.tensor(alone[name]), atol=1e-5, rtol=0
+        )
+    assert with_thoughts["positive_similarity"] != with_thoughts["no_think_positive_similarity"]
+    assert trainer.prompts_read is None
+
+
 @pytest.mark.parametrize("interface", ["reencode", "shared_prefill"])
 def test_log_probabilities_of_picture_prompts_are_those_of_plain_forwards(
     tmp_path: Path, interface: str

@@ -5,7 +5,7 @@ Knows token tensors only: no items, no text, no losses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -49,22 +49,39 @@ def read_prompts(
     options = {"logits_to_keep": 1} if with_logits else {}
     keeps_gradient = torch.is_grad_enabled() and adapter is not None
     with torch.set_grad_enabled(keeps_gradient), use_adapter(peft_model, adapter):
-        output = model(
-            **prompts.inputs,
-            **prompts.vision,
-            **options,
-            position_ids=prompts.position_ids,
-            past_key_values=DynamicCache(
-                config=backbone.model.config.get_text_config(decoder=True)
-            ),
-            use_cache=True,
-            return_dict=True,
-        )
+        output = run_prompts(backbone, model, prompts, **options)
     mask = prompts.inputs["attention_mask"]
     positions = prompts.position_ids.masked_fill(mask == 0, -1)
     positions = positions if positions.ndim == 2 else positions.amax(0)
     logits = output.logits[:, -1] if with_logits else None
     return Prefix(output.past_key_values, mask, positions.amax(1) + 1, logits, pending)
+
+
+def run_prompts(
+    backbone: Backbone, model: Callable[..., Any], prompts: Prompts, **options: Any
+) -> Any:
+    """Return the output of a forward of whole prompts, its cache filled.
+
+    Args:
+        backbone: Whose layers say which cache they need.
+        model: The backbone's model, the one inside it, or the forward of either.
+        prompts: N prompts.
+        **options: For the forward.
+    """
+    return model(
+        **prompts.inputs,
+        **prompts.vision,
+        **options,
+        position_ids=prompts.position_ids,
+        past_key_values=new_cache(backbone),
+        use_cache=True,
+        return_dict=True,
+    )
+
+
+def new_cache(backbone: Backbone) -> Any:
+    """Return an empty cache of the kinds that the backbone's layers need."""
+    return DynamicCache(config=backbone.model.config.get_text_config(decoder=True))
 
 
 def read_rows(

@@ -74,6 +74,25 @@ class Prompts:
         inputs = {key: value[:, :-1] for key, value in self.inputs.items()}
         return replace(self, inputs=inputs, position_ids=self.position_ids[..., :-1]), ids[:, -1]
 
+    def first_equal(self) -> list[int]:
+        """Return for each row the first one with the same tokens and picture features."""
+        if self.image_tokens is None:
+            return list(range(len(self)))
+        images = self.vision.get(FEATURES_KEY, {}).get("image", {})
+        features = None
+        if "pooler_output" in images:
+            features = _by_token(images["pooler_output"]).split(self.image_tokens)
+        seen: dict[tuple[int, ...], list[int]] = {}
+        found: list[int] = []
+        for row, ids in enumerate(self.inputs["input_ids"].tolist()):
+            # Of rows with the same words that are different so far.
+            others = seen.setdefault(tuple(ids), [])
+            same = (n for n in others if features is None or features[n].equal(features[row]))
+            found.append(next(same, row))
+            if found[-1] == row:
+                others.append(row)
+        return found
+
     def select(self, rows: Sequence[int]) -> Prompts:
         """Return some of the prompts, in the order of `rows`, which may repeat."""
         if self.image_tokens is None:

@@ -209,7 +209,8 @@ class EmbedGRPOTrainer(AdapterCheckpoints, HookedGRPOTrainer):
     ) -> dict[str, list[Any]]:
         """Return the similarity columns, and log the rollouts' quality: hit@1, complete thinks."""
         with self.whole_model():
-            columns = self.scorer.columns(indices, completion_ids)
+            columns = self.scorer.columns(indices, completion_ids, self.prompts_read)
+        self.prompts_read = None  # it has the memory of a cache
         ranks, baseline = columns["target_rank"], columns["no_think_target_rank"]
         metrics = {
             "rollouts/hit@1": [float(rank == 1) for rank in ranks],

@@ -14,9 +14,8 @@ from twn_rl.data.record import Item, Record, pool_of
 from twn_rl.metrics.negatives import FalseNegatives
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.generation import Batch, evaluating
-from twn_rl.modeling.kv_prefix import trim
+from twn_rl.modeling.kv_prefix import Prefix, trim
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.modeling.prompt_features import Prompts
 from twn_rl.runtime.processes import Processes
 from twn_rl.training.bank_rows import own_rows
 from twn_rl.training.candidate_pools import CandidatePools, audit
@@ -121,7 +120,10 @@ class RolloutScorer:
         ]
 
     def columns(
-        self, indices: Sequence[int], completion_ids: Sequence[list[int]]
+        self,
+        indices: Sequence[int],
+        completion_ids: Sequence[list[int]],
+        read: tuple[Prefix, Sequence[int]] | None = None,
     ) -> dict[str, list[Any]]:
         """Return the reward columns of N rollouts, one value per rollout.
 
@@ -136,6 +138,8 @@ class RolloutScorer:
         Args:
             indices: Position of each rollout's record.
             completion_ids: What the policy wrote, with its end of turn.
+            read: What the bare backbone has read of the queries, in "shared_prefill", and the place
+                of each rollout's among them; otherwise they are read here.
         """
         usable = [self.model.completion_for_embedding(ids) for ids in completion_ids]
         is_direct = [self.model.is_direct(ids) for ids in completion_ids]
@@ -146,7 +150,11 @@ class RolloutScorer:
         for index, ids in zip(indices, usable, strict=True):
             if ids:
                 thoughts.setdefault((index, tuple(ids)), len(baseline) + len(thoughts))
-        vectors = self._embed(list(baseline), list(thoughts))
+        prefix = None
+        if read is not None:
+            places = dict(zip(indices, read[1], strict=True))
+            prefix = read[0].select([places[index] for index in baseline])
+        vectors = self._embed(list(baseline), list(thoughts), prefix)
         about = [*baseline, *(index for index, _ in thoughts)]
         scored = self._similarities(vectors, about, len(baseline))
         no_think = [baseline[index] for index in indices]
@@ -169,46 +177,54 @@ class RolloutScorer:
         }
 
     def _embed(
-        self, indices: Sequence[int], thoughts: Sequence[tuple[int, tuple[int, ...]]]
+        self,
+        indices: Sequence[int],
+        thoughts: Sequence[tuple[int, tuple[int, ...]]],
+        prefix: Prefix | None = None,
     ) -> Tensor:
         """Return unit vectors (B + N, D): of B records' queries, then of N thoughts about them.
 
         Pictures are encoded, and each query is read, once. Queries go through the model in chunks
         whose keys and values, once for the query and once for each of its thoughts, fit in
-        `chunk_tokens`.
+        `chunk_tokens`. With a prefix of the queries there is nothing left to read of them.
         """
         model = self.model
         about: dict[int, list[int]] = {index: [] for index in indices}
         for row, (index, _) in enumerate(thoughts):
             about[index].append(row)
         with model.session():
-            prompts = model.prepare(model.collate([self.query_of(i) for i in indices]))
+            if prefix is None:
+                prompts = model.prepare(model.collate([self.query_of(i) for i in indices]))
+                lengths = None if prompts.image_tokens is None else prompts.lengths()
+                read = partial(model.read, prompts)
+            else:
+                lengths, read = prefix.attention_mask.sum(1).tolist(), prefix.select
             states = torch.empty(
                 len(indices) + len(thoughts), model.hidden_size, device=model.device
             )
-            for chunk in self._chunks(prompts, [about[index] for index in indices], thoughts):
-                prefix = trim(model.read(prompts, chunk))
-                states[chunk] = model.read_out(prefix)
+            for chunk in self._chunks(lengths, [about[index] for index in indices], thoughts):
+                before = trim(read(chunk))
+                states[chunk] = model.read_out(before)
                 written = [
                     (place, row) for place, c in enumerate(chunk) for row in about[indices[c]]
                 ]
                 if written:
-                    own = prefix.select([place for place, _ in written])
-                    read = model.read_out(own, [thoughts[row][1] for _, row in written])
-                    states[[len(indices) + row for _, row in written]] = read
+                    own = before.select([place for place, _ in written])
+                    found = model.read_out(own, [thoughts[row][1] for _, row in written])
+                    states[[len(indices) + row for _, row in written]] = found
         return torch.nn.functional.normalize(states, dim=-1)
 
     def _chunks(
         self,
-        prompts: Prompts,
+        lengths: Sequence[int] | None,
         about: Sequence[Sequence[int]],
         thoughts: Sequence[tuple[int, tuple[int, ...]]],
     ) -> list[list[int]]:
-        """Return rows of the prompts that are read together."""
-        if prompts.image_tokens is None:  # all would be read again for each chunk
-            return [list(range(len(prompts)))]
+        """Return rows of prompts, of `lengths` tokens, that are read together; None: all."""
+        if lengths is None:  # all would be read again for each chunk
+            return [list(range(len(about)))]
         costs = []
-        for length, rows in zip(prompts.lengths(), about, strict=True):
+        for length, rows in zip(lengths, about, strict=True):
             longest = max((len(thoughts[row][1]) for row in rows), default=0)
             costs.append((1 + len(rows)) * (length + longest + len(self.model.readout_ids)))
         return [sorted(chunk) for chunk in pack(costs, self.chunk_tokens)]

@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 from twn_rl.data.mixture import ReorderedSampler
 from twn_rl.modeling.adapters import REASONING_ADAPTER, set_trainable
 from twn_rl.modeling.distinct_pictures import encoding_distinct
+from twn_rl.modeling.kv_prefix import Prefix
 from twn_rl.modeling.late_adapter import acting_late
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import counting_images, encoding_first
@@ -35,6 +36,8 @@ class HookedGRPOTrainer(GRPOTrainer):
 
     Attributes:
         dual_model: The model.
+        prompts_read: In "shared_prefill" what the bare backbone read of the prompts that were
+            written from last, and the place of each rollout's among them; else None.
     """
 
     def __init__(self, dual_model: DualLoraModel, **kwargs: Any) -> None:
@@ -47,6 +50,7 @@ class HookedGRPOTrainer(GRPOTrainer):
                     "has no place where an adapter begins to act"
                 )
         self.dual_model = dual_model
+        self.prompts_read: tuple[Prefix, list[int]] | None = None
         self._marks: Mapping[str, Tensor] = {}
         self._loss_inputs: dict[str, Any] | None = None
         # TRL's own vLLM would merge into the backbone, and knows no second adapter.
@@ -177,14 +181,21 @@ class HookedGRPOTrainer(GRPOTrainer):
         places.num_samples, places.shuffle = len(order), False
         return ReorderedSampler(places, order)
 
-    def _policy_reads(self, num_tokens: int) -> AbstractContextManager[None]:
+    def _policy_reads(self, num_tokens: int, *, keep: bool = False) -> AbstractContextManager[None]:
         """Let TRL's forwards in the body read prompts as the model's interface has it.
 
-        In "shared_prefill" the policy acts on the last tokens of a sequence only.
+        In "shared_prefill" the policy acts on the last tokens of a sequence only, and what was read
+        of the others can be kept.
         """
         if not self.dual_model.shares_prefill:
             return nullcontext()
-        return acting_late(self.dual_model.backbone, self.dual_model.peft_model, num_tokens)
+
+        def take(prefix: Prefix, places: list[int]) -> None:
+            if keep:
+                self.prompts_read = prefix, places
+
+        parts = self.dual_model.backbone, self.dual_model.peft_model
+        return acting_late(*parts, num_tokens, take=take)
 
     def _per_prompt(self, images: Any) -> Any:
         """Return TRL's pictures; a prompt without any beside others has an empty list of them."""
@@ -216,7 +227,8 @@ class HookedGRPOTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], Any]:
-        with self._policy_reads(1), encoding_distinct(self.dual_model.backbone):
+        self.prompts_read = None
+        with self._policy_reads(1, keep=True), encoding_distinct(self.dual_model.backbone):
             completions, logprobs = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
