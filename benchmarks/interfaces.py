@@ -185,6 +185,7 @@ def rl_arms(models: Mapping[str, DualLoraModel], data: DataArguments, folder: Pa
         scorer = make_scorer(model, records, config, folder / name)
         rewards = load_rewards(["margin"], REWARDS)
         trainer = EmbedGRPOTrainer(model, rewards, config, records, scorer)
+        trainer.current_gradient_accumulation_steps = 1  # which `train` would have set
         arms[name] = partial(step, trainer)
     return arms
 
