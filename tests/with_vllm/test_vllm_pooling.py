@@ -39,8 +39,8 @@ def vllm_vectors(folder: Path, model: DualLoraModel, items: list[Item], readouts
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from transformers import AutoProcessor, AutoTokenizer
-    from vllm import LLM
-    from vllm.config import PoolerConfig
+    from vllm import LLM  # pyright: ignore[reportMissingImports]
+    from vllm.config import PoolerConfig  # pyright: ignore[reportMissingImports]
 
     auto: Any = AutoProcessor if model.backbone.is_multimodal else AutoTokenizer
     processor, renderer = auto.from_pretrained(folder), model.renderer
