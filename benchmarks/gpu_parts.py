@@ -129,6 +129,7 @@ def rollouts_vllm(bench: Bench) -> None:
         bench.folder / "backbone",
         use_vllm=True,
         vllm_mode="colocate",
+        vllm_max_model_length=bench.sizes.model_length,
         vllm_gpu_memory_utilization=0.3,
     )
 

@@ -32,6 +32,7 @@ class Sizes:
         batch_size: Records of a warm start's step.
         think_tokens: Longest thought that is written.
         rollouts: Rollouts of an RL step, and of a group.
+        model_length: Longest prompt and thought in tokens that vLLM makes room for.
         inputs: How many are embedded, and labelled.
         contrastive: Batches of pairs that go through in chunks.
         small_picture: Picture of those pairs.
@@ -47,6 +48,7 @@ class Sizes:
     batch_size: int = 64
     think_tokens: int = 256
     rollouts: tuple[int, int] = (32, 8)
+    model_length: int = 4096
     inputs: int = 64
     contrastive: tuple[int, ...] = (512, 2048)
     small_picture: tuple[int, int] = (256, 256)
@@ -63,6 +65,7 @@ TINY = Sizes(
     batch_size=4,
     think_tokens=4,
     rollouts=(4, 2),
+    model_length=256,
     inputs=4,
     contrastive=(8, 16),
     small_picture=(64, 64),

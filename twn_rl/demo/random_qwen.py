@@ -93,11 +93,11 @@ SHAPES = {
         is_tied=False,
         parameters=8_767_123_696,
     ),
-    # Two layers, for tests.
+    # Two layers, for tests; heads as wide as vLLM's kernels for CPUs want them.
     "tiny": Shape(
-        _text(32, 48, 2, 4) | {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512},
-        _vision(16, 24, 2, [0, 1]) | {"num_heads": 2, "num_position_embeddings": 16},
-        mrope_section=(2, 1, 1),
+        _text(32, 48, 2, 2) | {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512},
+        _vision(64, 24, 2, [0, 1]) | {"num_heads": 2, "num_position_embeddings": 16},
+        mrope_section=(8, 4, 4),
     ),
 }
 
