@@ -194,7 +194,7 @@ PROGRAMS = [
     path.relative_to(ROOT).as_posix()
     for folder in ("recipes", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
-    if path.name != "__init__.py"
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
 ]
 
 
