@@ -39,6 +39,7 @@ WRONG = {
     "eval --model absent": ("absent/twn_config.json", "written by save_pretrained"),
     "gate --sides qery": ("qery", "query"),
     "grpo --per_device_train_batch 2": ("train_batch 2;", "--per_device_train_batch_size"),
+    "grpo --max_step 2": ("did you mean '--max_steps' or '--save_steps'?",),
     "encode --inp x": ("--inp;", "'--input'"),
     "encode --model x": ("--input", "required"),
     "encode --think alwys --model x --input y --output z": ("alwys", "always"),

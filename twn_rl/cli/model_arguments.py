@@ -78,5 +78,7 @@ def load_embedder(arguments: argparse.Namespace) -> Any:
 
 def _load_embedder(path: str, *, device: str | None, dtype: str | None) -> Any:
     from twn_rl.inference.embedder import ThinkingEmbedder
+    from twn_rl.launch.progress import quieten
 
+    quieten()
     return ThinkingEmbedder.from_pretrained(path, device=device, dtype=dtype)

@@ -342,7 +342,9 @@ class _Parser(HfArgumentParser):
         if unknown:
             flag = unknown[0].split("=")[0]
             flags = [f"--{name}" for name in self._option_string_actions]
+            # Each flag is known with dashes, too; one spelling of it is enough of a hint.
             flags = [each.replace("----", "--") for each in flags]
+            flags = [each for each in flags if "-" not in each[2:] or each == "--help-all"]
             raise ValueError(
                 f"unknown flag {' '.join(unknown)}{hint(flag, flags)} Expected a field of this "
                 "recipe as --FIELD VALUE, see --help and --help-all; correct or remove it"
