@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +19,13 @@ from numpy.typing import NDArray
 from twn_rl.data.record import Item, RecordError
 from twn_rl.inference.encode_settings import EncodeReport, EncodeSettings, ThinkMode
 from twn_rl.inference.item_rows import ItemRow, Side
+from twn_rl.inference.shared_shards import SharedShards
 from twn_rl.inference.vector_files import VectorWriter
 from twn_rl.inference.vector_meta import read_meta
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.generation import DualLoraInference
-from twn_rl.runtime.sharded_pass import Progress, make_shards, shard_ranges
+from twn_rl.runtime.processes import Processes, is_main
+from twn_rl.runtime.sharded_pass import Progress, make_shards
 from twn_rl.runtime.whole_files import digest
 
 logger = logging.getLogger(__name__)
@@ -75,8 +78,11 @@ def encode_file(
     overwrite: bool = False,
     show_progress_bar: bool = True,
     model_fingerprints: Mapping[str, str | None] | None = None,
+    processes: Processes | None = None,
 ) -> EncodeReport:
     """Write the vectors of all rows of `source` to `output`, going on where an earlier run stopped.
+
+    Several processes share the shards, and write the bytes that one alone would.
 
     Beside the vectors stand the details of each row (`id`, `row`, `thought`, `gate_probability`,
     `policy_probability`, `think_tokens`, `problem`, `error`) and what has been done; see
@@ -92,6 +98,7 @@ def encode_file(
         show_progress_bar: Show rows done.
         model_fingerprints: What `fingerprints` said of the embedder's model, to hash it once for
             many files; None asks.
+        processes: The processes of a run, all of which call this and see the same disk.
 
     Raises:
         VectorFileError: If `output` was made otherwise, is damaged or in use.
@@ -129,13 +136,14 @@ def encode_file(
     }
     notes = {"input": described, "path": str(source.path), "settings": asdict(settings)}
     shape = (described["rows"], embedder.get_embedding_dimension())
-    with VectorWriter(output, shape, plan, notes=notes, overwrite=overwrite) as writer:
-        resumed = writer.done_rows
-        _encode_rest(embedder, source, writer, settings, show_progress_bar)
-        report = EncodeReport(writer.rows, resumed, dict(writer.counts))
-    if source.ignored_fields:
+    work = SharedShards(output, plan, shape[0], settings.shard_size, processes)
+    begin = partial(VectorWriter, output, shape, plan, notes=notes, overwrite=overwrite)
+    with work.opened(begin, anew=overwrite):
+        resumed = work.done_rows
+        _encode_rest(embedder, source, work, shape, settings, show_progress_bar)
+    if source.ignored_fields and is_main(processes):
         logger.info("%s: fields nothing reads: %s", source.path, dict(source.ignored_fields))
-    return report
+    return EncodeReport(shape[0], resumed, work.counts)
 
 
 def fingerprints(
@@ -164,55 +172,58 @@ def fingerprints(
 def _encode_rest(
     embedder: Embedder,
     source: ItemSource,
-    writer: VectorWriter,
+    work: SharedShards,
+    shape: tuple[int, int],
     settings: EncodeSettings,
     show_progress_bar: bool,
 ) -> None:
-    """Append what is missing, shard by shard; rows come as a stream."""
-    stream = source.rows(writer.done_rows)
+    """Make what is missing, shard by shard; rows come as a stream."""
+    rows, width = shape
+    stream, at = source.rows(work.done_rows), work.done_rows
+    failed = work.counts.get("failed", 0)
     changed = ValueError(
-        f"{source.path} no longer has the {writer.rows} rows it had; expected a file that does not "
+        f"{source.path} no longer has the {rows} rows it had; expected a file that does not "
         "change while it is read; run again with --overwrite"
     )
 
-    def make(number: int, rows: Sequence[int], progress: Progress) -> None:
-        shard = list(islice(stream, len(rows)))
-        if len(shard) < len(rows):
+    def make(number: int, wanted: Sequence[int], progress: Progress) -> None:
+        nonlocal at, failed
+        skipped = wanted[0] - at  # they are other processes'
+        shard = list(islice(stream, skipped, skipped + len(wanted)))
+        at = wanted[0] + len(shard)
+        if len(shard) < len(wanted):
             raise changed
-        vectors, details = _encode_shard(embedder, source.side, shard, writer, settings)
-        try:
-            writer.append(vectors, details, _count(details))
-        except OSError as error:
-            raise OSError(
-                error.errno,
-                f"{error.strerror}: cannot write rows from {writer.done_rows} on of "
-                f"{writer.rows} to {writer.path}; expected room on the disk; free some and "
-                f"run the same command again: the first {writer.done_rows} rows are kept",
-            ) from error
+        numbered = dict(zip(wanted, shard, strict=True))
+        vectors, details = _encode_shard(embedder, source.side, numbered, width, settings)
+        _log_errors(details, failed)
+        failed += _count(details)["failed"]
+        work.add(number, vectors, details, _count(details))
         progress(len(shard))
 
-    ranges = shard_ranges(writer.rows, settings.shard_size)
     make_shards(
-        {n: rows for n, rows in enumerate(ranges) if rows.start >= writer.done_rows},
+        work.missing(),
         make,
         description=f"encoding {source.path.name}",
-        num_shards=len(ranges),
+        num_shards=len(work.ranges),
         show_progress_bar=show_progress_bar,
+        processes=work.processes,
     )
-    if next(stream, None) is not None:
+    work.append_rest()
+    if next(islice(stream, rows - at, None), None) is not None:
         raise changed
 
 
 def _encode_shard(
     embedder: Embedder,
     side: Side,
-    shard: list[ItemRow],
-    writer: VectorWriter,
+    rows: Mapping[int, ItemRow],
+    width: int,
     settings: EncodeSettings,
 ) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
-    """Return vectors (n, D) and details of n rows, good and bad."""
-    vectors = np.zeros((len(shard), writer.width), dtype=np.float32)
-    details = [_detail(row, writer.done_rows + i) for i, row in enumerate(shard)]
+    """Return vectors (n, D) and details of n rows by their numbers, good and bad."""
+    shard = list(rows.values())
+    vectors = np.zeros((len(shard), width), dtype=np.float32)
+    details = [_detail(row, number) for number, row in rows.items()]
     items = {i: row.item for i, row in enumerate(shard) if row.item is not None}
     if len(items) < len(shard):
         _refuse(shard, {i: row.error for i, row in enumerate(shard) if row.error}, settings)
@@ -230,7 +241,7 @@ def _encode_shard(
             show_progress_bar=False,
             return_details=True,
         )
-        embeddings = _checked(result.embeddings, (len(items), writer.width))
+        embeddings = _checked(result.embeddings, (len(items), width))
         for position, i in enumerate(items):
             made = _happened(result, position)
             if made["error"] is None and not np.isfinite(embeddings[position]).all():
@@ -239,7 +250,6 @@ def _encode_shard(
                 vectors[i] = embeddings[position]
             details[i].update(made)
         _refuse(shard, {i: details[i]["error"] for i in items if details[i]["error"]}, settings)
-    _log_errors(details, writer.counts.get("failed", 0))
     return vectors, details
 
 

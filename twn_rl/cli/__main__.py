@@ -1,0 +1,7 @@
+"""`python -m twn_rl.cli`, for launchers that start modules: the same as `twn-rl`."""
+
+import sys
+
+from twn_rl.cli import main
+
+sys.exit(main())
