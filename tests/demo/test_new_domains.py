@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,14 @@ from twn_rl.demo.scenes import PLACES, Scene
 from twn_rl.demo.tiny_vlm import make_tokenizer
 
 SIZES = DomainSizes(train=40, validation=16, test=24)
-SETTINGS = DemoSettings(**{f"num_{split}": 24 for split in SPLITS})
+
+
+def settings_of(size: int) -> DemoSettings:
+    sizes: dict[str, Any] = {f"num_{split}": size for split in SPLITS}
+    return DemoSettings(**sizes)
+
+
+SETTINGS = settings_of(24)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +81,7 @@ def test_an_equal_domain_is_reused_and_the_demo_is_left_as_it_was(folder: Path) 
     assert [files[part].stat().st_mtime_ns for part in PARTS] == times
     write_demo(folder, SETTINGS)
     assert {split: (folder / f"{split}.jsonl").read_bytes() for split in SPLITS} == before
-    write_demo(folder, DemoSettings(**{f"num_{split}": 8 for split in SPLITS}))
+    write_demo(folder, settings_of(8))
     assert not files["train"].exists(), "a demo of other settings takes its domains along"
 
 

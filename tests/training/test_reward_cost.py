@@ -3,6 +3,7 @@
 import re
 import runpy
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(name: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def run(name: str, flags: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", [name, *flags])
     runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
 
