@@ -58,7 +58,7 @@ ABSENT = (
     r"http://",  # a server
     r"MMEB-V2|mrmr|ViDoRe",  # benchmarks' data
     r"outputs/wordnet",  # WordNet and SmolLM2
-    r"--deepspeed|--config_file|torchrun",  # several processes
+    r"--deepspeed|--config_file|torchrun|--ray_actors",  # several processes
     r"\bDIR\b|\bMODEL\b",  # stands for a folder
 )
 _OTHERS = {
@@ -72,9 +72,20 @@ class Parsed(Exception):  # noqa: N818 -- not an error: it ends a program after 
     """The program has taken its arguments."""
 
 
+def unlaunched(command: list[str]) -> list[str]:
+    """Return the command that one process of a launched `twn-rl` runs.
+
+    >>> unlaunched(["torchrun", "--nproc_per_node", "8", "-m", "twn_rl.cli", "encode"])
+    ['twn-rl', 'encode']
+    """
+    if command[0] == "torchrun" and "twn_rl.cli" in command:
+        return ["twn-rl", *command[command.index("twn_rl.cli") + 1 :]]
+    return list(command)
+
+
 def program_of(command: list[str]) -> tuple[str, list[str]]:
     """Return the program a command runs in the end, a recipe by its file, and its arguments."""
-    words = list(command)
+    words = unlaunched(command)
     if words[0] == "twn-rl" and words[1] in cli.RECIPES:
         return f"recipes/{cli.RECIPES[words[1]][0].replace('.', '/')}.py", words[2:]
     if words[:2] == ["accelerate", "launch"] or words[0] in ("torchrun", "python"):
@@ -155,6 +166,7 @@ def stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
 
 def _start(command: list[str], more: list[str], patch: pytest.MonkeyPatch) -> None:
     """Run the program of a command with more flags at its end."""
+    command = unlaunched(command)
     if command[0] == "twn-rl":
         patch.setattr(sys, "argv", sys.argv)  # recipes find theirs replaced
         status = cli.main([*command[1:], *more])

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,3 +134,76 @@ def test_one_process_goes_on_with_the_shards_of_several(folder: Path) -> None:
         assert report.rows == ROWS
         text = (folder / f"{name}.details.jsonl").read_text()
         assert text.count("from a part") == (0 if changed else 3)
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A Ray of two cores on this machine, whose workers find this checkout."""
+    ray = pytest.importorskip("ray", reason="the extra ray is not installed")
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+# Ray warns of its own code, and leaves sockets to the garbage collector.
+RAY_WARNS = pytest.mark.filterwarnings("ignore:::ray", "ignore::ResourceWarning")
+
+
+@RAY_WARNS
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_actors_of_ray_write_the_bytes_of_one_process(
+    folder: Path, ray: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twn_rl.inference.shard_maker import ShardMaker
+
+    def make(self: ShardMaker, wanted: Any) -> Any:
+        raise AssertionError("this process made a shard itself")
+
+    monkeypatch.setattr(ShardMaker, "make", make)  # the actors are other processes
+    caplog.set_level("INFO")
+    command = ["encode", *words(folder, "rayed"), "--ray_actors", "2"]
+    assert main(command) == 0
+    assert "22 rows, 1 failed" in caplog.text
+    same_as_alone(folder, "rayed")
+    assert main(command) == 0
+    assert "22 from an earlier run" in caplog.text
+
+
+@RAY_WARNS
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_ray_goes_on_with_what_one_process_left(folder: Path, ray: Any, tmp_path: Path) -> None:
+    from twn_rl.inference.shard_maker import ShardMaker
+
+    made = ShardMaker.make
+
+    def make(self: ShardMaker, wanted: Any) -> Any:
+        if wanted[0] >= 9:
+            raise KeyboardInterrupt
+        return made(self, wanted)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardMaker, "make", make)
+        with pytest.raises(KeyboardInterrupt):
+            main(["encode", *words(folder, "begun")])
+    assert json.loads((folder / "begun.meta.json").read_text())["done_rows"] == 9
+    assert main(["encode", *words(folder, "begun"), "--ray_actors", "1"]) == 0
+    same_as_alone(folder, "begun")
+
+
+def test_ray_is_asked_for_by_one_process_and_needs_its_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from twn_rl.inference.ray_encode import RayActors, encode_with_ray
+
+    with pytest.raises(ValueError, match="expected number >= 1"):
+        RayActors(0)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setitem(sys.modules, "ray.data", None)
+    source = ItemFile(folder / "rows.jsonl", side="query")
+    with pytest.raises(ModuleNotFoundError, match=r"twn-rl\[ray\]"):
+        encode_with_ray(lambda: None, source, folder / "none.npy")  # pyright: ignore[reportArgumentType]

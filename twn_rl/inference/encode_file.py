@@ -5,20 +5,15 @@ Knows neither how vectors are made nor how they are stored: a `ThinkingEmbedder`
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from twn_rl.data.record import Item, RecordError
 from twn_rl.inference.encode_settings import EncodeReport, EncodeSettings, ThinkMode
-from twn_rl.inference.item_rows import ItemRow, Side
+from twn_rl.inference.item_rows import Side
+from twn_rl.inference.shard_maker import Embedder, ItemSource, ShardMaker
 from twn_rl.inference.shared_shards import SharedShards
 from twn_rl.inference.vector_files import VectorWriter
 from twn_rl.inference.vector_meta import read_meta
@@ -29,44 +24,6 @@ from twn_rl.runtime.sharded_pass import Progress, make_shards
 from twn_rl.runtime.whole_files import digest
 
 logger = logging.getLogger(__name__)
-
-_SHOWN_ERRORS = 3
-
-
-class Embedder(Protocol):
-    """What the job needs of `twn_rl.inference.embedder.ThinkingEmbedder`."""
-
-    model: Any
-
-    def get_embedding_dimension(self) -> int:
-        """Return the width D of a vector."""
-        ...
-
-    def encode_query(self, items: Sequence[Item], **settings: Any) -> Any:
-        """Return details: embeddings and what happened to each item."""
-        ...
-
-    def encode_document(self, items: Sequence[Item], **settings: Any) -> Any:
-        """Return details, as `encode_query`."""
-        ...
-
-
-class ItemSource(Protocol):
-    """Rows to encode; `item_rows.ItemFile` is one."""
-
-    path: Path
-    side: Side
-    fields: dict[str, str]
-    data_root: Path
-    ignored_fields: Counter[str]
-
-    def rows(self, start: int = 0) -> Iterator[ItemRow]:
-        """Yield the rows from position `start` on."""
-        ...
-
-    def describe(self, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Return `rows`, their number, and `sha256`, which changes when their content does."""
-        ...
 
 
 def encode_file(
@@ -105,6 +62,55 @@ def encode_file(
         RecordError: For a bad row, if `on_bad_row` is "raise".
         OSError: If the disk is full; what is written stays, and the same call goes on.
     """
+    job = plan_job(
+        *(embedder, source, output, settings),
+        overwrite=overwrite,
+        model_fingerprints=model_fingerprints,
+    )
+    work = SharedShards(output, job.plan, job.shape[0], job.settings.shard_size, processes)
+    with work.opened(partial(job.open_writer, overwrite=overwrite), anew=overwrite):
+        resumed = work.done_rows
+        _encode_rest(embedder, source, work, job, show_progress_bar)
+    if source.ignored_fields and is_main(processes):
+        logger.info("%s: fields nothing reads: %s", source.path, dict(source.ignored_fields))
+    return EncodeReport(job.shape[0], resumed, work.counts)
+
+
+@dataclass(frozen=True)
+class EncodeJob:
+    """One file to be made, whoever makes its shards.
+
+    Attributes:
+        output: The .npy file.
+        shape: Rows and width of the file.
+        plan: What the rows depend on.
+        notes: What the file says of its making besides.
+        settings: How to encode, with what the model decides.
+    """
+
+    output: str | Path
+    shape: tuple[int, int]
+    plan: dict[str, Any]
+    notes: dict[str, Any]
+    settings: EncodeSettings
+
+    def open_writer(self, *, overwrite: bool) -> VectorWriter:
+        """Open the file."""
+        return VectorWriter(
+            self.output, self.shape, self.plan, notes=self.notes, overwrite=overwrite
+        )
+
+
+def plan_job(
+    embedder: Embedder,
+    source: ItemSource,
+    output: str | Path,
+    settings: EncodeSettings | None,
+    *,
+    overwrite: bool,
+    model_fingerprints: Mapping[str, str | None] | None = None,
+) -> EncodeJob:
+    """Return what is to be made; see `encode_file`."""
     settings = (settings or EncodeSettings()).of_model(embedder.model, source.side)
     meta = None if overwrite else read_meta(Path(output))
     described = source.describe(meta["notes"].get("input") if meta else None)
@@ -136,14 +142,7 @@ def encode_file(
     }
     notes = {"input": described, "path": str(source.path), "settings": asdict(settings)}
     shape = (described["rows"], embedder.get_embedding_dimension())
-    work = SharedShards(output, plan, shape[0], settings.shard_size, processes)
-    begin = partial(VectorWriter, output, shape, plan, notes=notes, overwrite=overwrite)
-    with work.opened(begin, anew=overwrite):
-        resumed = work.done_rows
-        _encode_rest(embedder, source, work, shape, settings, show_progress_bar)
-    if source.ignored_fields and is_main(processes):
-        logger.info("%s: fields nothing reads: %s", source.path, dict(source.ignored_fields))
-    return EncodeReport(shape[0], resumed, work.counts)
+    return EncodeJob(output, shape, plan, notes, settings)
 
 
 def fingerprints(
@@ -173,32 +172,16 @@ def _encode_rest(
     embedder: Embedder,
     source: ItemSource,
     work: SharedShards,
-    shape: tuple[int, int],
-    settings: EncodeSettings,
+    job: EncodeJob,
     show_progress_bar: bool,
 ) -> None:
     """Make what is missing, shard by shard; rows come as a stream."""
-    rows, width = shape
-    stream, at = source.rows(work.done_rows), work.done_rows
-    failed = work.counts.get("failed", 0)
-    changed = ValueError(
-        f"{source.path} no longer has the {rows} rows it had; expected a file that does not "
-        "change while it is read; run again with --overwrite"
-    )
+    known = work.counts.get("failed", 0)
+    maker = ShardMaker(*(embedder, source, job.shape, job.settings), work.done_rows, known)
 
     def make(number: int, wanted: Sequence[int], progress: Progress) -> None:
-        nonlocal at, failed
-        skipped = wanted[0] - at  # they are other processes'
-        shard = list(islice(stream, skipped, skipped + len(wanted)))
-        at = wanted[0] + len(shard)
-        if len(shard) < len(wanted):
-            raise changed
-        numbered = dict(zip(wanted, shard, strict=True))
-        vectors, details = _encode_shard(embedder, source.side, numbered, width, settings)
-        _log_errors(details, failed)
-        failed += _count(details)["failed"]
-        work.add(number, vectors, details, _count(details))
-        progress(len(shard))
+        work.add(number, *maker.make(wanted))
+        progress(len(wanted))
 
     make_shards(
         work.missing(),
@@ -209,116 +192,4 @@ def _encode_rest(
         processes=work.processes,
     )
     work.append_rest()
-    if next(islice(stream, rows - at, None), None) is not None:
-        raise changed
-
-
-def _encode_shard(
-    embedder: Embedder,
-    side: Side,
-    rows: Mapping[int, ItemRow],
-    width: int,
-    settings: EncodeSettings,
-) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
-    """Return vectors (n, D) and details of n rows by their numbers, good and bad."""
-    shard = list(rows.values())
-    vectors = np.zeros((len(shard), width), dtype=np.float32)
-    details = [_detail(row, number) for number, row in rows.items()]
-    items = {i: row.item for i, row in enumerate(shard) if row.item is not None}
-    if len(items) < len(shard):
-        _refuse(shard, {i: row.error for i, row in enumerate(shard) if row.error}, settings)
-    if items:
-        encode = embedder.encode_query if side == "query" else embedder.encode_document
-        result = encode(
-            list(items.values()),
-            think=settings.think_mode(side),
-            batch_size=settings.batch_size,
-            max_think_tokens=settings.max_think_tokens,
-            think_rate=settings.think_rate,
-            think_threshold=settings.think_threshold,
-            keep=settings.keep,
-            on_bad_input="skip",
-            show_progress_bar=False,
-            return_details=True,
-        )
-        embeddings = _checked(result.embeddings, (len(items), width))
-        for position, i in enumerate(items):
-            made = _happened(result, position)
-            if made["error"] is None and not np.isfinite(embeddings[position]).all():
-                made["error"] = "the model gave NaN or infinity for this row"
-            if made["error"] is None:
-                vectors[i] = embeddings[position]
-            details[i].update(made)
-        _refuse(shard, {i: details[i]["error"] for i in items if details[i]["error"]}, settings)
-    return vectors, details
-
-
-def _refuse(
-    shard: Sequence[ItemRow], errors: Mapping[int, str | RecordError], settings: EncodeSettings
-) -> None:
-    """Raise the first error, if bad rows are to stop the job."""
-    if settings.on_bad_row == "skip" or not errors:
-        return
-    place, error = next(iter(errors.items()))
-    if isinstance(error, RecordError):
-        raise error
-    raise RecordError(f"row with id {shard[place].id!r}: {error}", reason="bad_input")
-
-
-def _detail(row: ItemRow, number: int) -> dict[str, Any]:
-    return {
-        "id": row.id,
-        "row": number,
-        "thought": None,
-        "gate_probability": None,
-        "policy_probability": None,
-        "think_tokens": None,
-        "problem": None,
-        "error": None if row.error is None else str(row.error),
-    }
-
-
-def _happened(result: Any, position: int) -> dict[str, Any]:
-    """Return what the embedder says of one item, JSON-ready."""
-    gate, policy = result.gate_probabilities[position], result.policy_probabilities[position]
-    tokens = result.think_tokens[position]
-    problems = [problem for problem in result.problems[position] if problem is not None]
-    if position in result.truncated:
-        problems.append("input_cut")
-    return {
-        "thought": next(iter(result.thoughts[position]), None),
-        "gate_probability": None if gate is None else float(gate),
-        "policy_probability": None if policy is None else float(policy),
-        "think_tokens": int(tokens),
-        "problem": ", ".join(problems) or None,
-        "error": result.errors.get(position),
-    }
-
-
-def _checked(embeddings: Any, shape: tuple[int, int]) -> NDArray[np.float32]:
-    vectors = np.asarray(embeddings, dtype=np.float32)
-    if vectors.shape != shape:
-        raise ValueError(
-            f"the embedder returned shape {vectors.shape}; expected {shape}: one vector an item; "
-            "correct the embedder"
-        )
-    return vectors
-
-
-def _count(details: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-    counts = Counter(
-        failed=sum(line["error"] is not None for line in details),
-        thoughts=sum(line["thought"] is not None for line in details),
-        think_tokens=sum(line["think_tokens"] or 0 for line in details),
-    )
-    counts.update(f"problem: {line['problem']}" for line in details if line["problem"] is not None)
-    return dict(counts)
-
-
-def _log_errors(details: Sequence[Mapping[str, Any]], known: int) -> None:
-    """Log the first bad rows of a file; the others are in the details."""
-    errors = [line["error"] for line in details if line["error"] is not None]
-    for error in errors[: max(0, _SHOWN_ERRORS - known)]:
-        logger.warning("%s", error)
-    if known < _SHOWN_ERRORS < known + len(errors):
-        logger.warning("further bad rows are only counted; the details file has their errors")
+    maker.expect_end()

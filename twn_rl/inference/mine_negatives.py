@@ -22,10 +22,11 @@ from tqdm.auto import tqdm
 from twn_rl.data.images import ImageError
 from twn_rl.data.record import Item, pool_of
 from twn_rl.data.record_files import RecordSet, load_records, write_records
-from twn_rl.inference.encode_file import Embedder, encode_file
+from twn_rl.inference.encode_file import encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemFile, Side
 from twn_rl.inference.negative_choice import MiningReport, MiningSettings, select_negatives
+from twn_rl.inference.shard_maker import Embedder
 from twn_rl.inference.vector_files import StoredVectors, open_vectors
 from twn_rl.runtime.whole_files import written_aside
 

@@ -41,10 +41,23 @@ class SharedShards:
         rows: int,
         shard_size: int,
         processes: Processes | None,
+        *,
+        has_helpers: bool = False,
     ) -> None:
-        """Plan the work on `output`; `plan` says what the rows depend on."""
+        """Plan the work on `output`; `plan` says what the rows depend on.
+
+        Args:
+            output: The .npy file.
+            plan: What the rows depend on, as JSON.
+            rows: Rows of the file.
+            shard_size: Rows of a shard.
+            processes: Who shares the work.
+            has_helpers: Programs that are none of `processes` add shards, too: each by an object of
+                this class that it never opens.
+        """
         is_alone = processes is None or processes.num_processes == 1
         self.processes = None if is_alone else processes
+        self._has_helpers = has_helpers
         self.done_rows, self.counts = 0, dict[str, int]()
         self._path, self._rows = Path(output), rows
         self._pass = ShardedPass(
@@ -72,7 +85,8 @@ class SharedShards:
                 except (ValueError, OSError) as error:
                     problem = error
             self._tell_everyone(problem)
-            has_parts = self._pass.folder.is_dir() or self.processes is not None
+            is_shared = self._has_helpers or self.processes is not None
+            has_parts = is_shared or self._pass.folder.is_dir()
             if has_parts:
                 anew = anew or not self._pass.is_planned()
                 held.enter_context(self._pass.opened(rebuild=anew, processes=self.processes))

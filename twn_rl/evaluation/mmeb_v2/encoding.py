@@ -20,9 +20,10 @@ from PIL import Image
 
 from twn_rl.data.record import Item, RecordError
 from twn_rl.evaluation.mmeb_v2.task_data import TaskData
-from twn_rl.inference.encode_file import Embedder, encode_file
+from twn_rl.inference.encode_file import encode_file
 from twn_rl.inference.encode_settings import EncodeSettings
 from twn_rl.inference.item_rows import ItemRow, Side
+from twn_rl.inference.shard_maker import Embedder
 from twn_rl.inference.vector_files import open_vectors
 from twn_rl.inference.vector_meta import read_details
 from twn_rl.runtime.processes import Processes
