@@ -225,6 +225,9 @@ def test_pictures_are_encoded_and_prompts_preprocessed_once(taught, monkeypatch)
             processed.append(len(images))
             return original(images=images, **kwargs)
 
+        def __getattr__(self, name: str):
+            return getattr(original, name)
+
     original = images
     features.__signature__ = inspect.signature(get_features)  # type: ignore[attr-defined]
     monkeypatch.setattr(tower, "get_image_features", features)

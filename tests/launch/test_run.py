@@ -15,8 +15,15 @@ from twn_rl.data.record_files import write_records
 from twn_rl.evaluation.gate_threshold import ThresholdRule
 from twn_rl.launch.arguments import DataArguments, ModelArguments, Split, packaged, parse_arguments
 from twn_rl.launch.run_folder import checkpoint_to_resume, save_run
-from twn_rl.recipes import adaptive_embed, gate_embed, grpo_embed, latent_embed, sft_embed
-from twn_rl.recipes.experiments import ablate, compare_selection
+from twn_rl.recipes import (
+    adaptive_embed,
+    expert_iteration,
+    gate_embed,
+    grpo_embed,
+    latent_embed,
+    sft_embed,
+)
+from twn_rl.recipes.experiments import ablate, compare_selection, new_domain
 from twn_rl.training.adaptive import AdaptiveGRPOConfig
 from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.latent import LatentConfig
@@ -115,6 +122,12 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
         types = (latent_embed.LatentScriptArguments, ModelArguments, DataArguments, LatentConfig)
         values = parse(types, path)
         values[1].config()
+    elif "expert_iteration" in path.name:
+        values = parse(expert_iteration.ARGUMENTS, path)
+    elif "new_domain" in path.name:
+        values = parse((new_domain.NewDomainArguments, DataArguments), path)
+        for name in ("sft_config", "grpo_config", "expert_config"):
+            assert (ROOT / getattr(values[0], name)).is_file()
     elif path.name == "wordnet_smollm2.yaml":
         values = parse((ablate.AblateArguments, DataArguments), path)
         for name in ("sft_config", "grpo_config", "gate_config"):

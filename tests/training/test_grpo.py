@@ -23,6 +23,7 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.rewards import REWARDS
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.adaptive import AdaptiveGRPOTrainer
+from twn_rl.training.engine_trainer import EngineTrainer
 from twn_rl.training.grpo import (
     ROLLOUT_COLUMNS,
     EmbedGRPOConfig,
@@ -353,11 +354,13 @@ def test_rollout_rows_open_their_pictures_on_access(records: RecordSet) -> None:
 
 def test_the_trainer_stays_thin() -> None:
     """Generation, advantages and the loss are TRL's, its hooks in `trl_hooks`; these are HF's."""
-    own = {*vars(EmbedGRPOTrainer), *vars(AdaptiveGRPOTrainer), *vars(AdapterCheckpoints)}
+    classes = (EmbedGRPOTrainer, AdaptiveGRPOTrainer, AdapterCheckpoints, EngineTrainer)
+    own = {name for each in classes for name in vars(each)}
     overridden = {name for name in own if hasattr(GRPOTrainer, name)}
     overridden -= {"__doc__", "__module__", "__init__", "__firstlineno__", "__static_attributes__"}
     overridden -= {"__annotations__", "__dict__", "__weakref__"}
     assert overridden == {
+        "_load_best_model",
         "_push_from_checkpoint",
         "_save",
         "_save_checkpoint",
@@ -368,7 +371,9 @@ def test_the_trainer_stays_thin() -> None:
         "_prepare_for_training",
         "_save_optimizer_and_scheduler",
         "create_accelerator_and_postprocess",
+        "evaluate",
         "save_model",
+        "set_initial_training_values",
     }
 
 
