@@ -84,6 +84,26 @@ def test_one_who_does_not_think_is_done_at_the_next_step_beside_thoughts(taught)
     assert run(work) == [thinker]
 
 
+def test_an_answer_is_given_out_before_the_step_goes_on_with_thoughts(taught):
+    embedder, items = taught()
+    log: list[Any] = []
+    work = make_pass(embedder, note_batch=lambda kind, size: log.append(kind))
+    thinker, first, later = (job(embedder, items[2], mode) for mode in ("always", "never", "never"))
+    work.inbox.append(thinker)
+    assert work.step(max_tokens=1, give_out=log.append) == []
+    work.inbox.append(first)
+    came = [later]
+
+    def take_in() -> None:  # the other one comes while the step is under way
+        if log[-1] == "write" and came:
+            work.inbox.append(came.pop())
+
+    log.clear()
+    assert work.step(take_in, max_tokens=1, give_out=log.append) == []
+    assert log == ["read", [first], "write", "read", [later]]
+    assert run(work) == [thinker]
+
+
 def test_places_are_never_exceeded_and_a_cancelled_job_frees_its_own(taught):
     embedder, items = taught()
     work = make_pass(embedder, places=2)

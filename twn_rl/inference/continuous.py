@@ -103,7 +103,11 @@ class ContinuousPass:
         return len(self._waiting)
 
     def step(
-        self, take_in: Callable[[], None] = lambda: None, *, max_tokens: int | None = None
+        self,
+        take_in: Callable[[], None] = lambda: None,
+        *,
+        give_out: Callable[[list[Job]], None] | None = None,
+        max_tokens: int | None = None,
     ) -> list[Job]:
         """Read what waits, go on with all thoughts, and return the jobs that are done.
 
@@ -114,25 +118,37 @@ class ContinuousPass:
 
         Args:
             take_in: Called between two tokens; puts what has come into the inbox.
+            give_out: Called with jobs as soon as they are done, which are not returned then: an
+                answer does not wait for the rest of the step.
             max_tokens: The most tokens to go on by; None is unlimited.
         """
         with self.model.session():
             self._drop_cancelled()
             self._guarded(self._next_to_read(), self._read)
-            self._read_urgent(take_in)
+            self._read_urgent(take_in, give_out)
             self._start()
-            self._read_urgent(take_in)
+            self._read_urgent(take_in, give_out)
             ended = self._write(take_in, max_tokens)
-            self._read_urgent(take_in)
+            self._read_urgent(take_in, give_out)
             self._guarded([thinker.job for thinker in ended], partial(self._read_out, ended))
+            self._give(give_out)
         done, self._done = self._done, []
         return done
 
-    def _read_urgent(self, take_in: Callable[[], None]) -> None:
+    def _give(self, give_out: Callable[[list[Job]], None] | None) -> None:
+        if give_out is not None and self._done:
+            done, self._done = self._done, []
+            give_out(done)
+
+    def _read_urgent(
+        self, take_in: Callable[[], None], give_out: Callable[[list[Job]], None] | None
+    ) -> None:
         """Read those who do not think and have come since: they wait for one piece of work only."""
+        self._give(give_out)
         take_in()
         if any(not job.may_think for job in self.inbox):
             self._guarded(self._next_to_read(only_plain=True), self._read)
+            self._give(give_out)
 
     def _guarded(self, jobs: Sequence[Job], work: Callable[[Sequence[Job]], None]) -> None:
         """Do some jobs' work; an exception is theirs alone, and ends them."""

@@ -93,7 +93,7 @@ class Engine:
             self._take_in()
             try:
                 with self.turn:
-                    done = self.work.step(self._take_what_came)
+                    done = self.work.step(self._take_what_came, give_out=self._give_out)
             except Exception as error:
                 # A pass guards its jobs; what gets here is a fault of the pass itself.
                 logger.exception("the engine lost %d jobs", len(self._deliveries))
@@ -101,8 +101,11 @@ class Engine:
                 for job in done:
                     job.error = job.error or error
                 self.work = self._make_work()
-            for job in done:
-                self._deliver(job)
+            self._give_out(done)
+
+    def _give_out(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._deliver(job)
 
     def _take_in(self) -> None:
         """Take over what has come; wait for it if there is nothing else to do."""
