@@ -101,7 +101,7 @@ def encode_with_ray(
         RecordError: For a bad row, if `on_bad_row` is "raise"; Ray wraps it.
     """
     with extra("ray"):
-        import ray.data
+        import ray.data  # pyright: ignore[reportMissingImports]
     actors, output = actors or RayActors(), Path(output).absolute()
     job = plan_job(load(), source, output, settings, overwrite=overwrite)
     work, rows = shards_of(job), job.shape[0]
@@ -133,7 +133,7 @@ def encode_with_ray(
 def start_ray() -> None:
     """Join the cluster of RAY_ADDRESS, or start one on this machine; once a process."""
     with extra("ray"):
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent to anybody
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS")
