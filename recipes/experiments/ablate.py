@@ -24,10 +24,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments, parse_arguments
@@ -41,6 +41,7 @@ from twn_rl.launch.experiment import (
     run_experiment,
 )
 from twn_rl.launch.program import start
+from twn_rl.recipes.grpo_embed import ARGUMENTS as GRPO_ARGUMENTS
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.training.grpo import EmbedGRPOConfig
@@ -50,6 +51,15 @@ logger = logging.getLogger(__name__)
 WARM_START = "warm_start"
 MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 GATE_MODES = ("auto", "random", "oracle")
+
+
+class ComparedArms(Protocol):
+    """What is told of a comparison whose arms start from one warm start a seed."""
+
+    output_dir: str
+    seeds: list[int]
+    threads: list[int] | None
+    arms: list[str]
 
 
 @dataclass
@@ -79,6 +89,11 @@ class AblateArguments(ExperimentArguments):
 def main(script: AblateArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
+    return report_arms(script, seeds)
+
+
+def report_arms(script: ComparedArms, seeds: Sequence[Seed]) -> Path:
+    """Write and log the tables of the warm start and all arms; return their folder."""
     output = Path(script.output_dir)
     arms = {
         arm: [seed.root / folder(arm) / EVALUATION_FOLDER for seed in seeds]
@@ -132,28 +147,29 @@ def reward_settings(rewards: str, grpo_config: str) -> dict[str, Any]:
     Raises:
         ValueError: If a weight is no number.
     """
-    weights: dict[str, float] = {}
+    names: list[str] = []  # one named twice is refused where rewards are loaded
+    weights: list[float] = []
     for part in rewards.split(","):
         name, _, weight = part.partition("=")
+        names.append(name)
         try:
-            weights[name] = float(weight or 1.0)
+            weights.append(float(weight or 1.0))
         except ValueError as error:
             raise ValueError(
                 f"arm grpo:{rewards} has the weight {weight!r}; expected a number, as in "
                 "grpo:margin=1,length=0.2"
             ) from error
-    settings: dict[str, Any] = {"rewards": [*weights], "reward_weights": [*weights.values()]}
+    settings: dict[str, Any] = {"rewards": names, "reward_weights": weights}
     # Rewards that are named on the command line drop the parameters of the file with its rewards.
     parameters: Any = read_grpo(grpo_config)[0].reward_parameters or {}
-    if own := {name: value for name, value in parameters.items() if name in weights}:
+    if own := {name: value for name, value in parameters.items() if name in names}:
         settings["reward_parameters"] = json.dumps(own)
     return settings
 
 
 def read_grpo(grpo_config: str) -> tuple[GrpoScriptArguments, EmbedGRPOConfig]:
     """Return the settings of RL that a file holds."""
-    types = (GrpoScriptArguments, DataArguments, EmbedGRPOConfig)
-    script, _, grpo = parse_arguments(types, arguments=["--config", grpo_config])
+    script, _, grpo = parse_arguments(GRPO_ARGUMENTS, arguments=["--config", grpo_config])
     return script, grpo
 
 

@@ -19,7 +19,6 @@ runs are kept: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,10 +26,8 @@ from typing import Any
 
 from twn_rl.demo.dataset import write_demo
 from twn_rl.demo.new_domains import DOMAINS, DomainSizes, write_domain
-from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.experiment import (
-    EVALUATION_FOLDER,
     ExperimentArguments,
     Seed,
     Stage,
@@ -38,14 +35,17 @@ from twn_rl.launch.experiment import (
     run_experiment,
 )
 from twn_rl.launch.program import start
-from twn_rl.recipes.experiments.ablate import WARM_START, folder, rl_budget
+from twn_rl.recipes.experiments.ablate import (
+    WARM_START,
+    folder,
+    read_grpo,
+    report_arms,
+    reward_settings,
+    rl_budget,
+)
 from twn_rl.recipes.expert_iteration import ARGUMENTS as EXPERT_ARGUMENTS
-from twn_rl.recipes.grpo_embed import ARGUMENTS as GRPO_ARGUMENTS
 from twn_rl.rewards import REWARDS
-from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "demo_new_domain.yaml"
 ARMS = ("more_sft", "expert_iteration", "grpo")
@@ -90,14 +90,7 @@ class NewDomainArguments(ExperimentArguments):
 def main(script: NewDomainArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
-    output = Path(script.output_dir)
-    arms = {
-        arm: [seed.root / folder(arm) / EVALUATION_FOLDER for seed in seeds]
-        for arm in (WARM_START, *script.arms)
-    }
-    text = save_arms(output, arms)
-    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
-    return output
+    return report_arms(script, seeds)
 
 
 def plan(script: NewDomainArguments, seed: Seed) -> Iterator[Stage]:
@@ -150,7 +143,7 @@ def training_of(arm: str, script: NewDomainArguments, warm: Path, target: Path, 
         own |= expert_budget(script)
         return Stage("expert_iteration", target, {"config": script.expert_config, **own, **common})
     if reward := arm.partition(":")[2]:
-        own |= {"rewards": [reward, "format"], "reward_weights": [1.0, 0.5]}
+        own |= reward_settings(f"{reward}=1,format=0.5", script.grpo_config)
     return Stage("grpo_embed", target, {"config": script.grpo_config, **own, **common})
 
 
@@ -160,7 +153,7 @@ def expert_budget(script: NewDomainArguments) -> dict[str, Any]:
     Raises:
         ValueError: If RL's samples are not whole groups a round.
     """
-    _, _, grpo = parse_arguments(GRPO_ARGUMENTS, arguments=["--config", script.grpo_config])
+    _, grpo = read_grpo(script.grpo_config)
     _, _, expert = parse_arguments(EXPERT_ARGUMENTS, arguments=["--config", script.expert_config])
     steps, batch = grpo.max_steps, grpo.per_device_train_batch_size
     samples = steps * batch * grpo.gradient_accumulation_steps

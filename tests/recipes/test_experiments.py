@@ -180,6 +180,8 @@ def test_an_arm_names_several_rewards_with_weights_and_takes_their_parameters(
     window = {"max_think_tokens": 32, "soft_window_tokens": 32}
     assert parsed.reward_parameters == {"length": window}
     assert training.per_device_train_batch_size == 128  # from the file it rests on
+    twice = ablate.reward_settings("margin=1,margin=2", "recipes/configs/demo_grpo.yaml")
+    assert twice["rewards"] == ["margin", "margin"], "for load_rewards to refuse"
     script.arms = ["grpo:margin=much"]
     with pytest.raises(ValueError, match="weight 'much'; expected a number"):
         list(ablate.plan(script, seed_in(tmp_path)))
