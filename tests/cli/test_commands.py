@@ -7,7 +7,7 @@ import pytest
 
 from twn_rl import cli
 from twn_rl.cli import COMMANDS, RECIPES, main
-from twn_rl.cli.demo import stages
+from twn_rl.cli.demo import MAX_THREADS, stages, usual_threads
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,3 +72,12 @@ def test_the_demo_has_four_stages_that_rest_on_each_other(tmp_path: Path) -> Non
     seeded = stages(tmp_path, None, 3, seed=5).values()
     assert all("--demo_seed=5" in stage.flags for stage in seeded)
     assert ["--seed=5" in stage.flags for stage in seeded] == [True, True, True, False]
+
+
+def test_the_demo_uses_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for cores, threads in ((1, 1), (2, 2), (64, MAX_THREADS)):
+        monkeypatch.setattr("os.sched_getaffinity", lambda process, n=cores: set(range(n)))
+        assert usual_threads() == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert usual_threads() is None

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 # All that accelerate would otherwise say it chose; and no traceback of its own.
 LAUNCHER = ["--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+MAX_THREADS = 4  # of a model this small, more would wait for each other
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--demo_scale", type=float, help="multiplies the sizes of the splits")
     parser.add_argument("--max_steps", type=int, help="steps of the warm start and of RL")
     parser.add_argument("--seed", type=int, help="of the scenes, the adapters and the sampling")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=usual_threads(),
+        help=f"of torch: the cores at hand, at most {MAX_THREADS}, unless OMP_NUM_THREADS says it; "
+        "another number gives sums, and so a run, that differ in their last bits",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -36,11 +44,21 @@ def run(arguments: argparse.Namespace) -> int:
     for number, (name, stage) in enumerate(named.items(), start=1):
         os.environ[STAGE_VARIABLE] = f"{number} of {len(named)}, {name}"
         logger.log(NOTICE, "Stage %s, %s so far", os.environ[STAGE_VARIABLE], so_far(started))
-        if not stage.run(LAUNCHER, is_shown=True):
+        if not stage.run(LAUNCHER, is_shown=True, threads=arguments.threads):
             logger.log(NOTICE, "It had been run; to run it again, remove %s", stage.target)
             if name == "evaluation":
                 logger.log(NOTICE, "Report: %s", stage.target / "report.html")
     return 0
+
+
+def usual_threads() -> int | None:
+    """Return how many threads to use; None where the environment says it.
+
+    Without either, accelerate takes one.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    return min(len(os.sched_getaffinity(0)), MAX_THREADS)
 
 
 def so_far(started: float) -> str:
