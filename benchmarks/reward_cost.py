@@ -21,22 +21,19 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import normalize
-from transformers import PreTrainedTokenizerFast, Qwen3VLConfig, Qwen3VLForConditionalGeneration
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from twn_rl.data.record import Item, Record
+from twn_rl.demo.random_qwen import SHAPES, Shape, random_backbone
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
-from twn_rl.modeling.backbone import Backbone, from_parts
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
@@ -47,14 +44,9 @@ from twn_rl.training.target_bank import TargetBank
 
 REWARD = ("scorer: reading", "similarity", "host work of the reward")
 OTHERS = ("naive: every rollout read whole", "UME-R1: targets and rollouts anew")
-WORDS = [f"word{number}" for number in range(200)]
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|> {{ m['role'] }} {% if m['content'] is string %}"
-    "{{ m['content'] }}{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}"
-    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ p['text'] }}{% endif %}{% endfor %}"
-    "{% endif %}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant{% endif %}"
-)
+WORDS = [f"w{number}" for number in range(200)]
+# Of the pictures of random records, and the least the processor takes them for.
+SIDE, TINY_SIDE = 384, 64
 
 
 @dataclass
@@ -81,14 +73,16 @@ def main() -> None:
     if not script.count_only:
         with tempfile.TemporaryDirectory() as folder:
             if script.model is None:
-                model = DualLoraModel.from_backbone(random_backbone(script.tiny), TwnConfig())
-                records = random_records(script.queries, side=64 if script.tiny else 384)
+                name, side = ("tiny", TINY_SIDE) if script.tiny else ("middle", SIDE)
+                backbone = random_backbone(name, smallest_pixels=side**2)
+                model = DualLoraModel.from_backbone(backbone, TwnConfig())
+                records = random_records(script.queries, side)
             else:
                 model = DualLoraModel.from_pretrained(script.model, is_trainable=True)
                 records = list(data.load("rl"))
             step = Step(model, records, script, Path(folder))
             report(step.measure(), step, script)
-        print_switches(28 if not script.tiny else 2)
+        print_switches("tiny" if script.tiny else "2b")
     print_counts()
 
 
@@ -238,14 +232,16 @@ def report(seconds: dict[str, float], step: Step, script: BenchmarkArguments) ->
     print()
 
 
-def print_switches(layers: int) -> None:
+def print_switches(name: str) -> None:
     """Print what using the other adapter and coming back takes, as PEFT does it and here.
 
-    The model is as narrow as can be and has the modules of Qwen3-VL-2B: only these count.
+    The model is as narrow as can be and has the modules of shape `name`: only these count.
     """
-    model = DualLoraModel.from_backbone(
-        random_backbone(True, layers, max(2, layers - 4)), TwnConfig()
-    )
+    tiny, like = SHAPES["tiny"], SHAPES[name]
+    text = {**tiny.text, "num_hidden_layers": like.text["num_hidden_layers"]}
+    depth = {key: like.vision[key] for key in ("depth", "deepstack_visual_indexes")}
+    narrow = replace(tiny, text=text, vision={**tiny.vision, **depth})
+    model = DualLoraModel.from_backbone(random_backbone(narrow), TwnConfig())
     peft_model, times = model.peft_model, 20
 
     def by_peft() -> None:
@@ -309,137 +305,35 @@ def random_records(count: int, side: int) -> list[Record]:
     ]
 
 
-def random_backbone(is_tiny: bool, layers: int = 2, depth: int = 2) -> Backbone:
-    """Return a Qwen3-VL with random weights; of middle size unless it is tiny."""
-    special = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"]
-    tokens = ["<pad>", "<unk>", *special, "<think>", "</think>", *WORDS, "user", "assistant"]
-    core = Tokenizer(models.WordLevel({t: i for i, t in enumerate(tokens)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", unk_token="<unk>", eos_token="<|im_end|>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": special})
-    tokenizer.add_tokens(["<think>", "</think>"])
-    tokenizer.chat_template = TEMPLATE
-    width, layers, depth = (64, layers, depth) if is_tiny else (640, 8, 6)
-    ids = {
-        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
-        for name, token in (
-            ("image", "image_pad"),
-            ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"),
-        )
-    }
-    config = Qwen3VLConfig(
-        text_config={
-            "hidden_size": width,
-            "intermediate_size": 3 * width,
-            "num_hidden_layers": layers,
-            "num_attention_heads": width // 32,
-            "num_key_value_heads": width // 64,
-            "head_dim": 32,
-            "vocab_size": len(tokens) + 24,
-            "max_position_embeddings": 4096,
-            "tie_word_embeddings": True,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 10000.0,
-                "mrope_section": [8, 4, 4],
-                "mrope_interleaved": True,
-            },
-        },
-        vision_config={
-            "depth": depth,
-            "hidden_size": width // 2,
-            "intermediate_size": 2 * width,
-            "num_heads": 4,
-            "out_hidden_size": width,
-            "patch_size": 16,
-            "num_position_embeddings": 576,
-            "deepstack_visual_indexes": [0, 1],
-        },
-        tie_word_embeddings=True,
-        **{**ids, "video_token_id": len(tokens) + 1},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = Qwen3VLForConditionalGeneration(config).eval()
-    return from_parts(model, ImageOnlyProcessor(tokenizer))
-
-
-class ImageOnlyProcessor:
-    """What Qwen's processor does for pictures; the real one needs torchvision for its videos."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        """Keep the tokenizer; pictures keep their size."""
-        self.tokenizer, self.chat_template = tokenizer, tokenizer.chat_template
-        self.image_processor = Qwen2VLImageProcessorPil(
-            patch_size=16, size={"shortest_edge": 32**2, "longest_edge": 1024**2}
-        )
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """Render messages."""
-        return self.tokenizer.apply_chat_template(messages, **kwargs)
-
-    def __call__(
-        self, *, text: list[str], images: list[list[Any]] | None = None, **kwargs: Any
-    ) -> dict[str, torch.Tensor]:
-        """Write image placeholders out and tokenize."""
-        vision: dict[str, torch.Tensor] = {}
-        if images:
-            flat = [image for row in images for image in row]
-            vision = dict(self.image_processor(images=flat, return_tensors="pt"))
-            counts = iter((vision["image_grid_thw"].prod(-1) // 4).tolist())
-            pieces = [row.split("<|image_pad|>") for row in text]
-            text = [
-                first + "".join("<|image_pad|> " * next(counts) + piece for piece in rest)
-                for first, *rest in pieces
-            ]
-        batch = dict(self.tokenizer(text, return_token_type_ids=False, **kwargs))
-        image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        batch["mm_token_type_ids"] = (batch["input_ids"] == image_token).long()
-        return {**batch, **vision}
-
-
 @dataclass(frozen=True)
-class Shape:
-    """Sizes of a published Qwen3-VL."""
+class Operations:
+    """Operations of the parts of a model of some shape."""
 
-    name: str
-    width: int
-    layers: int
-    inner: int
-    heads: int
-    vision: tuple[int, int, int]  # layers, width, inner width
-    vocabulary: int = 151_936
-    key_heads: int = 8
-    head: int = 128
+    shape: Shape
 
     def read(self, tokens: float, context: float) -> float:
-        """Return the operations of a forward through the layers; `context` is seen on average."""
-        attention = self.width * self.head * (2 * self.heads + 2 * self.key_heads)
-        weights = self.layers * (attention + 3 * self.width * self.inner)
-        return tokens * (2 * weights + 4 * self.layers * self.heads * self.head * context)
+        """Return those of a forward through the layers; `context` is seen on average."""
+        text = self.shape.text
+        layers, width, heads = (
+            text[key] for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        )
+        attention = width * text["head_dim"] * (2 * heads + 2 * text["num_key_value_heads"])
+        weights = layers * (attention + 3 * width * text["intermediate_size"])
+        return tokens * (2 * weights + 4 * layers * heads * text["head_dim"] * context)
 
     def see(self, image_tokens: int) -> float:
-        """Return the operations of the vision tower for a picture; 4 patches are a token."""
-        layers, width, inner = self.vision
+        """Return those of the vision tower for a picture; 4 patches are a token."""
+        width, inner = self.shape.vision["hidden_size"], self.shape.vision["intermediate_size"]
         patches = 4 * image_tokens
-        return patches * layers * (2 * (4 * width**2 + 2 * width * inner) + 4 * width * patches)
+        each = 2 * (4 * width**2 + 2 * width * inner) + 4 * width * patches
+        return patches * self.shape.vision["depth"] * each
 
     def speak(self, tokens: float) -> float:
-        """Return the operations of the language head."""
-        return 2.0 * tokens * self.width * self.vocabulary
+        """Return those of the language head."""
+        return 2.0 * tokens * self.shape.text["hidden_size"] * self.shape.text["vocab_size"]
 
 
-SHAPES = (
-    Shape("2B", 2048, 28, 6144, 16, (24, 1024, 4096)),
-    Shape("4B", 2560, 36, 9728, 32, (24, 1024, 4096)),
-    Shape("8B", 4096, 36, 12_288, 32, (27, 1152, 4304)),
-)
-
-
-def count(shape: Shape, image: int, *, text: int = 64, thought: int = 256) -> dict[str, float]:
+def count(model: Operations, image: int, *, text: int = 64, thought: int = 256) -> dict[str, float]:
     """Return the operations of a step's parts for one query with 8 rollouts, and 1 M targets.
 
     Trained with gradient checkpointing: forward twice, and once as much backward, since frozen
@@ -448,18 +342,18 @@ def count(shape: Shape, image: int, *, text: int = 64, thought: int = 256) -> di
     group, readouts, targets = 8, 4, 1_000_000
     prompt = image + text
     whole = prompt + thought
-    once = shape.see(image) + shape.read(prompt, prompt / 2)
-    behind = shape.read(thought, prompt + thought / 2)
-    tail = shape.read(readouts, whole)
-    product = 2.0 * targets * shape.width
+    once = model.see(image) + model.read(prompt, prompt / 2)
+    behind = model.read(thought, prompt + thought / 2)
+    tail = model.read(readouts, whole)
+    product = 2.0 * targets * model.shape.text["hidden_size"]
     return {
-        "generation": group * (once + behind + shape.speak(thought)),
+        "generation": group * (once + behind + model.speak(thought)),
         "forward and backward": group
-        * (shape.see(image) + 3 * shape.read(whole, whole / 2) + 3 * shape.speak(thought)),
-        "reading": once + shape.read(readouts, prompt) + group * (behind + tail),
+        * (model.see(image) + 3 * model.read(whole, whole / 2) + 3 * model.speak(thought)),
+        "reading": once + model.read(readouts, prompt) + group * (behind + tail),
         "similarity": (1 + group) * product,
         OTHERS[0]: group * (2 * once + behind + 2 * tail) + 2 * group * product,
-        OTHERS[1]: group * (once + behind + tail) + 2 * shape.read(prompt, prompt / 2),
+        OTHERS[1]: group * (once + behind + tail) + 2 * model.read(prompt, prompt / 2),
     }
 
 
@@ -469,15 +363,15 @@ def print_counts() -> None:
     head = ("model", "image tokens", "generation", "fwd + bwd", "reading", "similarity", "share")
     print("| " + " | ".join((*head, "naive", "UME-R1")) + " |")
     print("| --- |" + " ---: |" * 8)
-    for shape in SHAPES:
+    for name in ("2b", "4b", "8b"):
         for image in (256, 1024):
-            parts = count(shape, image)
+            parts = count(Operations(SHAPES[name]), image)
             rest = parts["generation"] + parts["forward and backward"]
             reward = parts["reading"] + parts["similarity"]
-            names = ("generation", "forward and backward", "reading", "similarity")
-            cells = [f"{parts[name] / 1e12:.2f}" for name in names]
+            shown = ("generation", "forward and backward", "reading", "similarity")
+            cells = [f"{parts[part] / 1e12:.2f}" for part in shown]
             shares = [value / (rest + value) for value in (reward, *(parts[o] for o in OTHERS))]
-            row = (shape.name, str(image), *cells, *(f"{share:.1%}" for share in shares))
+            row = (name.upper(), str(image), *cells, *(f"{share:.1%}" for share in shares))
             print("| " + " | ".join(row) + " |")
 
 

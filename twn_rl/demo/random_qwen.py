@@ -93,6 +93,12 @@ SHAPES = {
         is_tied=False,
         parameters=8_767_123_696,
     ),
+    # What a few CPU cores train in minutes.
+    "middle": Shape(
+        _text(640, 1920, 8, 10) | {"num_key_value_heads": 5, "head_dim": 64, "vocab_size": 4096},
+        _vision(320, 1280, 6, [1, 3, 5]) | {"num_heads": 5, "num_position_embeddings": 576},
+        mrope_section=(12, 10, 10),
+    ),
     # Two layers, for tests; heads as wide as vLLM's kernels for CPUs want them.
     "tiny": Shape(
         _text(32, 48, 2, 2) | {"num_key_value_heads": 1, "head_dim": 32, "vocab_size": 512},
@@ -217,23 +223,24 @@ def make_processor(tokenizer: Any, smallest_pixels: int) -> ProcessorMixin:
 
 
 def random_backbone(
-    name: str,
+    shape: str | Shape,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     attn_implementation: str = "sdpa",
     smallest_pixels: int = 65536,
 ) -> Backbone:
-    """Return a backbone of a shape of `SHAPES`, made on its device.
+    """Return a backbone with random weights, made on its device.
 
     Args:
-        name: Which shape.
+        shape: Its sizes, or a name in `SHAPES`.
         device: Where the weights are drawn; a GPU does it in seconds.
         dtype: Of the weights.
         attn_implementation: Attention kernel.
         smallest_pixels: Smaller pictures are scaled up to so many; the default is Qwen's.
     """
-    shape = SHAPES[name]
+    if isinstance(shape, str):
+        shape = SHAPES[shape]
     tokenizer = make_tokenizer(shape.text["vocab_size"])
     names = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
     names |= {"vision_start": "<|vision_start|>", "vision_end": "<|vision_end|>"}
