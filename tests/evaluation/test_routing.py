@@ -151,6 +151,7 @@ def test_the_summary_names_what_is_undefined_and_is_json() -> None:
     summary = routing_summary(make_queries([0.9, 0.6, 0.1, 0.2, 0.3]))
     assert summary["oracle_share"] == pytest.approx((0.4 - 0.48) / (0.8 - 0.48))
     assert summary["token_ratio"] == pytest.approx(14 / 30)
+    assert summary["least_token_ratio"] == pytest.approx(10 / 30)  # the first alone is enough
     assert summary["quality_drop"] == pytest.approx(1 / 5)
     assert summary["quality_drop_low"] <= 1 / 5 <= summary["quality_drop_high"]
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 # Differences of means below this are rounding.
 TOLERANCE = 1e-9
+# What "as good as always thinking" may lack, of a metric in [0, 1].
+ALLOWED_DROP = 0.005
 # (Did it think?, would the thought have helped?) -> what to call it.
 CHOICES = {
     (True, True): "thought, and it helped",
@@ -197,6 +199,8 @@ def routing_summary(
         `metric`, `num_queries`; for each of never, always, decided, random, oracle its `quality`,
         `think_rate`, `think_tokens`; `oracle_share`, (decided - random) / (oracle - random), and
         `token_ratio`, decided's tokens / always's, each None where the divisor is 0;
+        `least_token_ratio`, the same at the cheapest threshold that is at most `ALLOWED_DROP` below
+        always on these queries: with the answers known, so what no chosen threshold can promise;
         `quality_drop`, always - decided, with `quality_drop_low` and `quality_drop_high`.
     """
     points = routing_points(queries, metric=metric)
@@ -206,12 +210,16 @@ def routing_summary(
         always - np.where(thinks, always, never), confidence=confidence, seed=seed
     )
     gained = points["decided"].quality - points["random"].quality
+    enough = points["always"].quality - ALLOWED_DROP - TOLERANCE
+    curve = routing_curve(queries, metric=metric).points
+    least = min(point.think_tokens for point in curve if point.quality >= enough)
     return {
         "metric": metric,
         "num_queries": len(queries),
         **{mode: asdict(point) for mode, point in points.items()},
         "oracle_share": _ratio(gained, points["oracle"].quality - points["random"].quality),
         "token_ratio": _ratio(points["decided"].think_tokens, points["always"].think_tokens),
+        "least_token_ratio": _ratio(least, points["always"].think_tokens),
         "quality_drop": drop.mean,
         "quality_drop_low": drop.low,
         "quality_drop_high": drop.high,
@@ -229,7 +237,12 @@ def describe_routing(split: str, summary: Mapping[str, Any], mode: str = "auto")
         f"{'below' if drop >= 0 else 'above'} always thinking",
     ]
     if ratio is not None:
-        parts.insert(1, f"writes {100 * ratio:.0f} % of the tokens of always thinking")
+        parts.insert(
+            1,
+            f"writes {100 * ratio:.0f} % of the tokens of always thinking (within "
+            f"{100 * ALLOWED_DROP:g} points of it, the best threshold of these queries writes "
+            f"{100 * summary['least_token_ratio']:.0f} %)",
+        )
     if share is not None:
         parts.append(
             f"covers {100 * share:.0f} % of the way from chance at the same rate to the oracle"
