@@ -80,6 +80,17 @@ def test_gradient_flows_where_states_are_written_in_place(make_model, make_items
     assert any(grad is not None and grad.abs().max() > 0 for grad in grads)
 
 
+@pytest.mark.parametrize("name", COUNTING)
+def test_what_a_batch_holds_beside_its_thoughts_is_not_cut_by_row(make_model, make_items, name):
+    model, items = make_model(name, interface="shared_prefill"), make_items(name)
+    prefix = model.read(model.prepare(model.collate(items)))
+    thoughts, tail = model.collate_completions(FAR_APART), model._tail(False)
+    of_pictures = {"pixel_values": torch.zeros(1, 3), "batch_num_images": [1, 0, 0]}
+    with torch.no_grad():
+        found = model._read_tail(prefix, {**of_pictures, **thoughts}, tail)
+        torch.testing.assert_close(found, model._read_tail(prefix, thoughts, tail))
+
+
 @sharing_pictures
 @pytest.mark.parametrize("name", FAMILIES)
 def test_selected_prompts_are_read_as_if_they_were_alone(make_model, make_items, name):

@@ -211,12 +211,15 @@ def read_tail(
         peft_model: The model with its adapters.
         prefix: Prompts read by the embedding adapter, by `prefill_adapter`, or by the bare backbone
             with their last token pending.
-        completions: `completion_ids`, `completion_mask` (N, C), or neither; rows may be empty.
+        completions: `completion_ids`, `completion_mask` (N, C), or neither; rows may be empty. What
+            else a batch holds is left alone.
         tail: K reason tokens and Q read-outs.
         prefill_adapter: For "kv_detach": adapter that also reads the completions, so that only the
             tail runs under the embedding adapter. None is "reencode".
     """
     read = partial(_read_tail, backbone, peft_model, tail=tail, prefill_adapter=prefill_adapter)
+    names = ("completion_ids", "completion_mask")
+    completions = {name: completions[name] for name in names if name in completions}
     groups = _gapless(backbone, completions)
     if not groups:
         return read(prefix, completions)
