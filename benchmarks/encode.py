@@ -1,7 +1,7 @@
 """Side by side: `ThinkingEmbedder` against what one would write by hand, and its modes.
 
-    python benchmarks/encode.py --model outputs/demo/grpo --queries 256 --repeats 3
-    python benchmarks/encode.py --model outputs/demo/grpo --latent_model outputs/demo/latent
+    python benchmarks/encode.py --model outputs/demo/refit --queries 256 --repeats 3
+    python benchmarks/encode.py --model outputs/demo/refit --latent_model outputs/demo/latent
 
 Queries of the test split are embedded by all arms in turn, in one process; printed are medians,
 ratios, and how far the vectors of arms that must agree are apart. Who thinks in the arms named
@@ -50,7 +50,7 @@ LATENT_COMPARISONS = (
 class BenchmarkArguments:
     """What to measure."""
 
-    model: str = field(default="outputs/demo/grpo", metadata={"help": "Checkpoint folder."})
+    model: str = field(default="outputs/demo/refit", metadata={"help": "Checkpoint folder."})
     latent_model: str | None = field(
         default=None,
         metadata={"help": "Checkpoint with reason tokens; default: `model` if it has some."},

@@ -1,7 +1,7 @@
 """Side by side: the three interfaces: vectors, a step of the warm start, serving, a step of RL.
 
     python benchmarks/interfaces.py --batch_size 32 --repeats 5
-    python benchmarks/interfaces.py --models outputs/demo/grpo outputs/shared/grpo --queries 128
+    python benchmarks/interfaces.py --models outputs/demo/refit outputs/shared/grpo --queries 128
 
 All arms take turns in one process; printed are medians and ratios to the first. Without models,
 untrained adapters of the embedded backbone embed the same prompts with the same CoTs, and take the

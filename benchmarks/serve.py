@@ -1,7 +1,7 @@
 """The server side by side with a loop of single calls, and who waits for whom.
 
-    python benchmarks/serve.py --model outputs/demo/grpo --clients 1 8 64 --seconds 10
-    python benchmarks/serve.py --model outputs/demo/grpo --think never
+    python benchmarks/serve.py --model outputs/demo/refit --clients 1 8 64 --seconds 10
+    python benchmarks/serve.py --model outputs/demo/refit --think never
 
 The server runs in a process of its own, with one thread for its model; clients are threads of this
 one, and each sends its next request once it has an answer. The loop embeds the same inputs one
@@ -45,7 +45,7 @@ _START_SECONDS = 120
 class BenchmarkArguments:
     """What to measure."""
 
-    model: str = field(default="outputs/demo/grpo", metadata={"help": "Checkpoint folder."})
+    model: str = field(default="outputs/demo/refit", metadata={"help": "Checkpoint folder."})
     think: Literal["auto", "always", "never"] = field(
         default="auto", metadata={"help": "When the queries of the throughput think."}
     )

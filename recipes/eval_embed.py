@@ -1,7 +1,7 @@
 """Measure a model: no-think, always-think, the better of both; do vectors read their thoughts?
 
-    accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --before outputs/demo/sft
-    accelerate launch recipes/eval_embed.py --model outputs/demo/grpo --gate_threshold 0.3
+    accelerate launch recipes/eval_embed.py --model outputs/demo/refit --before outputs/demo/sft
+    accelerate launch recipes/eval_embed.py --model outputs/demo/refit --gate_threshold 0.3
     accelerate launch recipes/eval_embed.py --model MODEL --benchmark mmeb_v2 --data_root MMEB-V2
     accelerate launch recipes/eval_embed.py --model MODEL --benchmark mrmr --data_root DIR
     accelerate launch recipes/eval_embed.py --model MODEL --benchmark "ViDoRe(v2)" --think auto
@@ -108,7 +108,7 @@ class EvalScriptArguments:
         max_think_tokens: Longest thought in a benchmark; default: the model's.
     """
 
-    model: str = "outputs/demo/grpo"
+    model: str = "outputs/demo/refit"
     before: str | None = None
     output_dir: str | None = None
     splits: list[str] = field(default_factory=lambda: list(REPORTED_SPLITS))

@@ -5,7 +5,7 @@ and with the other side fixed; the loss it saved is the label (Think When Needed
 small network on the no-think state learns it, so that asking it costs nothing. The threshold is
 chosen on the validation split from a curve of quality over tokens.
 
-    accelerate launch recipes/gate_embed.py --model outputs/demo/grpo
+    accelerate launch recipes/gate_embed.py --model outputs/demo/refit
     accelerate launch --num_processes 8 recipes/gate_embed.py --model DIR \
         --train_file train.jsonl --validation_file validation.jsonl --temperature 0.02
     accelerate launch recipes/gate_embed.py --model DIR --sides query document

@@ -8,6 +8,7 @@ One frozen backbone, two LoRA adapters (Think When Needed, 2605.14448; loss weig
     accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/sft_embed.py
     accelerate launch recipes/sft_embed.py \
         --backbone Qwen/Qwen3-VL-2B-Instruct --train_file train.jsonl
+    accelerate launch recipes/sft_embed.py --config recipes/configs/demo_refit.yaml  # after RL
 
 Without arguments it reads recipes/configs/demo_sft.yaml and trains on the embedded emoji scenes
 (about five minutes on two CPU cores); every field of the file is also a flag.
@@ -32,6 +33,11 @@ from twn_rl.training.monitor import MetricsWriter
 from twn_rl.training.sft import SftConfig, SftTrainer
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "demo_sft.yaml"
+# What may be trained alone -> its adapter, and the settings that leave the other without a loss.
+TRAINED: dict[str, tuple[str, dict[str, float]]] = {
+    "reasoning": (REASONING_ADAPTER, {"contrastive_from": 1.0}),
+    "embedding": (EMBEDDING_ADAPTER, {"contrastive_from": 0.0, "token_weight": 0.0}),
+}
 
 
 @dataclass
@@ -43,13 +49,17 @@ class SftScriptArguments:
     )
     split: str = field(default="train", metadata={"help": "Split to train on: train or rl."})
     train_adapters: str = field(
-        default="both", metadata={"help": "both, or reasoning (token loss only, embedding frozen)."}
+        default="both",
+        metadata={
+            "help": "both; reasoning (token loss only, embedding frozen); or embedding "
+            "(contrastive losses only, reasoning frozen): learn to read what RL made of thoughts."
+        },
     )
 
     def __post_init__(self) -> None:
         """Refuse a misspelt choice, which would train one adapter only."""
         problems = Problems()
-        problems.one_of(self, ("both", "reasoning"), "train_adapters")
+        problems.one_of(self, (*TRAINED, "both"), "train_adapters")
         problems.one_of(self, get_args(Split), "split")
         problems.refuse("SftScriptArguments")
 
@@ -74,12 +84,7 @@ def main(
             model = model_args.build(training.seed)
         else:
             model = DualLoraModel.from_pretrained(script.checkpoint, is_trainable=True)
-        names = [REASONING_ADAPTER] + (
-            [EMBEDDING_ADAPTER] if script.train_adapters == "both" else []
-        )
-        set_trainable(model.peft_model, names)
-        if script.train_adapters != "both":
-            training.contrastive_from = 1.0
+        set_trainable(model.peft_model, trained_adapters(script.train_adapters, training))
 
         # Trainer
         callbacks = [MetricsWriter(output / "metrics.jsonl")]
@@ -95,6 +100,16 @@ def main(
         train_and_save(trainer, output, script, model_args, data, training)
         publish(trainer, output)
     return output
+
+
+def trained_adapters(choice: str, training: SftConfig) -> list[str]:
+    """Return the adapters of a choice, and take the losses of the others out of the settings."""
+    if choice == "both":
+        return [REASONING_ADAPTER, EMBEDDING_ADAPTER]
+    adapter, settings = TRAINED[choice]
+    for name, value in settings.items():
+        setattr(training, name, value)
+    return [adapter]
 
 
 if __name__ == "__main__":

@@ -250,15 +250,15 @@ for module in pkgutil.walk_packages(twn_rl.__path__, "twn_rl."):
     assert lacking <= {f"twn_rl.inference.{name}" for name in adapters}
 
 
-def test_the_demo_runs_its_four_stages_in_the_current_folder(
+def test_the_demo_runs_its_five_stages_in_the_current_folder(
     install: Callable[..., Command], tmp_path: Path
 ) -> None:
     run = install("train", "eval")
     flags = ["twn-rl", "demo", "--demo_scale", "0.01", "--max_steps", "2"]
     done = run(*flags, cwd=tmp_path)
-    told = re.findall(r"Stage (\d) of 4", done.stderr)
-    assert told == ["1", "2", "3", "4"]
-    model = tmp_path / "outputs" / "demo" / "grpo"
+    told = re.findall(r"Stage (\d) of 5", done.stderr)
+    assert told == ["1", "2", "3", "4", "5"]
+    model = tmp_path / "outputs" / "demo" / "refit"
     assert (model / "evaluation" / "report.html").is_file()
     assert "Kept" in run(*flags, cwd=tmp_path).stderr
 

@@ -4,13 +4,15 @@ Every seed trains one warm start; from it each arm trains on the same records (s
 same number of optimiser steps and samples: `sft_only` goes on with the token loss on the teacher's
 CoTs, `grpo` (or `grpo:REWARD`, one arm per reward, `grpo:REWARD=WEIGHT,REWARD=WEIGHT` for several)
 samples its own and is rewarded by retrieval.
-The embedding adapter is frozen in every arm.
+The embedding adapter is frozen in every arm. With `--refit_config` each of these models is then
+followed by its refit: the embedding adapter learns to read the thoughts that the model writes now.
 
     twn-rl ablate --seeds 0 1 2
     twn-rl ablate --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     twn-rl ablate --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
     twn-rl ablate --gate true
     twn-rl ablate --gate true --arms grpo --seeds 0 1 2 3 4 5 6 7 --threads 1 2
+    twn-rl ablate --refit_config recipes/configs/demo_refit.yaml
     twn-rl ablate --config recipes/configs/wordnet_smollm2.yaml
 
 Writes summary.json ({arm: {metric key: {mean, std, values}}}), tables and a plot; with --gate every
@@ -49,6 +51,7 @@ from twn_rl.training.grpo import EmbedGRPOConfig
 logger = logging.getLogger(__name__)
 
 WARM_START = "warm_start"
+REFIT = "{} refit"
 MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 GATE_MODES = ("auto", "random", "oracle")
 
@@ -72,6 +75,8 @@ class AblateArguments(ExperimentArguments):
             grpo:margin=1,length=0.2. Parameters of rewards are those of `grpo_config`.
         sft_config: YAML of the warm start.
         grpo_config: YAML of RL.
+        refit_config: YAML of what follows every arm and the warm start: the embedding adapter
+            learns to read the thoughts that the model writes then; null is off.
         gate: Fit a routing gate on every model and measure with it.
         gate_config: YAML of the gate; default: that of recipes/gate_embed.py.
         modes: Modes to measure, see recipes/eval_embed.py; a gate adds its own.
@@ -81,6 +86,7 @@ class AblateArguments(ExperimentArguments):
     arms: list[str] = field(default_factory=lambda: ["sft_only", "grpo"])
     sft_config: str = "recipes/configs/demo_sft.yaml"
     grpo_config: str = "recipes/configs/demo_grpo.yaml"
+    refit_config: str | None = None
     gate: bool = False
     gate_config: str | None = None
     modes: list[str] = field(default_factory=lambda: list(MODES))
@@ -89,15 +95,16 @@ class AblateArguments(ExperimentArguments):
 def main(script: AblateArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
-    return report_arms(script, seeds)
+    refits = [REFIT.format(arm) for arm in (WARM_START, *script.arms) if script.refit_config]
+    return report_arms(script, seeds, refits)
 
 
-def report_arms(script: ComparedArms, seeds: Sequence[Seed]) -> Path:
-    """Write and log the tables of the warm start and all arms; return their folder."""
+def report_arms(script: ComparedArms, seeds: Sequence[Seed], refits: Sequence[str] = ()) -> Path:
+    """Write and log the tables of the warm start, all arms and their refits; return the folder."""
     output = Path(script.output_dir)
     arms = {
         arm: [seed.root / folder(arm) / EVALUATION_FOLDER for seed in seeds]
-        for arm in (WARM_START, *script.arms)
+        for arm in (WARM_START, *script.arms, *refits)
     }
     text = save_arms(output, arms)
     runs = f"seeds {script.seeds}"
@@ -130,6 +137,16 @@ def plan(script: AblateArguments, seed: Seed) -> Iterator[Stage]:
 
 
 def measured(script: AblateArguments, model: Path, seed: Seed) -> Iterator[Stage]:
+    """Yield what measures one model and, if asked for, its refit."""
+    yield from with_gate(script, model, seed)
+    if script.refit_config:
+        target = model.with_name(folder(REFIT.format(model.name)))
+        own = {"config": script.refit_config, "checkpoint": model, "output_dir": target}
+        yield Stage("sft_embed", target, {**own, **seed.settings})
+        yield from with_gate(script, target, seed)
+
+
+def with_gate(script: AblateArguments, model: Path, seed: Seed) -> Iterator[Stage]:
     """Yield what fits the gate of one model, if asked for, and what evaluates it."""
     modes = list(script.modes)
     if script.gate:

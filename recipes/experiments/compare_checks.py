@@ -1,6 +1,6 @@
 """Which check notices a thought that does not answer? The judge beside simpler ways.
 
-    accelerate launch recipes/experiments/compare_checks.py --model outputs/demo/grpo
+    accelerate launch recipes/experiments/compare_checks.py --model outputs/demo/refit
 
 Reads the labels that recipes/gate_embed.py left in MODEL/gate, measures the same on the reported
 splits, and lets the gate decide with each check behind it. A check that refuses leaves the vector
@@ -48,7 +48,7 @@ class ChecksScriptArguments:
     """What to compare checks on."""
 
     model: str = field(
-        default="outputs/demo/grpo", metadata={"help": "Model with a gate and its labels."}
+        default="outputs/demo/refit", metadata={"help": "Model with a gate and its labels."}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "Where table and labels go; default: MODEL/checks."}

@@ -1,6 +1,6 @@
 """Does the vector read its thought? Score a model with own, gold, borrowed, empty and cut thoughts.
 
-    accelerate launch recipes/experiments/probe_cot.py --model outputs/demo/grpo
+    accelerate launch recipes/experiments/probe_cot.py --model outputs/demo/refit
 
 Prints and writes one table: hit@1 under each kind of thought, and the cosine between a query's
 vector with its own thought and with the other one (1 with no spread: thoughts are not read). On the
@@ -35,7 +35,7 @@ MODES = ("always", *ABLATIONS, "never")
 class ProbeScriptArguments:
     """What to probe."""
 
-    model: str = field(default="outputs/demo/grpo", metadata={"help": "Model to probe."})
+    model: str = field(default="outputs/demo/refit", metadata={"help": "Model to probe."})
     output_dir: str | None = field(
         default=None, metadata={"help": "Where table and numbers go; default: MODEL/probe_cot."}
     )

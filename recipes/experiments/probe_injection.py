@@ -1,6 +1,6 @@
 """How far can a text steer a vector? Attack queries and documents with words and forged thoughts.
 
-    twn-rl probe-injection --model outputs/demo/grpo
+    twn-rl probe-injection --model outputs/demo/refit
 
 Prints and writes two tables. In the first, part of each query is an attacker's, who wants one wrong
 target of its pool to be found: how often it is the nearest, how often the right one still is, how
@@ -44,7 +44,7 @@ COLUMNS = {
 class InjectionScriptArguments:
     """What to attack."""
 
-    model: str = field(default="outputs/demo/grpo", metadata={"help": "Model to attack."})
+    model: str = field(default="outputs/demo/refit", metadata={"help": "Model to attack."})
     output_dir: str | None = field(
         default=None,
         metadata={"help": "Where tables and numbers go; default: MODEL/probe_injection."},

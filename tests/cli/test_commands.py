@@ -59,19 +59,21 @@ def test_a_shipped_file_is_named_and_an_absent_one_refused(
     assert "'recipes/configs/absent.yaml' is not" in caplog.text
 
 
-def test_the_demo_has_four_stages_that_rest_on_each_other(tmp_path: Path) -> None:
-    warm_start, rl, gate, evaluation = stages(tmp_path, None, 3).values()
+def test_the_demo_has_five_stages_that_rest_on_each_other(tmp_path: Path) -> None:
+    warm_start, rl, refit, gate, evaluation = stages(tmp_path, None, 3).values()
     assert f"--warm_start={warm_start.target}" in rl.flags
-    assert {"--max_steps=3"} <= {*warm_start.flags} & {*rl.flags}
-    assert f"--model={rl.target}" in gate.flags
-    assert {f"--model={rl.target}", f"--before={warm_start.target}"} <= {*evaluation.flags}
+    assert f"--checkpoint={rl.target}" in refit.flags
+    assert {"--max_steps=3"} <= {*warm_start.flags} & {*rl.flags} & {*refit.flags}
+    assert f"--model={refit.target}" in gate.flags
+    assert {f"--model={refit.target}", f"--before={warm_start.target}"} <= {*evaluation.flags}
+    assert refit.target in rl.outdates
     assert evaluation.target in gate.outdates
-    every = (warm_start, rl, gate, evaluation)
+    every = (warm_start, rl, refit, gate, evaluation)
     assert all(f"--demo_dir={tmp_path / 'data'}" in stage.flags for stage in every)
     assert not any("seed=" in flag for stage in every for flag in stage.flags)
     seeded = stages(tmp_path, None, 3, seed=5).values()
     assert all("--demo_seed=5" in stage.flags for stage in seeded)
-    assert ["--seed=5" in stage.flags for stage in seeded] == [True, True, True, False]
+    assert ["--seed=5" in stage.flags for stage in seeded] == [True, True, True, True, False]
 
 
 def test_the_demo_uses_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,16 +81,16 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _save_models(demo: Path) -> None:
-    """Write small models: one with a gate, one whose policy decides, one with reason tokens.
+    """Write small models: two with a gate, one whose policy decides, one with reason tokens.
 
     As after the demo, all but the last share the embedding adapter.
     """
-    for name in ("sft", "grpo", "adaptive", "latent"):
+    for name in ("sft", "grpo", "refit", "adaptive", "latent"):
         small = ModelArguments(reasoning_rank=2, embedding_rank=2, max_think_tokens=4)
         small.num_reason_tokens = 2 if name == "latent" else 0
         model = small.build(seed=0)
         awaken(model)
-        if name == "grpo":
+        if name in ("grpo", "refit"):
             gate = Gate(model.hidden_size)
             fit, held_out = (
                 torch.randn(2, 40, model.hidden_size),
@@ -161,7 +161,7 @@ def server_of(text: str) -> Iterator[str]:
     if SERVER not in text:
         yield text
         return
-    embedder = ThinkingEmbedder.from_pretrained("outputs/demo/grpo", device="cpu")
+    embedder = ThinkingEmbedder.from_pretrained("outputs/demo/refit", device="cpu")
     settings = ServeSettings(port=0)
     service = EmbeddingService(embedder, settings, name="demo")
     with bind(settings) as listener:

@@ -187,6 +187,20 @@ def test_an_arm_names_several_rewards_with_weights_and_takes_their_parameters(
         list(ablate.plan(script, seed_in(tmp_path)))
 
 
+def test_a_refit_follows_every_arm_and_the_warm_start(tmp_path: Path) -> None:
+    config = "recipes/configs/demo_refit.yaml"
+    script = ablate.AblateArguments(arms=["grpo"], refit_config=config, gate=True)
+    stages = list(ablate.plan(script, seed_in(tmp_path)))
+    names = ("warm_start", "warm_start_refit", "grpo", "grpo_refit")
+    trained = [stage for stage in stages if stage.target in {tmp_path / name for name in names}]
+    assert [stage.target.name for stage in trained] == [*names]
+    assert {tmp_path / name / "gate" for name in names} <= {stage.target for stage in stages}
+    chosen, _, data, sft = parse_arguments(sft_embed.ARGUMENTS, arguments=trained[-1].flags)
+    assert chosen.checkpoint == str(tmp_path / "grpo")
+    assert (chosen.train_adapters, chosen.split) == ("embedding", "train")
+    assert (sft.self_written_from, sft.self_written_share, data.demo_seed) == (0.0, 1.0, 3)
+
+
 def test_a_gate_is_fitted_before_the_evaluation_and_both_are_kept(
     tmp_path: Path, launched: Launched
 ) -> None:

@@ -1,4 +1,4 @@
-"""`twn-rl demo`: the four stages on the embedded default, each shown while it runs."""
+"""`twn-rl demo`: the five stages on the embedded default, each shown while it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the folder, and what makes a quick try of it."""
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"), help="where to")
     parser.add_argument("--demo_scale", type=float, help="multiplies the sizes of the splits")
-    parser.add_argument("--max_steps", type=int, help="steps of the warm start and of RL")
+    parser.add_argument(
+        "--max_steps", type=int, help="steps of the warm start, of RL and of the refit"
+    )
     parser.add_argument("--seed", type=int, help="of the scenes, the adapters and the sampling")
     parser.add_argument(
         "--threads",
@@ -37,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Warm-start, reinforce, fit the gate, evaluate; finished stages are kept."""
+    """Warm-start, reinforce, refit, fit the gate, evaluate; finished stages are kept."""
     show_logs(logging.INFO if is_on("--verbose") else NOTICE)
     started = time.perf_counter()
     named = stages(arguments.output_dir, arguments.demo_scale, arguments.max_steps, arguments.seed)
@@ -70,19 +72,26 @@ def stages(
     output: Path, demo_scale: float | None, max_steps: int | None, seed: int | None = None
 ) -> dict[str, Stage]:
     """Return what is run, by what a reader would call it."""
-    sft, grpo = output / "sft", output / "grpo"
+    sft, grpo, refit = output / "sft", output / "grpo", output / "refit"
     config = "recipes/configs/demo_{}.yaml"
     data = {"demo_dir": output / "data", "demo_scale": demo_scale, "demo_seed": seed}
     short = {"max_steps": max_steps, "seed": seed, **data}
     warm_start = {"config": config.format("sft"), "output_dir": sft, **short}
     # The last stage evaluates, with the gate, too.
     rl = {"config": config.format("grpo"), "output_dir": grpo, "warm_start": sft, **short}
-    gate = {"config": config.format("gate"), "model": grpo, "seed": seed, **data}
-    evaluation = {"model": grpo, "before": sft, **data}
-    measured = grpo / EVALUATION_FOLDER
+    read_again = {
+        "config": config.format("refit"),
+        "output_dir": refit,
+        "checkpoint": grpo,
+        **short,
+    }
+    gate = {"config": config.format("gate"), "model": refit, "seed": seed, **data}
+    evaluation = {"model": refit, "before": sft, **data}
+    measured = refit / EVALUATION_FOLDER
     return {
-        "warm start": Stage("sft_embed", sft, warm_start, outdates=[grpo]),
-        "RL": Stage("grpo_embed", grpo, {**rl, "evaluate": False}),
-        "gate": Stage("gate_embed", grpo / "gate", gate, outdates=[measured]),
+        "warm start": Stage("sft_embed", sft, warm_start, outdates=[grpo, refit]),
+        "RL": Stage("grpo_embed", grpo, {**rl, "evaluate": False}, outdates=[refit]),
+        "refit": Stage("sft_embed", refit, read_again),
+        "gate": Stage("gate_embed", refit / "gate", gate, outdates=[measured]),
         "evaluation": Stage("eval_embed", measured, evaluation),
     }

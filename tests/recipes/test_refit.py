@@ -1,0 +1,65 @@
+"""After RL one adapter learns alone: the embedding adapter reads what the policy writes now."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import picture_records
+from short_runs import SHORT_RUN
+
+from twn_rl.launch.arguments import DataArguments, ModelArguments
+from twn_rl.modeling.model import DualLoraModel
+from twn_rl.recipes import sft_embed
+from twn_rl.training.sft import SftConfig
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("refit")
+    (folder / "records").mkdir()
+    picture_records(folder / "records")
+    return train(folder, "sft")
+
+
+def train(folder: Path, name: str, *, script: dict[str, Any] | None = None, **own: Any) -> Path:
+    """Train two steps on a few pictures."""
+    settings: dict[str, Any] = {**SHORT_RUN, "max_steps": 2, "per_device_train_batch_size": 2}
+    settings |= {"output_dir": str(folder / name), "logging_steps": 1, **own}
+    model = ModelArguments(reasoning_rank=2, embedding_rank=2, max_think_tokens=4)
+    files = DataArguments(train_file=str(folder / "records" / "records.jsonl"))
+    chosen = sft_embed.SftScriptArguments(**(script or {}))
+    return sft_embed.main(chosen, model, files, SftConfig(**settings))
+
+
+def weights(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Return adapter -> its weights by name."""
+    model = DualLoraModel.from_pretrained(folder)
+    named = {n: p for n, p in model.peft_model.named_parameters() if "lora_" in n}
+    return {
+        adapter: {n: p.detach() for n, p in named.items() if f".{key}." in n}
+        for adapter, key in (("reasoning", "default"), ("embedding", "embedding"))
+    }
+
+
+@pytest.mark.parametrize("adapter", ["embedding", "reasoning"])
+def test_one_adapter_is_trained_and_the_other_stays_to_the_bit(first: Path, adapter: str) -> None:
+    script = {"checkpoint": str(first), "train_adapters": adapter}
+    own = {"self_written_from": 0.0, "self_written_share": 1.0} if adapter == "embedding" else {}
+    output = train(first.parent, adapter, script=script, **own)
+    before, after = weights(first), weights(output)
+    assert before["embedding"]
+    assert before["reasoning"]
+    for name in before:
+        equal = [torch.equal(before[name][key], after[name][key]) for key in before[name]]
+        assert all(equal) == (name != adapter)
+    text = (output / "metrics.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    trained = [row for row in rows if "loss" in row]
+    assert len(trained) == 2
+    # Its own thoughts, and no token loss; or the teacher's, and no vectors.
+    is_refit = adapter == "embedding"
+    assert all(("self_written_malformed_ratio" in row) == is_refit for row in trained)
+    assert all(("loss_no_think" in row) == is_refit for row in trained)
+    assert not is_refit or all(row.get("loss_token", 0.0) == 0.0 for row in trained)
