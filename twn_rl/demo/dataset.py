@@ -99,7 +99,7 @@ class DemoSettings:
     seed: int = 0
     num_train: int = 4800
     num_rl: int = 1600
-    num_validation: int = 300
+    num_validation: int = 1000
     num_test: int = 1000
     num_unseen_pairs: int = 600
     num_three_hops: int = 300
