@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         default=usual_threads(),
-        help=f"of torch: the cores at hand, at most {MAX_THREADS}, unless OMP_NUM_THREADS says it; "
-        "another number gives sums, and so a run, that differ in their last bits",
+        help=f"of torch: the cores at hand, at most {MAX_THREADS}, unless OMP_NUM_THREADS says it",
     )
 
 
