@@ -285,7 +285,7 @@ def test_passes_under_a_launch_file_give_what_one_process_gives(
     file = "selection/drafts.jsonl"
     selected = [(run / file).read_text(encoding="utf-8") for run in (alone, together)]
     assert selected[0] == selected[1]
-    assert len(selected[0].splitlines()) == 8
+    assert len(selected[0].splitlines()) == 10
     measured = [
         json.loads((run / "model/evaluation/metrics.json").read_text("utf-8"))
         for run in (alone, together)
