@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # All that accelerate would otherwise say it chose; and no traceback of its own.
 LAUNCHER = ["--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-MAX_THREADS = 4  # of a model this small, more would wait for each other
+MAX_THREADS = 4  # the model is small; measured are 1 and 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -39,8 +39,8 @@ class ExperimentArguments:
         seeds: Seeds; three or more.
         threads: Run every seed once for each of these numbers of threads. Sums in another order
             differ in their last bits, as they do on another processor: how far such runs of one
-            seed end apart is what a stranger's machine may add to the spread over seeds. (With
-            one and two threads the demo's are bit-equal.) Default: as many as torch takes.
+            seed end apart is what a stranger's machine may add to the spread over seeds. (One and
+            two threads gave the demo bit-equal runs.) Default: once, as many as torch takes.
         parallel: Runs trained side by side.
         launcher: Arguments of accelerate launch, such as --config_file
             recipes/accelerate/zero2.yaml.
