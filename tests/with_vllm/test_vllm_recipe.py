@@ -42,7 +42,8 @@ def test_two_processes_have_a_vllm_each_and_write_with_the_policy(tmp_path: Path
         "learning_rate": 3e-2,
         "warmup_steps": 0,
         "mask_truncated_completions": "false",  # no thought of a random model closes
-        "evaluate": "false",
+        "evaluate": "true",
+        "test_file": tmp_path / "records" / "records.jsonl",
         "use_cpu": "true",
         "use_vllm": "true",
         "vllm_max_model_length": 256,
@@ -59,3 +60,6 @@ def test_two_processes_have_a_vllm_each_and_write_with_the_policy(tmp_path: Path
     assert len(found) == 2
     assert all(row["sampling/sampling_logp_difference/max"] < 2e-4 for row in found)
     assert found[0]["grad_norm"] > 0
+    # The processes still know each other when vLLM is gone: one model, and both evaluate it.
+    assert (tmp_path / "run" / "reasoning" / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "run" / "evaluation" / "report.html").is_file()

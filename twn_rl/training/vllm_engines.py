@@ -10,7 +10,7 @@ import math
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -127,6 +127,7 @@ class ColocatedEngine:
             "LOCAL_RANK": local_process_index,
             "WORLD_SIZE": num_processes,
         }
+        self._joined_before = torch.distributed.is_initialized()
         with _random_state_kept(), _environment(launch):
             ensure_master_addr_port()
             self._llm: Any = LLM(
@@ -193,9 +194,30 @@ class ColocatedEngine:
         return answers
 
     def close(self) -> None:
-        """Give the memory back: weights, keys and values."""
-        self._llm.llm_engine.engine_core.shutdown()
+        """Give the memory back: weights, keys and values.
+
+        vLLM would end torch's default process group, too, which the run's processes joined before
+        vLLM did: each would then take itself for the only one, and all would write the same files.
+        """
+        with _default_group_kept() if self._joined_before else nullcontext():
+            self._llm.llm_engine.engine_core.shutdown()
         self._llm = None
+
+
+@contextmanager
+def _default_group_kept() -> Iterator[None]:
+    """Let the body end process groups of its own, and not that of all processes."""
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_own(group: Any = None) -> None:
+        if group not in (None, torch.distributed.group.WORLD):
+            destroy(group)
+
+    torch.distributed.destroy_process_group = destroy_own
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group = destroy
 
 
 @contextmanager
