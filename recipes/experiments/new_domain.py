@@ -4,11 +4,14 @@ Every seed trains one warm start on the emoji scenes with right thoughts. Then c
 which only pairs of query and target exist (`twn_rl.demo.new_domains`), and each arm goes on from
 the warm start with the same optimizer steps, the embedding adapter frozen: `more_sft` with the old
 domain's thoughts, `expert_iteration` and `grpo` with as many thoughts sampled about the new
-domain's pairs, and rewarded alike; `grpo:REWARD` with another reward beside `format`.
+domain's pairs, and rewarded alike; `grpo:REWARD` with another reward beside `format`. An arm whose
+name ends in `+old` spends `--old_share` of its samples on the old domain's pairs, against
+forgetting; the teacher's thoughts about them are not used.
 
     twn-rl new-domain
     twn-rl new-domain --domain grey --seeds 0 1 2 --output_dir outputs/new_domain_grey
     twn-rl new-domain --arms more_sft grpo grpo:info_nce
+    twn-rl new-domain --arms expert_iteration expert_iteration+old grpo grpo+old
     twn-rl new-domain --seeds 0 --look reworded inverse three_hops
 
 Without arguments it reads recipes/configs/demo_new_domain.yaml. Writes summary.json ({arm: {metric
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.demo.dataset import write_demo
-from twn_rl.demo.new_domains import DOMAINS, DomainSizes, write_domain
+from twn_rl.demo.new_domains import DOMAINS, DomainSizes, add_old_pairs, write_domain
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
@@ -49,6 +52,7 @@ from twn_rl.runtime.problems import Problems
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "demo_new_domain.yaml"
 ARMS = ("more_sft", "expert_iteration", "grpo")
+WITH_OLD = "+old"
 # What an arm changes, and what is the same for all: the embedding adapter is frozen.
 MODES = ("always", "sampled")
 SHARED_MODES = ("never", "gold")
@@ -61,6 +65,7 @@ class NewDomainArguments(ExperimentArguments):
     Attributes:
         output_dir: Where all runs go.
         look: Domains on whose validation part the warm start is measured.
+        old_share: Share of the old domain's pairs in the arms that end in +old.
         sft_config: YAML of the warm start.
         grpo_config: YAML of RL, whose steps and samples every arm gets.
         expert_config: YAML of expert iteration.
@@ -70,9 +75,10 @@ class NewDomainArguments(ExperimentArguments):
     domain: str = field(default="reworded", metadata={"help": f"One of {', '.join(DOMAINS)}."})
     arms: list[str] = field(
         default_factory=lambda: list(ARMS),
-        metadata={"help": f"Some of {', '.join(ARMS)}, and grpo:REWARD."},
+        metadata={"help": f"Some of {', '.join(ARMS)}, grpo:REWARD, and those that sample +old."},
     )
     look: list[str] = field(default_factory=list)
+    old_share: float = 0.25
     sft_config: str = "recipes/configs/demo_sft.yaml"
     grpo_config: str = "recipes/configs/demo_grpo.yaml"
     expert_config: str = "recipes/configs/demo_expert_iteration.yaml"
@@ -83,7 +89,11 @@ class NewDomainArguments(ExperimentArguments):
         problems.one_of(self, tuple(DOMAINS), "domain")
         if self.look:
             problems.some_of(self, tuple(DOMAINS), "look")
-        problems.some_of(self, (*ARMS, *(f"grpo:{name}" for name in REWARDS)), "arms")
+        sampling = (*ARMS[1:], *(f"grpo:{name}" for name in REWARDS))
+        problems.some_of(
+            self, (*ARMS, *sampling, *(f"{arm}{WITH_OLD}" for arm in sampling)), "arms"
+        )
+        problems.expect(self, "in (0, 1)", "old_share")
         problems.refuse("NewDomainArguments")
 
 
@@ -108,7 +118,8 @@ def plan(script: NewDomainArguments, seed: Seed) -> Iterator[Stage]:
     yield evaluation(warm, new, (*SHARED_MODES, *MODES), num_thoughts=2)
     for arm in script.arms:
         target = seed.root / folder(arm)
-        yield training_of(arm, script, warm, target, new)
+        records = with_old(new, script.old_share) if arm.endswith(WITH_OLD) else new
+        yield training_of(arm.removesuffix(WITH_OLD), script, warm, target, records)
         yield evaluation(target, new, MODES, num_thoughts=2)
 
 
@@ -129,6 +140,13 @@ def of_domain(seed: Seed, domain: str) -> Seed:
     }
     paths = {name: str(path) for name, path in files.items()}
     return replace(seed, data=replace(seed.data, **paths))
+
+
+def with_old(new: Seed, share: float) -> Seed:
+    """Return a seed whose pairs to train on are the new domain's and some of the old one's."""
+    data = new.data
+    mixed = add_old_pairs(Path(str(data.rl_file)), Path(str(data.train_file)), share)
+    return replace(new, data=replace(data, rl_file=str(mixed)))
 
 
 def training_of(arm: str, script: NewDomainArguments, warm: Path, target: Path, new: Seed) -> Stage:

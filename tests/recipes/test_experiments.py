@@ -398,6 +398,32 @@ def test_the_arms_of_a_new_domain_have_one_start_and_equal_steps_and_samples(
         assert {"always", "sampled"} <= set(parsed.modes)
 
 
+def test_an_arm_with_old_pairs_samples_them_too_and_keeps_its_budget(tmp_path: Path) -> None:
+    script = new_domain.NewDomainArguments(arms=["grpo", "grpo+old"], old_share=0.5)
+    stages = list(new_domain.plan(script, seed_in(tmp_path, demo_scale=0.02)))
+    assert places(stages, tmp_path)[2::2] == [("grpo_embed", "grpo"), ("grpo_embed", "grpo_old")]
+    _, alone, budget = parse_arguments(grpo_embed.ARGUMENTS, arguments=stages[2].flags)
+    _, mixed, same = parse_arguments(grpo_embed.ARGUMENTS, arguments=stages[4].flags)
+    assert (same.max_steps, same.seed) == (budget.max_steps, budget.seed)
+    new, both, old = alone.load("rl"), mixed.load("rl"), alone.load("train")
+    assert [record.id for record in both] == [
+        record.id for record in [*new, *(old[place] for place in range(len(new)))]
+    ]
+    assert all(record.query_cot is None for record in both)
+    assert all(record.query.images for record in both), "pictures are found from the new file"
+    # What measures the arms is the same.
+    assert stages[3].settings["test_file"] == stages[5].settings["test_file"]
+    assert stages[3].settings["rl_file"] == stages[5].settings["rl_file"]
+
+
+def test_more_old_pairs_than_there_are_are_refused(tmp_path: Path) -> None:
+    script = new_domain.NewDomainArguments(arms=["grpo+old"], old_share=0.9)
+    with pytest.raises(ValueError, match=r"a share of 0.9 needs .* old pairs.*lower old_share"):
+        list(new_domain.plan(script, seed_in(tmp_path, demo_scale=0.02)))
+
+
 def test_arms_and_domains_that_do_not_exist_are_named_together() -> None:
-    with pytest.raises(ValueError, match=r"domain = 'moon'.*look = .*arms = \['grpo:magin'\]"):
-        new_domain.NewDomainArguments(domain="moon", look=["sun"], arms=["grpo:magin"])
+    named = r"domain = 'moon'.*look = .*arms = \['grpo:magin', 'more_sft\+old'\].*old_share = 1"
+    arms = ["grpo:magin", "more_sft+old"]
+    with pytest.raises(ValueError, match=named):
+        new_domain.NewDomainArguments(domain="moon", look=["sun"], arms=arms, old_share=1.0)

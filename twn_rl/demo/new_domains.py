@@ -10,7 +10,7 @@ import logging
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from twn_rl.data.record_files import write_records
+from twn_rl.data.record_files import load_records, write_records
 from twn_rl.demo import questions
 from twn_rl.demo.dataset import DOMAIN_PREFIX, DemoSettings, SplitPlan, make_records
 from twn_rl.demo.scenes import GREY_STYLE
@@ -80,3 +80,27 @@ def write_domain(
         write_records(files[part], (replace(record, query_cot=None) for record in records))
     write_json(stamp, wanted)
     return files
+
+
+def add_old_pairs(new: Path, old: Path, share: float) -> Path:
+    """Write a file that holds a domain's pairs and the old one's, without thoughts; return it.
+
+    Args:
+        new: Pairs of the new domain; the file is written beside it.
+        old: Records of the old domain, taken from the first on.
+        share: Old pairs among all, from 0 up to below 1.
+
+    Raises:
+        ValueError: If the old domain has fewer.
+    """
+    fresh, known = load_records(new), load_records(old)
+    wanted = round(len(fresh) * share / (1 - share))
+    if wanted > len(known):
+        raise ValueError(
+            f"a share of {share} needs {wanted} old pairs, and {old} has {len(known)}; expected a "
+            "share that it can give; lower old_share"
+        )
+    kept = (replace(known[place], query_cot=None) for place in range(wanted))
+    target = new.with_name(f"{new.stem}_with_old.jsonl")
+    write_records(target, (*fresh, *kept))
+    return target
