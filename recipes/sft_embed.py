@@ -83,7 +83,10 @@ def main(
         if script.checkpoint is None:
             model = model_args.build(training.seed)
         else:
-            model = DualLoraModel.from_pretrained(script.checkpoint, is_trainable=True)
+            kernel = model_args.attn_implementation
+            model = DualLoraModel.from_pretrained(
+                script.checkpoint, is_trainable=True, attn_implementation=kernel
+            )
         set_trainable(model.peft_model, trained_adapters(script.train_adapters, training))
 
         # Trainer

@@ -1,4 +1,4 @@
-"""Ready configurations on tiny twins of their backbones: warm start, GRPO, gate; two processes.
+"""Ready configurations on tiny twins of their backbones, every stage of them; two processes.
 
 Skipped where the extra `vision` is missing; `make test-vision` runs it.
 """
@@ -42,6 +42,7 @@ TWINS = {
 SMALL: dict[str, dict[str, Any]] = {
     "sft": {"per_device_train_batch_size": 4, "max_think_tokens": 8, "dataloader_num_workers": 0},
     "grpo": {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 8},
+    "refit": {"per_device_train_batch_size": 4, "dataloader_num_workers": 0},
     "gate": {"max_examples": 8, "batch_size": 4},
 }
 # A fresh policy writes no thought that closes; its length must give the reward a gradient.
@@ -70,12 +71,14 @@ def stage_flags(stage: str, folder: Path, twin: Path, **settings: Any) -> list[s
     values: dict[str, Any] = {f"{split}_file": records for split in ("train", "rl", "validation")}
     values |= SMALL[stage]
     if stage == "gate":
-        values["model"] = folder / "grpo"
+        values["model"] = folder / "refit"
     else:
         values |= {"max_steps": 2, "output_dir": folder / stage, "use_cpu": "true"}
         values |= {"logging_steps": 1, "dataloader_pin_memory": "false"}
     if stage == "sft":
         values |= {"backbone": twin, "reasoning_rank": 2, "embedding_rank": 3}
+    if stage == "refit":
+        values["checkpoint"] = folder / "grpo"
     if stage == "grpo":
         values["warm_start"] = folder / "sft"
         (folder / "mine.py").write_text(BREVITY, encoding="utf-8")
@@ -103,23 +106,26 @@ def test_a_ready_configuration_runs_on_the_twin_of_its_backbone(name: str, tmp_p
     stages = {
         "sft": (sft_embed.main, sft_embed.ARGUMENTS),
         "grpo": (grpo_embed.main, grpo_embed.ARGUMENTS),
+        "refit": (sft_embed.main, sft_embed.ARGUMENTS),
         "gate": (gate_embed.main, (GateScriptArguments, ThresholdRule, DataArguments)),
     }
     for stage, (main, arguments) in stages.items():
         flags = ["--config", str(CONFIGS / f"{name}_{stage}.yaml")]
         main(*parse_arguments(arguments, arguments=[*flags, *stage_flags(stage, folder, twin)]))
-    for stage in ("sft", "grpo"):
+    for stage in ("sft", "grpo", "refit"):
         found = losses(folder / stage)
         assert len(found) == 2
         assert all(map(math.isfinite, found))
-    model = DualLoraModel.from_pretrained(folder / "grpo")
+    model = DualLoraModel.from_pretrained(folder / "refit")
     assert QUERY_SIDE in model.gates
     assert type(model.processor).__module__.startswith("transformers.models.")
     assert model.backbone.model.dtype == torch.bfloat16
     assert model.config.readout_start == ("pooled_token" if "embedding" in name else "random")
     warm = DualLoraModel.from_pretrained(folder / "sft")
+    policy = DualLoraModel.from_pretrained(folder / "grpo")
     batch = model.collate(mixed_items())
-    assert torch.equal(model.embed(batch), warm.embed(batch)), "RL moved the scorer"
+    assert torch.equal(policy.embed(batch), warm.embed(batch)), "RL moved the scorer"
+    assert not torch.equal(model.embed(batch), policy.embed(batch)), "the refit moved nothing"
 
 
 @pytest.mark.parametrize("appends", [False, True])
