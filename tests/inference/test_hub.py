@@ -158,6 +158,7 @@ def test_the_card_says_what_the_files_beside_it_say(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     (tmp_path / "run.yaml").write_text(
         "EmbedGRPOConfig: {}\nDataArguments: {train_file: /x/t.jsonl}\n"
+        "GrpoScriptArguments: {warm_start: /x/warm}\n"
     )
     cell = "test/all/auto"
     metrics = {f"{cell}/hit@1": 0.678, f"{cell}/hit@1_low": 0.649, f"{cell}/hit@1_high": 0.708}
@@ -174,6 +175,7 @@ def test_the_card_says_what_the_files_beside_it_say(tmp_path: Path) -> None:
     for said in (
         "| Method | GRPO on the thoughts",
         "| Backbone | `twn_rl/demo/backbone` |",
+        "| Went on from | `warm` |",
         "| Data | t.jsonl |",
         "| test | auto | 67.8 [64.9, 70.8] | 1000 | 0.81 | 7.0 |",
         "another seed would change it is not in there",

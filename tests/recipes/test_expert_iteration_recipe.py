@@ -121,6 +121,12 @@ def test_the_embedding_adapter_stays_as_it_was(started: Path, output: Path) -> N
     assert len(set(weights)) == 3
 
 
+def test_its_card_says_how_it_was_trained(output: Path) -> None:
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "| Method | expert iteration on the policy's best thoughts" in card
+    assert "| Went on from | `sft` |" in card
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_model(
     started: Path, output: Path, tmp_path: Path
 ) -> None:

@@ -54,3 +54,10 @@ def test_one_adapter_is_trained_and_the_other_stays_to_the_bit(first: Path, adap
     assert all(("self_written_malformed_ratio" in row) == is_refit for row in trained)
     assert all(("loss_no_think" in row) == is_refit for row in trained)
     assert not is_refit or all(row.get("loss_token", 0.0) == 0.0 for row in trained)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"| Method | {'refit: the embedding' if is_refit else 'the reasoning'} adapter alone"
+        in card
+    )
+    assert "| Went on from | `sft` |" in card
+    assert "Went on from" not in (first / "README.md").read_text(encoding="utf-8")

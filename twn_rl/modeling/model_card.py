@@ -30,6 +30,13 @@ _METHODS = {
     "EmbedGRPOConfig": "GRPO on the thoughts, rewarded by retrieval (arXiv 2605.14448)",
     "AdaptiveGRPOConfig": "adaptive GRPO: the policy decides whether to think (arXiv 2604.06156)",
     "LatentConfig": "latent thoughts in learned reason tokens (arXiv 2606.13061)",
+    "ExpertIterationConfig": "expert iteration on the policy's best thoughts (arXiv 2304.06767)",
+}
+# Trainers of one adapter alone, by the choice of the warm start's recipe.
+_ALONE = {
+    "embedding": "refit: the embedding adapter alone, contrast with and without the policy's "
+    "thoughts",
+    "reasoning": "the reasoning adapter alone, token loss on thoughts",
 }
 _FILES = ("train_file", "rl_file", "validation_file", "test_file", "ood_file")
 _MODES = ("never", "always", "auto", "auto_better", "policy", "latent")
@@ -123,6 +130,10 @@ def _facts(
     config: TwnConfig, settings: Mapping[str, Any], notes: CardNotes, *, has_gate: bool
 ) -> str:
     methods = [text for name, text in _METHODS.items() if name in settings]
+    scripts = [value for name, value in settings.items() if name.endswith("Arguments")]
+    for script in scripts:
+        methods = [_ALONE[alone]] if (alone := script.get("train_adapters")) in _ALONE else methods
+    starts = [script.get("checkpoint") or script.get("warm_start") for script in scripts]
     data = settings.get("DataArguments", {})
     files = sorted({Path(data[key]).name for key in _FILES if data.get(key)})
     if notes.train_datasets:
@@ -135,6 +146,7 @@ def _facts(
         gate += f"; the policy decides, above {config.policy_threshold}"
     rows = [
         ("Method", "; ".join(methods) or "not recorded"),
+        *(("Went on from", f"`{Path(start).name}`") for start in starts if start),
         ("Backbone", f"`{plain_name(config.backbone) or 'built in code'}`"),
         ("Revision of the backbone", config.backbone_revision or "not pinned"),
         ("Data", ", ".join(files) or "not recorded"),
