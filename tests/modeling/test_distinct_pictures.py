@@ -12,14 +12,18 @@ from twn_rl.modeling.distinct_pictures import encoding_distinct
 from twn_rl.modeling.model import DualLoraModel
 
 
+# Groups of one picture each, and of one and of two, apart as TRL's shuffling leaves them.
+ONE_EACH = [(0,), (1,), (0,), (2,), (0,), (1,), (0,)]
+SEVERAL = [(0,), (1, 2), (0,), (1, 2), (0,)]
+
+
+@pytest.mark.parametrize("shown", [ONE_EACH, SEVERAL], ids=["one_each", "several"])
 @pytest.mark.parametrize("name", ["idefics3", "qwen3_vl", "qwen2_5_vl"])
 def test_a_shared_picture_is_encoded_once_and_changes_no_output(
-    make_model: Callable[..., DualLoraModel], name: str, monkeypatch: pytest.MonkeyPatch
+    make_model: Callable[..., DualLoraModel], name: str, shown: list[tuple[int, ...]]
 ) -> None:
     model = make_model(name)
     own = [picture(seed, 64, 64) for seed in range(3)]
-    # A group of one picture and one of two, apart from each other as TRL's shuffling leaves them.
-    shown = [(0,), (1, 2), (0,), (1, 2), (0,)]
     items = [Item(text="camel left", images=tuple(own[i] for i in row)) for row in shown]
     batch = model.collate(items)
     inner: Any = model.backbone.inner_model

@@ -42,10 +42,15 @@ def encoding_distinct(backbone: Backbone) -> Iterator[None]:
         if len(first) == len(parts):
             return encode(*args, **kwargs)
         output = encode(**_chosen(given, parts, first), **others)
-        layers = output.get("deepstack_features") or []
-        if any(len(found) != len(first) for found in (output["pooler_output"], *layers)):
+        features, layers = output.pooler_output, output.get("deepstack_features") or []
+        if any(len(found) != len(first) for found in (features, *layers)):
             return encode(*args, **kwargs)  # features that are not apart by picture
-        output["pooler_output"] = [output["pooler_output"][unit] for unit in place]
+        if isinstance(features, Tensor):  # transformers 5.17: a picture of Idefics3 each, no rows
+            if not all(_has_one_picture(parts[unit]) for unit in first):
+                return encode(*args, **kwargs)
+            output.pooler_output = features[place]
+        else:
+            output.pooler_output = [features[unit] for unit in place]
         if layers:
             output["deepstack_features"] = [[layer[unit] for unit in place] for layer in layers]
         return output
@@ -55,6 +60,11 @@ def encoding_distinct(backbone: Backbone) -> Iterator[None]:
         yield
     finally:
         del inner.get_image_features
+
+
+def _has_one_picture(row: Tensor) -> bool:
+    """Return whether one of a row's (pictures, channels, height, width) is no padding."""
+    return int(row.flatten(1).any(1).sum()) == 1
 
 
 def _parts(given: dict[str, Any]) -> tuple[Sequence[Tensor], list[Any]]:
