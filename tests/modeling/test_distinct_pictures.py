@@ -11,7 +11,6 @@ from twn_rl.data.record import Item
 from twn_rl.modeling.distinct_pictures import encoding_distinct
 from twn_rl.modeling.model import DualLoraModel
 
-
 # Groups of one picture each, and of one and of two, apart as TRL's shuffling leaves them.
 ONE_EACH = [(0,), (1,), (0,), (2,), (0,), (1,), (0,)]
 SEVERAL = [(0,), (1, 2), (0,), (1, 2), (0,)]
