@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import sharing_pictures
 from late_reference import gated_lora
 from torch.nn.functional import cross_entropy, normalize
 
@@ -154,6 +155,7 @@ def test_forwards_of_others_write_the_same_thoughts_and_give_the_same_losses(
     assert "forward" not in vars(model.backbone.inner_model)
 
 
+@sharing_pictures
 @pytest.mark.parametrize("name", ["idefics3", "qwen3_vl"])
 def test_forwards_of_others_read_equal_rows_once(make_model, make_items, name):
     model, items = shared(make_model, name), make_items(name)

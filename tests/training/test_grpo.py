@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3
+from conftest import make_idefics3, sharing_pictures
 from picture_rollouts import assert_logps_are_plain, grpo_trainer, mixed_records
 from short_runs import SHORT_RUN, moved, small_model, weights
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -107,6 +107,7 @@ def test_the_scorer_is_frozen_although_the_policy_moved(records: RecordSet, tmp_
         assert trainer.scorer.columns([0, 1], [thought, thought]) == before
 
 
+@sharing_pictures
 def test_a_scorer_that_shares_the_prefill_pays_for_thoughts_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import sharing_pictures
 from torch import Tensor
 
 from twn_rl.data.record import Item, Record
@@ -203,6 +204,7 @@ def test_a_step_without_any_complete_think_has_the_columns_of_no_thinking(
     assert columns["positive_similarity"] == columns["no_think_positive_similarity"]
 
 
+@sharing_pictures
 def test_rollouts_are_read_in_chunks_of_tokens(
     model: DualLoraModel,
     scorer: RolloutScorer,
