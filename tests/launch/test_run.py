@@ -23,7 +23,7 @@ from twn_rl.recipes import (
     latent_embed,
     sft_embed,
 )
-from twn_rl.recipes.experiments import ablate, compare_selection, new_domain
+from twn_rl.recipes.experiments import ablate, compare_selection, few_thoughts, new_domain
 from twn_rl.training.adaptive import AdaptiveGRPOConfig
 from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.latent import LatentConfig
@@ -127,6 +127,10 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
     elif "new_domain" in path.name:
         values = parse((new_domain.NewDomainArguments, DataArguments), path)
         for name in ("sft_config", "grpo_config", "expert_config"):
+            assert (ROOT / getattr(values[0], name)).is_file()
+    elif "few_thoughts" in path.name:
+        values = parse((few_thoughts.FewThoughtsArguments, DataArguments), path)
+        for name in ("sft_config", "grpo_config", "refit_config"):
             assert (ROOT / getattr(values[0], name)).is_file()
     elif path.name == "wordnet_smollm2.yaml":
         values = parse((ablate.AblateArguments, DataArguments), path)

@@ -20,7 +20,13 @@ from twn_rl.recipes import (
     select_thoughts,
     sft_embed,
 )
-from twn_rl.recipes.experiments import ablate, compare_methods, compare_selection, new_domain
+from twn_rl.recipes.experiments import (
+    ablate,
+    compare_methods,
+    compare_selection,
+    few_thoughts,
+    new_domain,
+)
 from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.sft import SftConfig
 
@@ -427,3 +433,45 @@ def test_arms_and_domains_that_do_not_exist_are_named_together() -> None:
     arms = ["grpo:magin", "more_sft+old"]
     with pytest.raises(ValueError, match=named):
         new_domain.NewDomainArguments(domain="moon", look=["sun"], arms=arms, old_share=1.0)
+
+
+def test_few_thoughts_teach_to_write_and_all_pairs_to_read(tmp_path: Path) -> None:
+    script = few_thoughts.FewThoughtsArguments(shares=[0.1, 1.0], read_steps=7)
+    stages = list(few_thoughts.plan(script, seed_in(tmp_path, demo_scale=0.02)))
+    each = [
+        ("sft_embed", "taught"),
+        ("sft_embed", "before_rl"),
+        ("eval_embed", "before_rl/evaluation"),
+    ]
+    each += [("grpo_embed", "rl"), ("sft_embed", "after_rl"), ("eval_embed", "after_rl/evaluation")]
+    expected = [(recipe, f"{n}_percent/{place}") for n in (10, 100) for recipe, place in each]
+    assert places(stages, tmp_path) == expected
+    for share, first in ((0.1, 0), (1.0, 6)):
+        taught, before, _, rl, after, _ = stages[first : first + 6]
+        chosen, _, few, training = parse_arguments(sft_embed.ARGUMENTS, arguments=taught.flags)
+        assert (chosen.checkpoint, chosen.train_adapters) == (None, "reasoning")
+        assert training.max_steps == 560
+        known = few.load("train")
+        assert all(record.query_cot for record in known)
+        start, _, pairs, reading = parse_arguments(sft_embed.ARGUMENTS, arguments=before.flags)
+        assert (start.checkpoint, start.train_adapters) == (str(taught.target), "embedding")
+        assert (reading.self_written_from, reading.self_written_share) == (0, 1)
+        assert reading.think_without_cot
+        assert reading.max_steps == 7
+        everything = pairs.load("train")
+        assert len(known) == round(share * len(everything))
+        assert not any(record.query_cot for record in everything)
+        policy, _, _ = parse_arguments(grpo_embed.ARGUMENTS, arguments=rl.flags)
+        assert policy.warm_start == str(before.target)
+        refit, _, same, last = parse_arguments(sft_embed.ARGUMENTS, arguments=after.flags)
+        assert (refit.checkpoint, refit.train_adapters) == (str(rl.target), "embedding")
+        assert same == pairs
+        assert last.think_without_cot
+        assert last.max_steps == 120
+    alone = few_thoughts.FewThoughtsArguments(shares=[0.1], rl=False)
+    assert len(list(few_thoughts.plan(alone, seed_in(tmp_path, demo_scale=0.02)))) == 3
+
+
+def test_shares_of_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"shares = \[0, 0.5\].*read_steps = 0"):
+        few_thoughts.FewThoughtsArguments(shares=[0, 0.5], read_steps=0)

@@ -195,8 +195,9 @@ def test_a_record_without_a_cot_trains_the_direct_path_only(
     assert parts["direct_only_ratio"] == pytest.approx(2 / 6)
 
 
-def test_a_thought_the_model_wrote_itself_does_not_train_a_record_without_a_cot(
-    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("unasked", [False, True])
+def test_a_thought_the_model_wrote_itself_trains_a_record_without_a_cot_if_asked_to(
+    records: RecordSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unasked: bool
 ) -> None:
     model, chosen = short_thoughts(), list(records)
     chosen[2] = without_cots([chosen[2]])[0]
@@ -211,10 +212,16 @@ def test_a_thought_the_model_wrote_itself_does_not_train_a_record_without_a_cot(
 
     monkeypatch.setattr(model, "reason", reason)
     always: dict[str, Any] = {"self_written_from": 0.0, "self_written_share": 1.0}
+    always["think_without_cot"] = unasked
     _, first = losses(model, chosen, tmp_path, **always)
     thoughts["of the third"] = "zebra tree"
     _, second = losses(model, chosen, tmp_path, **always)
-    assert second["loss_think"] == first["loss_think"]
+    assert (second["loss_think"] == first["loss_think"]) == (not unasked)
+    assert first["direct_only_ratio"] == pytest.approx(0 if unasked else 1 / len(chosen))
+    assert second["loss_token"] == first["loss_token"], "its own thought was taught"
+    # Where nobody writes it has none to read.
+    _, teachers = losses(model, chosen, tmp_path, think_without_cot=unasked)
+    assert teachers["direct_only_ratio"] == pytest.approx(1 / len(chosen))
     thoughts["of others"] = "zebra tree"
     _, third = losses(model, chosen, tmp_path, **always)
     assert third["loss_think"] != first["loss_think"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -11,9 +12,9 @@ from twn_rl.training.vllm_engines import _default_group_kept
 
 
 def test_closing_vllm_ends_its_groups_and_not_that_of_the_run(tmp_path: Path) -> None:
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    own = dist.new_group([0])
+    meeting = f"file://{tmp_path / 'store'}"
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1)
+    own: Any = dist.new_group([0])
     with _default_group_kept():  # as vLLM ends them
         dist.destroy_process_group(own)
         dist.destroy_process_group()

@@ -61,6 +61,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "ablate": ("experiments.ablate", "compare SFT only with SFT and GRPO over seeds"),
     "compare-methods": ("experiments.compare_methods", "compare ways to think over seeds"),
     "compare-selection": ("experiments.compare_selection", "compare what is taught over seeds"),
+    "few-thoughts": ("experiments.few_thoughts", "compare shares of records with a thought"),
     "new-domain": ("experiments.new_domain", "compare what pairs without thoughts can teach"),
     "prepare-smollm2": ("prepare.smollm2", "convert SmolLM2 to a backbone"),
     "prepare-wordnet": ("prepare.wordnet", "write WordNet's reverse dictionary as records"),

@@ -59,6 +59,13 @@ class SftConfig(ContrastiveConfig):
             "Gold CoTs leak."
         },
     )
+    think_without_cot: bool = field(
+        default=False,
+        metadata={
+            "help": "Records without a CoT think, too, in steps with self-written ones. Default: "
+            "a record without a CoT is one that thinking does not help."
+        },
+    )
 
     def problems(self) -> list[str]:
         """Return what is wrong with the batch's and the method's fields."""
@@ -78,7 +85,9 @@ class SftTrainer(AdapterCheckpoints, ContrastiveTrainer):
     """Trains `DualLoraModel.forward`: one wrapped forward a step gives all losses.
 
     A record without a CoT trains the direct path only (MMEmb-R1, 2604.06156: pairs for which no
-    candidate was worth it): no token loss, and no row in the think terms, whoever writes.
+    candidate was worth it): no token loss, and no row in the think terms, whoever writes. With
+    `think_without_cot` it has the rows of thoughts that the model writes itself, and no token loss
+    either: the few thoughts there are teach to write, all pairs teach to read.
     """
 
     args: SftConfig
@@ -116,6 +125,8 @@ class SftTrainer(AdapterCheckpoints, ContrastiveTrainer):
         if not inputs["only_taught"]:
             if self._is_self_written(done):
                 self._write_thoughts(queries)
+                if self.args.think_without_cot:
+                    inputs["has_cot"] = torch.ones_like(inputs["has_cot"])
             inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
             inputs["targets_think"] = bool(gather_with_grad(inputs["has_target_cot"]).any())
         elif chunks is not None:

@@ -1,0 +1,148 @@
+"""How many records need a thought? Few teach to write, all pairs teach to read, then RL.
+
+For every share of the training records that keep their thought, and every seed: the reasoning
+adapter learns to write from these alone (`taught`), over as many epochs as the steps give; the
+embedding adapter learns to read what it writes, on all pairs (`before_rl`); RL goes on from there,
+and a refit reads what it made of the thoughts (`after_rl`). Steps are equal for every share.
+
+    twn-rl few-thoughts
+    twn-rl few-thoughts --shares 0.05 1 --seeds 0 --output_dir outputs/few_thoughts_quick
+
+Without arguments it reads recipes/configs/demo_few_thoughts.yaml. Writes summary.json ({arm:
+{metric key: {mean, std, values}}}, an arm is a share before or after RL), tables and a plot.
+Finished runs are kept: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from twn_rl.data.record_files import load_records, write_records
+from twn_rl.demo.dataset import write_demo
+from twn_rl.evaluation.seed_tables import save_arms
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.experiment import (
+    EVALUATION_FOLDER,
+    ExperimentArguments,
+    Seed,
+    Stage,
+    evaluation,
+    run_experiment,
+)
+from twn_rl.launch.program import start
+from twn_rl.runtime.log_levels import NOTICE
+from twn_rl.runtime.problems import Problems
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "demo_few_thoughts.yaml"
+MODES = ("never", "always", "sampled", "gold")
+TAUGHT, BEFORE, RL, AFTER = "taught", "before_rl", "rl", "after_rl"
+
+
+@dataclass
+class FewThoughtsArguments(ExperimentArguments):
+    """Shares of records with a thought, and how each stage is trained.
+
+    Attributes:
+        output_dir: Where all runs go.
+        read_steps: Steps in which the embedding adapter learns to read, before RL.
+        rl: Go on with RL and the refit.
+        sft_config: YAML of the warm start, whose two adapters are trained one after the other.
+        grpo_config: YAML of RL.
+        refit_config: YAML of what follows RL.
+    """
+
+    output_dir: str = "outputs/few_thoughts"
+    shares: list[float] = field(
+        default_factory=lambda: [0.02, 0.05, 0.2, 1.0],
+        metadata={"help": "Shares of the training records that keep their thought."},
+    )
+    read_steps: int = 450
+    rl: bool = True
+    sft_config: str = "recipes/configs/demo_sft.yaml"
+    grpo_config: str = "recipes/configs/demo_grpo.yaml"
+    refit_config: str = "recipes/configs/demo_refit.yaml"
+
+    def __post_init__(self) -> None:
+        """Refuse shares of nothing and of more than there is."""
+        problems = Problems()
+        problems.unless(
+            self.shares and all(0 < share <= 1 for share in self.shares),
+            f"shares = {self.shares}, expected numbers above 0 and at most 1",
+        )
+        problems.expect(self, ">= 1", "read_steps")
+        problems.refuse("FewThoughtsArguments")
+
+
+def main(script: FewThoughtsArguments, data: DataArguments) -> Path:
+    """Train and evaluate every share for every seed, then summarise."""
+    seeds = run_experiment(script, data, lambda seed: plan(script, seed))
+    arms = {
+        f"{name(share)} {when}": [
+            seed.root / name(share) / when / EVALUATION_FOLDER for seed in seeds
+        ]
+        for share in script.shares
+        for when in ((BEFORE, AFTER) if script.rl else (BEFORE,))
+    }
+    text = save_arms(Path(script.output_dir), arms)
+    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    return Path(script.output_dir)
+
+
+def name(share: float) -> str:
+    """Return what a share is called.
+
+    >>> name(0.05)
+    '5_percent'
+    """
+    return f"{100 * share:g}_percent"
+
+
+def plan(script: FewThoughtsArguments, seed: Seed) -> Iterator[Stage]:
+    """Yield the stages of one seed: for every share writing, reading, RL, reading again."""
+    for share in script.shares:
+        root, settings = seed.root / name(share), {"config": script.sft_config}
+        with_thoughts, pairs = records_of(seed, share)
+        own = {"train_adapters": "reasoning", "output_dir": root / TAUGHT}
+        yield Stage("sft_embed", root / TAUGHT, {**settings, **with_thoughts.settings, **own})
+        reading = {"train_adapters": "embedding", "self_written_from": 0, "self_written_share": 1}
+        reading |= {"think_without_cot": True, **pairs.settings}
+        own = {"checkpoint": root / TAUGHT, "output_dir": root / BEFORE}
+        steps = {"max_steps": script.read_steps}
+        yield Stage("sft_embed", root / BEFORE, {**settings, **reading, **own, **steps})
+        yield evaluation(root / BEFORE, pairs, MODES, num_thoughts=2)
+        if not script.rl:
+            continue
+        own = {"config": script.grpo_config, "warm_start": root / BEFORE, "output_dir": root / RL}
+        yield Stage("grpo_embed", root / RL, {**own, "evaluate": False, **pairs.settings})
+        own = {"config": script.refit_config, "checkpoint": root / RL, "output_dir": root / AFTER}
+        yield Stage("sft_embed", root / AFTER, {**reading, **own})
+        yield evaluation(root / AFTER, pairs, MODES, num_thoughts=2)
+
+
+def records_of(seed: Seed, share: float) -> tuple[Seed, Seed]:
+    """Return a seed whose records are those that keep their thought, and one with all pairs."""
+    root = Path(seed.data.demo_dir)
+    files = write_demo(root, seed.data.demo_settings())
+    records = load_records(files["train"])
+    kept = root / f"few_thoughts_{name(share)}.jsonl"
+    write_records(kept, (records[row] for row in range(max(1, round(share * len(records))))))
+    pairs = root / "few_thoughts_pairs.jsonl"
+    write_records(pairs, (replace(record, query_cot=None) for record in records))
+    given = {f"{split}_file": str(files[split]) for split in ("rl", "validation", "test")}
+    given |= {"ood_file": str(files["unseen_pairs"]), "data_root": str(root)}
+    few = replace(seed.data, train_file=str(kept), **given)
+    return replace(seed, data=few), replace(seed, data=replace(few, train_file=str(pairs)))
+
+
+if __name__ == "__main__":
+    start(
+        main,
+        (FewThoughtsArguments, DataArguments),
+        default_config=DEFAULT_CONFIG,
+        description=__doc__,
+    )
