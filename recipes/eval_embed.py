@@ -54,6 +54,7 @@ from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.launch.trackers import check_trackers, track_metrics
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.gate import QUERY_SIDE
+from twn_rl.modeling.lineage import lineage
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.model_card import write_card
 from twn_rl.recipes import eval_mmeb_v2
@@ -65,7 +66,7 @@ from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
-# The model before RL shares the frozen embedding adapter: only its own thoughts differ.
+# Of the model that this one came from: how far training has come.
 BEFORE_MODES = ("never", "always")
 PLAIN_MODES = (
     "never",
@@ -301,9 +302,11 @@ def write_routing(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
 
 
 def learning_curves(script: EvalScriptArguments) -> dict[str, Path]:
-    """Return the metrics files that training left beside the models."""
-    named = {"SFT": script.before, "GRPO": script.model}
-    files = {name: Path(path) / "metrics.jsonl" for name, path in named.items() if path}
+    """Return the metrics files that the stages of the model left, the first stage first."""
+    stages = lineage(script.model)
+    if script.before is not None and Path(script.before) not in stages.values():
+        stages = {**lineage(script.before), **stages}
+    files = {name: folder / "metrics.jsonl" for name, folder in stages.items()}
     return {name: path for name, path in files.items() if path.exists()}
 
 

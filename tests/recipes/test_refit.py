@@ -11,7 +11,7 @@ from short_runs import SHORT_RUN, moved, weights
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER
 from twn_rl.modeling.model import DualLoraModel
-from twn_rl.recipes import sft_embed
+from twn_rl.recipes import eval_embed, sft_embed
 from twn_rl.training.sft import SftConfig
 
 
@@ -61,3 +61,6 @@ def test_one_adapter_is_trained_and_the_other_stays_to_the_bit(first: Path, adap
     )
     assert "| Went on from | `sft` |" in card
     assert "Went on from" not in (first / "README.md").read_text(encoding="utf-8")
+    drawn = eval_embed.learning_curves(eval_embed.EvalScriptArguments(model=str(output)))
+    assert list(drawn) == ["warm start", "refit" if is_refit else "reasoning alone"]
+    assert list(drawn.values()) == [model / "metrics.jsonl" for model in (first, output)]

@@ -20,6 +20,7 @@ import yaml
 from twn_rl.launch.command_line import is_on, show_logs
 from twn_rl.launch.progress import clock, quieten, show_progress
 from twn_rl.modeling.checkpoint import has_adapters_of
+from twn_rl.modeling.lineage import RUN_FILE
 from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import gather_objects, join_processes
@@ -55,7 +56,7 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     resolved = {type(a).__name__: _plain(a) for a in arguments}
     text = yaml.safe_dump(resolved, sort_keys=True, allow_unicode=True)
-    write_text(directory / "run.yaml", text)
+    write_text(directory / RUN_FILE, text)
     environment = {
         "command": sys.argv,
         "git_commit": _git_commit(),

@@ -17,6 +17,7 @@ import yaml
 from twn_rl.modeling.backbone_names import plain_name
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate_files import GATE_FILE
+from twn_rl.modeling.lineage import read_run, stage_of, start_of
 from twn_rl.runtime.whole_files import write_text
 
 CARD_FILE = "README.md"
@@ -24,19 +25,15 @@ CARD_FILE = "README.md"
 _MARK = (
     "<!-- Written by twn_rl from the files beside it. Remove this line to keep your changes. -->"
 )
-# Settings of a run -> how the model was trained.
+# Stage of a run -> how the model was trained.
 _METHODS = {
-    "SftConfig": "supervised warm start: token loss on thoughts, contrast with and without them",
-    "EmbedGRPOConfig": "GRPO on the thoughts, rewarded by retrieval (arXiv 2605.14448)",
-    "AdaptiveGRPOConfig": "adaptive GRPO: the policy decides whether to think (arXiv 2604.06156)",
-    "LatentConfig": "latent thoughts in learned reason tokens (arXiv 2606.13061)",
-    "ExpertIterationConfig": "expert iteration on the policy's best thoughts (arXiv 2304.06767)",
-}
-# Trainers of one adapter alone, by the choice of the warm start's recipe.
-_ALONE = {
-    "embedding": "refit: the embedding adapter alone, contrast with and without the policy's "
-    "thoughts",
-    "reasoning": "the reasoning adapter alone, token loss on thoughts",
+    "warm start": "supervised warm start: token loss on thoughts, contrast with and without them",
+    "GRPO": "GRPO on the thoughts, rewarded by retrieval (arXiv 2605.14448)",
+    "adaptive GRPO": "adaptive GRPO: the policy decides whether to think (arXiv 2604.06156)",
+    "latent thoughts": "latent thoughts in learned reason tokens (arXiv 2606.13061)",
+    "expert iteration": "expert iteration on the policy's best thoughts (arXiv 2304.06767)",
+    "refit": "refit: the embedding adapter alone, contrast with and without the policy's thoughts",
+    "reasoning alone": "the reasoning adapter alone, token loss on thoughts",
 }
 _FILES = ("train_file", "rl_file", "validation_file", "test_file", "ood_file")
 _MODES = ("never", "always", "auto", "auto_better", "policy", "latent")
@@ -88,7 +85,7 @@ def write_card(
     config = TwnConfig.load(folder)
     notes = notes or CardNotes()
     source = Path(run or folder)
-    settings = _read(source / "run.yaml")
+    settings = read_run(source)
     if notes.license is None:
         notes = replace(notes, license=_license(settings))
     parts = [
@@ -108,7 +105,7 @@ def write_card(
 
 def _license(settings: Mapping[str, Any]) -> str | None:
     """Return the licence that the run's trainer was given."""
-    given = [settings[method].get("license") for method in _METHODS if method in settings]
+    given = [trainer.get("license") for trainer in settings.values() if trainer]
     return next(filter(None, given), None)
 
 
@@ -129,11 +126,7 @@ def _front_matter(config: TwnConfig, notes: CardNotes) -> str:
 def _facts(
     config: TwnConfig, settings: Mapping[str, Any], notes: CardNotes, *, has_gate: bool
 ) -> str:
-    methods = [text for name, text in _METHODS.items() if name in settings]
-    scripts = [value for name, value in settings.items() if name.endswith("Arguments")]
-    for script in scripts:
-        methods = [_ALONE[alone]] if (alone := script.get("train_adapters")) in _ALONE else methods
-    starts = [script.get("checkpoint") or script.get("warm_start") for script in scripts]
+    stage, start = stage_of(settings), start_of(settings)
     data = settings.get("DataArguments", {})
     files = sorted({Path(data[key]).name for key in _FILES if data.get(key)})
     if notes.train_datasets:
@@ -145,8 +138,8 @@ def _facts(
     if config.thinking_decision == "policy":
         gate += f"; the policy decides, above {config.policy_threshold}"
     rows = [
-        ("Method", "; ".join(methods) or "not recorded"),
-        *(("Went on from", f"`{Path(start).name}`") for start in starts if start),
+        ("Method", _METHODS[stage] if stage else "not recorded"),
+        *([("Went on from", f"`{Path(start).name}`")] if start else []),
         ("Backbone", f"`{plain_name(config.backbone) or 'built in code'}`"),
         ("Revision of the backbone", config.backbone_revision or "not pinned"),
         ("Data", ", ".join(files) or "not recorded"),
