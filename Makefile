@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST_ARGS ?=
 
 # The test workers and the processes they start share the machine's cores: one thread each.
-test test-lowest unit hostile: export OMP_NUM_THREADS ?= 1
+test test-lowest test-vision unit hostile: export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 # Real processors of VLMs need torchvision, and its wheels the CUDA build of torch (5.5 GB, also

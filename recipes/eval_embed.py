@@ -304,8 +304,10 @@ def write_routing(path: Path, evaluation: Evaluation, *, seed: int = 0) -> None:
 def learning_curves(script: EvalScriptArguments) -> dict[str, Path]:
     """Return the metrics files that the stages of the model left, the first stage first."""
     stages = lineage(script.model)
-    if script.before is not None and Path(script.before) not in stages.values():
-        stages = {**lineage(script.before), **stages}
+    known = {folder.resolve() for folder in stages.values()}
+    if script.before is not None and Path(script.before).resolve() not in known:
+        others = {f"before: {name}": folder for name, folder in lineage(script.before).items()}
+        stages = {**others, **stages}
     files = {name: folder / "metrics.jsonl" for name, folder in stages.items()}
     return {name: path for name, path in files.items() if path.exists()}
 

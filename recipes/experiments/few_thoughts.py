@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from twn_rl.data.record_files import load_records, write_records
-from twn_rl.demo.dataset import write_demo
+from twn_rl.demo.dataset import FEW_THOUGHTS_PREFIX, write_demo
 from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
@@ -129,9 +129,9 @@ def records_of(seed: Seed, share: float) -> tuple[Seed, Seed]:
     root = Path(seed.data.demo_dir)
     files = write_demo(root, seed.data.demo_settings())
     records = load_records(files["train"])
-    kept = root / f"few_thoughts_{name(share)}.jsonl"
+    kept = root / f"{FEW_THOUGHTS_PREFIX}{name(share)}.jsonl"
     write_records(kept, (records[row] for row in range(max(1, round(share * len(records))))))
-    pairs = root / "few_thoughts_pairs.jsonl"
+    pairs = root / f"{FEW_THOUGHTS_PREFIX}pairs.jsonl"
     write_records(pairs, (replace(record, query_cot=None) for record in records))
     given = {f"{split}_file": str(files[split]) for split in ("rl", "validation", "test")}
     given |= {"ood_file": str(files["unseen_pairs"]), "data_root": str(root)}

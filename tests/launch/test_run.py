@@ -143,7 +143,7 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
     assert set(written) - {"base"} <= set(held)
     if "base" in written:  # what it does not say is what its base says
         base = yaml.safe_load((path.parent / written["base"]).read_text(encoding="utf-8"))
-        names = ("warmup_steps", "max_examples", "max_grad_norm")
+        names = ("warmup_steps", "max_examples", "backbone")
         name = next(name for name in names if name in base and name not in written)
         assert held[name] == base[name]
         assert all(held[name] == written[name] for name in ("output_dir", "model") & written.keys())

@@ -37,6 +37,7 @@ def test_a_shared_picture_is_encoded_once_and_changes_no_output(
         with encoding_distinct(model.backbone):
             found = model.backbone.model(**batch).logits
         alone = model.backbone.model(**batch).logits
+    assert len(seen) == 3
     assert seen[0] == seen[2]
     assert seen[1] * 7 == seen[0] * 3  # 3 distinct of 7 pictures, all of one size
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

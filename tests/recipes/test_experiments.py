@@ -417,6 +417,7 @@ def test_an_arm_with_old_pairs_samples_them_too_and_keeps_its_budget(tmp_path: P
     ]
     assert all(record.query_cot is None for record in both)
     assert all(record.query.images for record in both), "pictures are found from the new file"
+    assert mixed.rl_file.endswith("new_domain_reworded_train_50_percent_old.jsonl")
     # What measures the arms is the same.
     assert stages[3].settings["test_file"] == stages[5].settings["test_file"]
     assert stages[3].settings["rl_file"] == stages[5].settings["rl_file"]
@@ -468,6 +469,10 @@ def test_few_thoughts_teach_to_write_and_all_pairs_to_read(tmp_path: Path) -> No
         assert same == pairs
         assert last.think_without_cot
         assert last.max_steps == 120
+    # The demo's folder is still its own: other settings write it anew.
+    other = seed_in(tmp_path, demo_scale=0.03)
+    few_thoughts.records_of(other, 0.5)
+    assert len(list(other.data.load("test"))) == 30
     alone = few_thoughts.FewThoughtsArguments(shares=[0.1], rl=False)
     assert len(list(few_thoughts.plan(alone, seed_in(tmp_path, demo_scale=0.02)))) == 3
 

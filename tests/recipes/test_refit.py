@@ -55,12 +55,12 @@ def test_one_adapter_is_trained_and_the_other_stays_to_the_bit(first: Path, adap
     assert all(("loss_no_think" in row) == is_refit for row in trained)
     assert not is_refit or all(row.get("loss_token", 0.0) == 0.0 for row in trained)
     card = (output / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"| Method | {'refit: the embedding' if is_refit else 'the reasoning'} adapter alone"
-        in card
-    )
+    assert f"| Method | the {adapter} adapter alone" in card
     assert "| Went on from | `sft` |" in card
     assert "Went on from" not in (first / "README.md").read_text(encoding="utf-8")
     drawn = eval_embed.learning_curves(eval_embed.EvalScriptArguments(model=str(output)))
-    assert list(drawn) == ["warm start", "refit" if is_refit else "reasoning alone"]
+    assert list(drawn) == ["warm start", f"{adapter} alone"]
+    beside = eval_embed.EvalScriptArguments(model=str(first), before=str(output))
+    names = [f"before: {name}" for name in drawn]
+    assert list(eval_embed.learning_curves(beside)) == [*names, "warm start"]
     assert list(drawn.values()) == [model / "metrics.jsonl" for model in (first, output)]

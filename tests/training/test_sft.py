@@ -220,7 +220,8 @@ def test_a_thought_the_model_wrote_itself_trains_a_record_without_a_cot_if_asked
     assert first["direct_only_ratio"] == pytest.approx(0 if unasked else 1 / len(chosen))
     assert second["loss_token"] == first["loss_token"], "its own thought was taught"
     # Where nobody writes it has none to read.
-    _, teachers = losses(model, chosen, tmp_path, think_without_cot=unasked)
+    later = {"think_without_cot": unasked, "self_written_from": 0.9}
+    _, teachers = losses(model, chosen, tmp_path, **later)
     assert teachers["direct_only_ratio"] == pytest.approx(1 / len(chosen))
     thoughts["of others"] = "zebra tree"
     _, third = losses(model, chosen, tmp_path, **always)
@@ -262,6 +263,14 @@ def test_without_a_token_weight_no_thought_is_taught(records: RecordSet, tmp_pat
 def test_steps_without_any_loss_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"contrastive_from = 0\.5.*token_weight = 0"):
         small_config(tmp_path, token_weight=0.0, contrastive_from=0.5)
+
+
+@pytest.mark.parametrize("own", [{"self_written_share": 0.0}, {"self_written_from": 1.0}])
+def test_thinking_without_a_cot_that_nobody_writes_is_refused(
+    tmp_path: Path, own: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match=r"think_without_cot.*expected steps with self-written"):
+        small_config(tmp_path, think_without_cot=True, **own)
 
 
 def test_self_written_thoughts_replace_the_teachers_for_a_share_of_later_steps(

@@ -190,3 +190,23 @@ def test_a_model_that_cannot_be_saved_leaves_the_one_that_was_there(tmp_path: Pa
         second.save_pretrained(tmp_path)
     stored = weights(DualLoraModel.from_pretrained(tmp_path, backbone=make_idefics3()))
     assert all(torch.equal(stored[key], value) for key, value in weights(first).items())
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(0.5, 1), (2, 4)])
+def test_a_finished_run_of_epochs_or_of_a_part_of_one_is_left_alone(
+    unbroken: tuple[Path, Any], tmp_path: Path, epochs: float, steps: int
+) -> None:
+    records, run = unbroken[1], tmp_path / "run"
+    settings = {"max_steps": -1, "num_train_epochs": epochs, "save_steps": 1}
+    first = make_trainer(run, records, **settings)
+    train_and_save(first, run, {})
+    assert first.state.global_step == steps
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = make_trainer(run, records, resume_from_checkpoint="true", **settings)
+    train_and_save(again, run, {})
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    # A longer run goes on.
+    settings["num_train_epochs"] = epochs * 2
+    longer = make_trainer(run, records, resume_from_checkpoint="true", **settings)
+    train_and_save(longer, run, {})
+    assert longer.state.global_step == 2 * steps

@@ -81,8 +81,9 @@ WALKING = {
 }
 # Files of earlier layouts, which are replaced.
 FORMER_SPLITS = ("ood",)
-# Files of `new_domains`, which are made from the same settings.
+# Files of `new_domains` and of the experiment with few thoughts, made from the same settings.
 DOMAIN_PREFIX = "new_domain_"
+FEW_THOUGHTS_PREFIX = "few_thoughts_"
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,9 @@ def _refuse_foreign(directory: Path, stamp: Path) -> None:
     beside = (f"{file}{suffix}" for file in files for suffix in (STORE_SUFFIX, FORMER_SUFFIX))
     known = {stamp.name, "images", *files, *beside}
     names = [path.name for path in directory.iterdir() if path.name not in known]
-    foreign = sorted(name for name in names if not name.startswith(DOMAIN_PREFIX))
+    foreign = sorted(
+        name for name in names if not name.startswith((DOMAIN_PREFIX, FEW_THOUGHTS_PREFIX))
+    )
     if foreign:
         raise ValueError(
             f"data_dir = {directory} holds files that are not the demo's: {foreign[:5]}; expected "

@@ -101,6 +101,6 @@ def add_old_pairs(new: Path, old: Path, share: float) -> Path:
             "share that it can give; lower old_share"
         )
     kept = (replace(known[place], query_cot=None) for place in range(wanted))
-    target = new.with_name(f"{new.stem}_with_old.jsonl")
+    target = new.with_name(f"{new.stem}_{100 * share:g}_percent_old.jsonl")
     write_records(target, (*fresh, *kept))
     return target

@@ -7,7 +7,7 @@ pictures with it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -43,16 +43,16 @@ def encoding_distinct(backbone: Backbone) -> Iterator[None]:
             return encode(*args, **kwargs)
         output = encode(**_chosen(given, parts, first), **others)
         features, layers = output.pooler_output, output.get("deepstack_features") or []
-        if any(len(found) != len(first) for found in (features, *layers)):
+        counts = [_num_pictures(parts[unit]) for unit in first]
+        features, join = _apart(features, counts)
+        tokens = [len(found) for found in features]
+        layers = [_apart(layer, tokens) for layer in layers]
+        if any(len(found) != len(first) for found in (features, *(layer for layer, _ in layers))):
             return encode(*args, **kwargs)  # features that are not apart by picture
-        if isinstance(features, Tensor):  # transformers 5.17: a picture of Idefics3 each, no rows
-            if not all(_has_one_picture(parts[unit]) for unit in first):
-                return encode(*args, **kwargs)
-            output.pooler_output = features[place]
-        else:
-            output.pooler_output = [features[unit] for unit in place]
+        output.pooler_output = join([features[unit] for unit in place])
         if layers:
-            output["deepstack_features"] = [[layer[unit] for unit in place] for layer in layers]
+            chosen = [join([layer[unit] for unit in place]) for layer, join in layers]
+            output["deepstack_features"] = chosen
         return output
 
     inner.get_image_features = once
@@ -62,9 +62,20 @@ def encoding_distinct(backbone: Backbone) -> Iterator[None]:
         del inner.get_image_features
 
 
-def _has_one_picture(row: Tensor) -> bool:
-    """Return whether one of a row's (pictures, channels, height, width) is no padding."""
-    return int(row.flatten(1).any(1).sum()) == 1
+def _apart(features: Any, counts: list[int]) -> tuple[Any, Callable[[list[Tensor]], Any]]:
+    """Return features by part and what joins them again, as transformers of different age do.
+
+    From 5.18 on they are in a list by part. Before, Idefics3's are a tensor with a row for each
+    picture, and Qwen3-VL's deeper layers one with a row for each token.
+    """
+    if isinstance(features, Tensor) and len(features) == sum(counts):
+        return features.split(counts), torch.cat
+    return features, list
+
+
+def _num_pictures(part: Tensor) -> int:
+    """Return how many pictures a part has: a packed one, or a row's that are no padding."""
+    return int(part.flatten(1).any(1).sum()) if part.ndim == 4 else 1
 
 
 def _parts(given: dict[str, Any]) -> tuple[Sequence[Tensor], list[Any]]:

@@ -6,7 +6,6 @@ is not known is said to be unknown. Runs and measures nothing.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from twn_rl.modeling.backbone_names import plain_name
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.gate_files import GATE_FILE
 from twn_rl.modeling.lineage import read_run, stage_of, start_of
-from twn_rl.runtime.whole_files import write_text
+from twn_rl.runtime.whole_files import read_json, write_text
 
 CARD_FILE = "README.md"
 # Only a card with this line is written anew.
@@ -32,7 +31,7 @@ _METHODS = {
     "adaptive GRPO": "adaptive GRPO: the policy decides whether to think (arXiv 2604.06156)",
     "latent thoughts": "latent thoughts in learned reason tokens (arXiv 2606.13061)",
     "expert iteration": "expert iteration on the policy's best thoughts (arXiv 2304.06767)",
-    "refit": "refit: the embedding adapter alone, contrast with and without the policy's thoughts",
+    "embedding alone": "the embedding adapter alone, contrast with and without own thoughts",
     "reasoning alone": "the reasoning adapter alone, token loss on thoughts",
 }
 _FILES = ("train_file", "rl_file", "validation_file", "test_file", "ood_file")
@@ -182,7 +181,7 @@ vectors = model.encode_query(["a question"], think="never")
 
 def _metrics(run: Path, notes: CardNotes) -> str:
     """Return the tables of figures: of the run's own evaluation, and of noted evaluators."""
-    metrics = _read(run / "evaluation" / "metrics.json")
+    metrics = read_json(run / "evaluation" / "metrics.json") or {}
     rows = []
     for key in (key for key in metrics if key.endswith("/hit@1") and key.count("/") == 3):
         split, group, mode, _ = key.split("/")
@@ -191,7 +190,7 @@ def _metrics(run: Path, notes: CardNotes) -> str:
             rows.append((split, mode, *_figures(metrics, cell)))
     text = "## Figures\n\n"
     if rows:
-        made = _read(run / "evaluation" / "environment.json")
+        made = read_json(run / "evaluation" / "environment.json") or {}
         header = ("split", "thinks", "hit@1 in %", "queries", "think rate", "think tokens")
         text += (
             f"{_table(header, rows)}\n\n"
@@ -234,10 +233,3 @@ def _limits(config: TwnConfig) -> str:
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    text = file.read_text("utf-8")
-    return (yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)) or {}

@@ -78,6 +78,12 @@ class SftConfig(ContrastiveConfig):
                 f"contrastive_from = {self.contrastive_from} with token_weight = 0, expected 0: "
                 "the steps before it would have no loss"
             )
+        if self.think_without_cot and not (self.self_written_share and self.self_written_from < 1):
+            problems.append(
+                f"think_without_cot with self_written_share = {self.self_written_share} and "
+                f"self_written_from = {self.self_written_from}, expected steps with self-written "
+                "CoTs: there are no others to read"
+            )
         return problems
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,10 @@ def is_finished(checkpoint: Path, args: Any) -> bool:
     done = state.get("global_step", 0)
     if args.max_steps > 0:
         return done >= args.max_steps
-    same_length = state.get("num_train_epochs") == args.num_train_epochs
-    return same_length and 0 < state.get("max_steps", 0) <= done
+    # HF notes whole epochs; a part of one ends within them.
+    same_length = state.get("num_train_epochs") == math.ceil(args.num_train_epochs)
+    went_through = (state.get("epoch") or 0.0) > args.num_train_epochs - 1e-6
+    return same_length and went_through and 0 < state.get("max_steps", 0) <= done
 
 
 def final_checkpoint(checkpoint: Path, args: Any) -> Path:
