@@ -93,8 +93,9 @@ class DemoSettings:
     Attributes:
         seed: Seed of scenes, questions and teachers.
         noise: How teachers err.
-        asides: Cells that a teacher's CoT about a picture describes before it comes to the point,
-            0 to 9: thoughts longer than they need be, for RL to shorten.
+        asides: Most cells that a teacher's CoT about a picture describes before it comes to the
+            point, 0 to 9, drawn for each: thoughts longer than they need be, for RL to shorten.
+            Were there as many in each, no sample would be shorter than another.
     """
 
     seed: int = 0
@@ -125,8 +126,9 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
     files = {split: directory / f"{split}.jsonl" for split in SPLITS}
     stamp = directory / "settings.json"
     told = asdict(settings)
-    if not settings.asides:
-        del told["asides"]  # folders from before there were any are equal
+    del told["asides"]  # folders from before there were any are equal
+    if settings.asides:
+        told["most_asides"] = settings.asides
     wanted = json.dumps({"layout": LAYOUT, **told}, indent=1, sort_keys=True)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         logger.info("Reusing the emoji-scene records in %s", directory)
@@ -188,7 +190,8 @@ def _asides(split: str, number: int, kind: str, scene: Scene, settings: DemoSett
     if kind == SCENE_RETRIEVAL or not settings.asides:
         return ""
     dice = random.Random(f"{settings.seed}/{split}/{number}/asides")
-    return questions.describe(scene, dice.sample(range(len(PLACES)), settings.asides)) + " ; "
+    cells = dice.sample(range(len(PLACES)), dice.randint(0, settings.asides))
+    return questions.describe(scene, cells) + " ; " if cells else ""
 
 
 def _draws(

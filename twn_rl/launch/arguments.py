@@ -140,7 +140,7 @@ class DataArguments:
         teacher_random_rate: Share of teacher CoTs with a random wrong hop; 0 is off.
         teacher_swap_rate: Share of the deciding right/below hops that the teacher swaps; 0 is
             off.
-        teacher_asides: Cells of the picture that a teacher CoT describes first without need.
+        teacher_asides: Most cells of the picture that a teacher CoT describes first without need.
     """
 
     train_file: str | None = None
