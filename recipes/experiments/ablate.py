@@ -26,26 +26,24 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments, parse_arguments
 from twn_rl.launch.experiment import (
-    EVALUATION_FOLDER,
     ExperimentArguments,
     Seed,
     Stage,
     decider,
     evaluation,
+    report_arms,
     run_experiment,
 )
 from twn_rl.launch.program import start
 from twn_rl.recipes.grpo_embed import ARGUMENTS as GRPO_ARGUMENTS
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
-from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.training.grpo import EmbedGRPOConfig
 
 logger = logging.getLogger(__name__)
@@ -54,15 +52,6 @@ WARM_START = "warm_start"
 REFIT = "{} refit"
 MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 GATE_MODES = ("auto", "random", "oracle")
-
-
-class ComparedArms(Protocol):
-    """What is told of a comparison whose arms start from one warm start a seed."""
-
-    output_dir: str
-    seeds: list[int]
-    threads: list[int] | None
-    arms: list[str]
 
 
 @dataclass
@@ -95,23 +84,9 @@ class AblateArguments(ExperimentArguments):
 def main(script: AblateArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
-    refits = [REFIT.format(arm) for arm in (WARM_START, *script.arms) if script.refit_config]
-    return report_arms(script, seeds, refits)
-
-
-def report_arms(script: ComparedArms, seeds: Sequence[Seed], refits: Sequence[str] = ()) -> Path:
-    """Write and log the tables of the warm start, all arms and their refits; return the folder."""
-    output = Path(script.output_dir)
-    arms = {
-        arm: [seed.root / folder(arm) / EVALUATION_FOLDER for seed in seeds]
-        for arm in (WARM_START, *script.arms, *refits)
-    }
-    text = save_arms(output, arms)
-    runs = f"seeds {script.seeds}"
-    if script.threads:
-        runs += f", each on {script.threads} threads"
-    logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", runs, text)
-    return output
+    arms = [WARM_START, *script.arms]
+    arms += [REFIT.format(arm) for arm in arms if script.refit_config]
+    return report_arms(script, seeds, {arm: folder(arm) for arm in arms})
 
 
 def plan(script: AblateArguments, seed: Seed) -> Iterator[Stage]:

@@ -24,14 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twn_rl.evaluation.seed_tables import describe, save_arms
+from twn_rl.evaluation.seed_tables import describe
 from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
-    EVALUATION_FOLDER,
     ExperimentArguments,
     Seed,
     Stage,
     evaluation,
+    report_arms,
     run_experiment,
 )
 from twn_rl.launch.program import start
@@ -94,10 +94,7 @@ def main(script: SelectionArguments, data: DataArguments) -> Path:
     """Select, train and evaluate every arm for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
     output, arms = Path(script.output_dir), [arm for arm in RULES if arm in script.arms]
-    text = save_arms(
-        output, {arm: [seed.root / arm / EVALUATION_FOLDER for seed in seeds] for arm in arms}
-    )
-    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    report_arms(script, seeds, {arm: arm for arm in arms})
     if "selected" in arms:
         found = selection_summary([thoughts_folder(seed.root, "selected") for seed in seeds])
         write_json(output / "selection.json", found, indent=1)

@@ -15,28 +15,23 @@ Finished runs are kept: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from twn_rl.data.record_files import load_records, write_records
 from twn_rl.demo.dataset import FEW_THOUGHTS_PREFIX, write_demo
-from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
-    EVALUATION_FOLDER,
     ExperimentArguments,
     Seed,
     Stage,
     evaluation,
+    report_arms,
     run_experiment,
 )
 from twn_rl.launch.program import start
-from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "demo_few_thoughts.yaml"
 MODES = ("never", "always", "sampled", "gold")
@@ -81,16 +76,9 @@ class FewThoughtsArguments(ExperimentArguments):
 def main(script: FewThoughtsArguments, data: DataArguments) -> Path:
     """Train and evaluate every share for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
-    arms = {
-        f"{name(share)} {when}": [
-            seed.root / name(share) / when / EVALUATION_FOLDER for seed in seeds
-        ]
-        for share in script.shares
-        for when in ((BEFORE, AFTER) if script.rl else (BEFORE,))
-    }
-    text = save_arms(Path(script.output_dir), arms)
-    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
-    return Path(script.output_dir)
+    measured = (BEFORE, AFTER) if script.rl else (BEFORE,)
+    places = [(name(share), when) for share in script.shares for when in measured]
+    return report_arms(script, seeds, {" ".join(place): "/".join(place) for place in places})
 
 
 def name(share: float) -> str:

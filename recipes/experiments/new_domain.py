@@ -35,6 +35,7 @@ from twn_rl.launch.experiment import (
     Seed,
     Stage,
     evaluation,
+    report_arms,
     run_experiment,
 )
 from twn_rl.launch.program import start
@@ -42,7 +43,6 @@ from twn_rl.recipes.experiments.ablate import (
     WARM_START,
     folder,
     read_grpo,
-    report_arms,
     reward_settings,
     rl_budget,
 )
@@ -100,7 +100,7 @@ class NewDomainArguments(ExperimentArguments):
 def main(script: NewDomainArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
-    return report_arms(script, seeds)
+    return report_arms(script, seeds, {arm: folder(arm) for arm in (WARM_START, *script.arms)})
 
 
 def plan(script: NewDomainArguments, seed: Seed) -> Iterator[Stage]:

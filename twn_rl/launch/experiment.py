@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments, packaged
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.runtime.log_levels import NOTICE
@@ -231,6 +232,29 @@ def run_experiment(
     with ThreadPoolExecutor(max_workers=script.parallel) as pool:
         list(pool.map(run, seeds))
     return seeds
+
+
+def report_arms(
+    script: ExperimentArguments, seeds: Sequence[Seed], models: Mapping[str, str]
+) -> Path:
+    """Write and log the tables of what was measured on each arm; return the folder.
+
+    Args:
+        script: Where the tables go, and what the runs were.
+        seeds: The runs.
+        models: Arm -> its model's folder in that of a run.
+    """
+    output = Path(script.output_dir)
+    arms = {
+        arm: [seed.root / model / EVALUATION_FOLDER for seed in seeds]
+        for arm, model in models.items()
+    }
+    text = save_arms(output, arms)
+    runs = f"seeds {script.seeds}"
+    if script.threads:
+        runs += f", each on {script.threads} threads"
+    logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", runs, text)
+    return output
 
 
 def runs_of(script: ExperimentArguments, data: DataArguments) -> Iterator[Seed]:
