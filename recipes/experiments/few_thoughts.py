@@ -92,11 +92,12 @@ def name(share: float) -> str:
 
 def plan(script: FewThoughtsArguments, seed: Seed) -> Iterator[Stage]:
     """Yield the stages of one seed: for every share writing, reading, RL, reading again."""
+    pairs = pairs_of(seed)
     for share in script.shares:
         root, settings = seed.root / name(share), {"config": script.sft_config}
-        with_thoughts, pairs = records_of(seed, share)
+        few = with_thoughts(pairs, share)
         own = {"train_adapters": "reasoning", "output_dir": root / TAUGHT}
-        yield Stage("sft_embed", root / TAUGHT, {**settings, **with_thoughts.settings, **own})
+        yield Stage("sft_embed", root / TAUGHT, {**settings, **few.settings, **own})
         reading = {"train_adapters": "embedding", "self_written_from": 0, "self_written_share": 1}
         reading |= {"think_without_cot": True, **pairs.settings}
         own = {"checkpoint": root / TAUGHT, "output_dir": root / BEFORE}
@@ -112,19 +113,25 @@ def plan(script: FewThoughtsArguments, seed: Seed) -> Iterator[Stage]:
         yield evaluation(root / AFTER, pairs, MODES, num_thoughts=2)
 
 
-def records_of(seed: Seed, share: float) -> tuple[Seed, Seed]:
-    """Return a seed whose records are those that keep their thought, and one with all pairs."""
+def pairs_of(seed: Seed) -> Seed:
+    """Return a seed whose training records are the demo's without their thoughts."""
     root = Path(seed.data.demo_dir)
     files = write_demo(root, seed.data.demo_settings())
-    records = load_records(files["train"])
-    kept = root / f"{FEW_THOUGHTS_PREFIX}{name(share)}.jsonl"
-    write_records(kept, (records[row] for row in range(max(1, round(share * len(records))))))
     pairs = root / f"{FEW_THOUGHTS_PREFIX}pairs.jsonl"
+    records = load_records(files["train"])
     write_records(pairs, (replace(record, query_cot=None) for record in records))
     given = {f"{split}_file": str(files[split]) for split in ("rl", "validation", "test")}
-    given |= {"ood_file": str(files["unseen_pairs"]), "data_root": str(root)}
-    few = replace(seed.data, train_file=str(kept), **given)
-    return replace(seed, data=few), replace(seed, data=replace(few, train_file=str(pairs)))
+    given |= {"train_file": str(pairs), "ood_file": str(files["unseen_pairs"])}
+    return replace(seed, data=replace(seed.data, **given, data_root=str(root)))
+
+
+def with_thoughts(seed: Seed, share: float) -> Seed:
+    """Return a seed whose training records are those of the demo that keep their thought."""
+    root = Path(seed.data.demo_dir)
+    records = load_records(write_demo(root, seed.data.demo_settings())["train"])
+    kept = root / f"{FEW_THOUGHTS_PREFIX}{name(share)}.jsonl"
+    write_records(kept, (records[row] for row in range(max(1, round(share * len(records))))))
+    return replace(seed, data=replace(seed.data, train_file=str(kept)))
 
 
 if __name__ == "__main__":

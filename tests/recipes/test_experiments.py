@@ -471,7 +471,7 @@ def test_few_thoughts_teach_to_write_and_all_pairs_to_read(tmp_path: Path) -> No
         assert last.max_steps == 120
     # The demo's folder is still its own: other settings write it anew.
     other = seed_in(tmp_path, demo_scale=0.03)
-    few_thoughts.records_of(other, 0.5)
+    few_thoughts.with_thoughts(few_thoughts.pairs_of(other), 0.5)
     assert len(list(other.data.load("test"))) == 30
     alone = few_thoughts.FewThoughtsArguments(shares=[0.1], rl=False)
     assert len(list(few_thoughts.plan(alone, seed_in(tmp_path, demo_scale=0.02)))) == 3
