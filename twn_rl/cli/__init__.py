@@ -65,6 +65,7 @@ RECIPES: dict[str, tuple[str, str]] = {
     "new-domain": ("experiments.new_domain", "compare what pairs without thoughts can teach"),
     "prepare-smollm2": ("prepare.smollm2", "convert SmolLM2 to a backbone"),
     "prepare-wordnet": ("prepare.wordnet", "write WordNet's reverse dictionary as records"),
+    "prepare-wordnet-kinds": ("prepare.wordnet_kinds", "write questions over WordNet's kinds"),
     "pretrain-demo": ("prepare.demo_backbone", "train the backbone of the embedded default"),
 }
 

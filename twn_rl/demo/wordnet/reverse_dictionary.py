@@ -122,6 +122,17 @@ def names_itself(definition: str, lemmas: Iterable[str]) -> bool:
     return any(re.search(rf"\b{re.escape(lemma.lower())}", text) for lemma in lemmas)
 
 
+def is_first_sense(synset: Synset, nouns: Nouns, *, everyday_words_only: bool) -> bool:
+    """Tell whether a synset is the most frequent meaning of its first lemma.
+
+    `everyday_words_only` refuses words that WordNet's sense-tagged texts do not have.
+    """
+    sense = nouns.first_senses.get(synset.lemmas[0].lower())
+    if sense is None or sense.offset != synset.offset:
+        return False
+    return sense.is_tagged or not everyday_words_only
+
+
 def usable_entries(nouns: Nouns, settings: ReverseDictionarySettings) -> list[Entry]:
     """Return an entry for each word with a definition to ask for, in the order of the file.
 
@@ -132,12 +143,9 @@ def usable_entries(nouns: Nouns, settings: ReverseDictionarySettings) -> list[En
     words: set[str] = set()
     for synset in nouns.synsets.values():
         word = synset.lemmas[0]
-        sense = nouns.first_senses.get(word.lower())
         is_usable = (
             synset.hypernyms
-            and sense is not None
-            and sense.offset == synset.offset
-            and (sense.is_tagged or not settings.everyday_words_only)
+            and is_first_sense(synset, nouns, everyday_words_only=settings.everyday_words_only)
             and 0 < len(synset.definition.split()) <= settings.max_definition_words
             and not names_itself(synset.definition, synset.lemmas)
         )
