@@ -16,6 +16,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from twn_rl.data.record import Item, Record
@@ -83,6 +84,7 @@ def chains(nouns: Nouns, settings: KindsSettings) -> list[Chain]:
     A synset stands for its first lemma; no two of a chain share one. Left out: definitions that are
     too long, words whose most frequent meaning is another, and kinds that have their words already.
     """
+    longest = settings.max_definition_words
     found: list[Chain] = []
     uses: Counter[str] = Counter()
     words: set[str] = set()
@@ -126,8 +128,8 @@ def build_records(nouns: Nouns, settings: KindsSettings) -> dict[str, list[Recor
     wanted = sum(settings.size(split) for split in SPLITS)
     if len(usable) < wanted:
         raise ValueError(
-            f"{wanted} records were asked for, but only {len(usable)} words have {CHAIN_FACTS} kinds "
-            "with short definitions; lower the num_* settings"
+            f"{wanted} records were asked for, but only {len(usable)} words have {CHAIN_FACTS} "
+            "kinds with short definitions; lower the num_* settings"
         )
     random.Random(f"{settings.seed}/splits").shuffle(usable)
     records: dict[str, list[Record]] = {}
@@ -147,7 +149,7 @@ def build_record(split: str, row: int, members: Sequence[Chain], seed: int) -> R
     hops = OOD_HOPS if split == "ood" else HOPS[row % len(HOPS)]
     others = [other for other in members if not _share_a_word(chain, other)]
     other = rng.choice(others)[: OTHER_FACTS + 1] if others else ()
-    facts = [fact(*pair) for part in (chain, other) for pair in zip(part, part[1:])]
+    facts = [fact(*pair) for part in (chain, other) for pair in pairwise(part)]
     rng.shuffle(facts)
     answer = chain[hops]
     return Record(
