@@ -84,7 +84,6 @@ def chains(nouns: Nouns, settings: KindsSettings) -> list[Chain]:
     A synset stands for its first lemma; no two of a chain share one. Left out: definitions that are
     too long, words whose most frequent meaning is another, and kinds that have their words already.
     """
-    longest = settings.max_definition_words
     found: list[Chain] = []
     uses: Counter[str] = Counter()
     words: set[str] = set()
