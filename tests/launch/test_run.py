@@ -132,7 +132,7 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
         values = parse((few_thoughts.FewThoughtsArguments, DataArguments), path)
         for name in ("sft_config", "grpo_config", "refit_config"):
             assert (ROOT / getattr(values[0], name)).is_file()
-    elif path.name == "wordnet_smollm2.yaml":
+    elif path.name in ("wordnet_smollm2.yaml", "wordnet_kinds.yaml"):
         values = parse((ablate.AblateArguments, DataArguments), path)
         for name in ("sft_config", "grpo_config", "gate_config"):
             assert (ROOT / getattr(values[0], name)).is_file()
@@ -143,7 +143,7 @@ def test_every_shipped_config_is_parsed_by_its_recipe(path: Path) -> None:
     assert set(written) - {"base"} <= set(held)
     if "base" in written:  # what it does not say is what its base says
         base = yaml.safe_load((path.parent / written["base"]).read_text(encoding="utf-8"))
-        names = ("warmup_steps", "max_examples", "backbone")
+        names = ("warmup_steps", "max_examples", "backbone", "arms")
         name = next(name for name in names if name in base and name not in written)
         assert held[name] == base[name]
         assert all(held[name] == written[name] for name in ("output_dir", "model") & written.keys())
