@@ -139,8 +139,8 @@ def test_texts_are_escaped_and_no_script_is_in_the_page(report: str) -> None:
 
 
 def test_both_evaluations_charts_and_the_right_target_are_shown(report: str) -> None:
-    assert "own thoughts, before RL" in report
-    assert "own thoughts, after RL" in report
+    assert "own thoughts, earlier model" in report
+    assert "own thoughts, this model" in report
     assert 'class="picture positive"' in report
     assert "rank 3" in report
     assert report.count("<svg") == 5  # ablation, loss, reward, reward_std, kl
@@ -224,7 +224,7 @@ def test_a_report_of_one_evaluation_without_curves_still_renders(tmp_path: Path)
     evaluation = make_evaluation(tmp_path, rank=1)
     evaluation.save(tmp_path / "eval")
     text = write_report(tmp_path / "r.html", tmp_path / "eval").read_text(encoding="utf-8")
-    assert "before RL" not in text
+    assert "earlier model" not in text
 
 
 def make_gated_evaluation(folder: Path, mode: str = "auto") -> Evaluation:

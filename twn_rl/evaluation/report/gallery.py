@@ -27,7 +27,7 @@ class Gallery:
     Attributes:
         examples: Entries; those that changed first, one that became worse among the first six.
         queries: Of all splits.
-        mended: How many are right now and were not, before RL or else without thinking.
+        mended: How many are right now and were not, by the earlier model or else without thinking.
         broken: How many were right and are not.
     """
 
@@ -44,12 +44,12 @@ def gallery(
 
     Args:
         after: What to show.
-        before: The same queries before RL; without them thinking is held against no thinking.
+        before: The same queries by an earlier model; without them thinking is held against no thinking.
         num_examples: Entries at most.
         num_leading: Entries that lead the page: the last of them became worse, if any did.
     """
-    runs = [("before RL", before)] if before is not None else []
-    runs.append(("after RL" if before is not None else "own thoughts", after))
+    runs = [("earlier model", before)] if before is not None else []
+    runs.append(("this model" if before is not None else "own thoughts", after))
     # A query counts once per split and id.
     found: dict[tuple[str, str], list[Answer]] = {}
     for name, run in [("no thinking", after), *runs]:
@@ -59,7 +59,7 @@ def gallery(
                 found.setdefault((row["split"], row["id"]), []).append((name, row, run))
 
     def change(answers: list[Answer]) -> tuple[float, float]:
-        """Return what RL changed, and what the thought did against none, in hit@1."""
+        """Return what training changed, and what the thought did against none, in hit@1."""
         hits = [query_values(row)["hit@1"] for _, row, _ in answers]
         gain = hits[-1] - hits[0]
         return (hits[-1] - hits[1] if len(hits) > 2 else gain), gain

@@ -58,12 +58,12 @@ def write_report(
 
     Args:
         path: HTML file to write; nothing beside it is needed to view it.
-        after: The evaluation to show, or its folder; with `before`, the one after RL.
-        before: The same queries before RL; adds columns and the earlier thoughts.
+        after: The evaluation to show, or its folder; with `before`, the later model's.
+        before: The same queries by an earlier model; adds columns and its thoughts.
         curves: Stage name -> its `metrics.jsonl`; a missing file is an error.
         title: Headline.
         note: A sentence below the headline, such as the configuration.
-        num_examples: Queries in the gallery; those that RL changed come first.
+        num_examples: Queries in the gallery; those that training changed come first.
         num_routing_examples: Queries shown of each way a decision can be right or wrong.
         facts: What was measured, such as model, date and data; name -> value.
         settings: All settings of the run as text, folded at the end.

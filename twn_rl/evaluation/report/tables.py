@@ -38,13 +38,13 @@ def groups_of(evaluation: Evaluation, split: str) -> list[str]:
 
 
 def quality_table(split: str, after: Evaluation, before: Evaluation | None) -> dict[str, Any]:
-    """Return hit@1 of every group and mode, with the numbers before RL beside those after."""
+    """Return hit@1 of every group and mode, with the earlier model's beside them."""
     columns: list[tuple[str, Evaluation, str]] = []
     for mode in TABLE_MODES:
         if before is not None and _has_mode(before, split, mode):
-            columns.append((f"{MODE_NAMES[mode]}, before RL", before, mode))
+            columns.append((f"{MODE_NAMES[mode]}, earlier model", before, mode))
         if _has_mode(after, split, mode):
-            name = MODE_NAMES[mode] + (", after RL" if before is not None else "")
+            name = MODE_NAMES[mode] + (", this model" if before is not None else "")
             columns.append((name, after, mode))
     caption = f"{split}: hit@1, with its 95 % interval and mean tokens of thinking"
     return _table(caption, split, groups_of(after, split), columns)
