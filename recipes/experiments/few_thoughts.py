@@ -3,7 +3,8 @@
 For every share of the training records that keep their thought, and every seed: the reasoning
 adapter learns to write from these alone (`taught`), over as many epochs as the steps give; the
 embedding adapter learns to read what it writes, on all pairs (`before_rl`); RL goes on from there,
-and a refit reads what it made of the thoughts (`after_rl`). Steps are equal for every share.
+and a refit reads what it made of the thoughts (`after_rl`), again and again if `--rounds` says so
+(`after_rl_2`, ...): who reads better also rewards better. Steps are equal for every share.
 
     twn-rl few-thoughts
     twn-rl few-thoughts --shares 0.05 1 --seeds 0 --output_dir outputs/few_thoughts_quick
@@ -45,7 +46,7 @@ class FewThoughtsArguments(ExperimentArguments):
     Attributes:
         output_dir: Where all runs go.
         read_steps: Steps in which the embedding adapter learns to read, before RL.
-        rl: Go on with RL and the refit.
+        rounds: How many times RL and the refit take turns; 0 for neither.
         sft_config: YAML of the warm start, whose two adapters are trained one after the other.
         grpo_config: YAML of RL.
         refit_config: YAML of what follows RL.
@@ -57,7 +58,7 @@ class FewThoughtsArguments(ExperimentArguments):
         metadata={"help": "Shares of the training records that keep their thought."},
     )
     read_steps: int = 450
-    rl: bool = True
+    rounds: int = 1
     sft_config: str = "recipes/configs/demo_sft.yaml"
     grpo_config: str = "recipes/configs/demo_grpo.yaml"
     refit_config: str = "recipes/configs/demo_refit.yaml"
@@ -70,13 +71,14 @@ class FewThoughtsArguments(ExperimentArguments):
             f"shares = {self.shares}, expected numbers above 0 and at most 1",
         )
         problems.expect(self, ">= 1", "read_steps")
+        problems.expect(self, ">= 0", "rounds")
         problems.refuse("FewThoughtsArguments")
 
 
 def main(script: FewThoughtsArguments, data: DataArguments) -> Path:
     """Train and evaluate every share for every seed, then summarise."""
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
-    measured = (BEFORE, AFTER) if script.rl else (BEFORE,)
+    measured = (BEFORE, *(numbered(AFTER, turn) for turn in range(1, script.rounds + 1)))
     places = [(name(share), when) for share in script.shares for when in measured]
     return report_arms(script, seeds, {" ".join(place): "/".join(place) for place in places})
 
@@ -104,13 +106,24 @@ def plan(script: FewThoughtsArguments, seed: Seed) -> Iterator[Stage]:
         steps = {"max_steps": script.read_steps}
         yield Stage("sft_embed", root / BEFORE, {**settings, **reading, **own, **steps})
         yield evaluation(root / BEFORE, pairs, MODES, num_thoughts=2)
-        if not script.rl:
-            continue
-        own = {"config": script.grpo_config, "warm_start": root / BEFORE, "output_dir": root / RL}
-        yield Stage("grpo_embed", root / RL, {**own, "evaluate": False, **pairs.settings})
-        own = {"config": script.refit_config, "checkpoint": root / RL, "output_dir": root / AFTER}
-        yield Stage("sft_embed", root / AFTER, {**reading, **own})
-        yield evaluation(root / AFTER, pairs, MODES, num_thoughts=2)
+        reader = root / BEFORE
+        for turn in range(1, script.rounds + 1):
+            policy, after = root / numbered(RL, turn), root / numbered(AFTER, turn)
+            own = {"config": script.grpo_config, "warm_start": reader, "output_dir": policy}
+            yield Stage("grpo_embed", policy, {**own, "evaluate": False, **pairs.settings})
+            own = {"config": script.refit_config, "checkpoint": policy, "output_dir": after}
+            yield Stage("sft_embed", after, {**reading, **own})
+            yield evaluation(after, pairs, MODES, num_thoughts=2)
+            reader = after
+
+
+def numbered(name: str, turn: int) -> str:
+    """Return the name of a stage's folder in some round; the first one has no number.
+
+    >>> numbered("rl", 1), numbered("rl", 2)
+    ('rl', 'rl_2')
+    """
+    return name if turn == 1 else f"{name}_{turn}"
 
 
 def pairs_of(seed: Seed) -> Seed:

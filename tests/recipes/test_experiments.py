@@ -473,8 +473,21 @@ def test_few_thoughts_teach_to_write_and_all_pairs_to_read(tmp_path: Path) -> No
     other = seed_in(tmp_path, demo_scale=0.03)
     few_thoughts.with_thoughts(few_thoughts.pairs_of(other), 0.5)
     assert len(list(other.data.load("test"))) == 30
-    alone = few_thoughts.FewThoughtsArguments(shares=[0.1], rl=False)
+    alone = few_thoughts.FewThoughtsArguments(shares=[0.1], rounds=0)
     assert len(list(few_thoughts.plan(alone, seed_in(tmp_path, demo_scale=0.02)))) == 3
+
+
+def test_rl_and_the_refit_take_turns(tmp_path: Path) -> None:
+    script = few_thoughts.FewThoughtsArguments(shares=[0.1], rounds=2)
+    stages = list(few_thoughts.plan(script, seed_in(tmp_path, demo_scale=0.02)))
+    after, rl_2, after_2 = stages[4], stages[6], stages[7]
+    assert rl_2.target.name == "rl_2"
+    policy, _, _ = parse_arguments(grpo_embed.ARGUMENTS, arguments=rl_2.flags)
+    assert policy.warm_start == str(after.target)
+    assert after_2.target.name == "after_rl_2"
+    refit, *_ = parse_arguments(sft_embed.ARGUMENTS, arguments=after_2.flags)
+    assert refit.checkpoint == str(rl_2.target)
+    assert stages[8].target == after_2.target / "evaluation"
 
 
 def test_shares_of_nothing_are_refused() -> None:

@@ -44,7 +44,7 @@ def gallery(
 
     Args:
         after: What to show.
-        before: The same queries by an earlier model; without them thinking is held against no thinking.
+        before: The same queries by an earlier model; without them thinking is held against none.
         num_examples: Entries at most.
         num_leading: Entries that lead the page: the last of them became worse, if any did.
     """
