@@ -94,8 +94,9 @@ class DemoSettings:
         seed: Seed of scenes, questions and teachers.
         noise: How teachers err.
         asides: Most cells that a teacher's CoT about a picture describes before it comes to the
-            point, 0 to 9, drawn for each: thoughts longer than they need be, for RL to shorten.
-            Were there as many in each, no sample would be shorter than another.
+            point, 0 to 9, row by row: thoughts longer than they need be, for RL to shorten. How
+            many is drawn for each, or no sample would be shorter than another; which is not, or a
+            policy could only guess what to say next.
     """
 
     seed: int = 0
@@ -128,7 +129,7 @@ def write_demo(directory: Path, settings: DemoSettings) -> dict[str, Path]:
     told = asdict(settings)
     del told["asides"]  # folders from before there were any are equal
     if settings.asides:
-        told["most_asides"] = settings.asides
+        told["first_asides"] = settings.asides
     wanted = json.dumps({"layout": LAYOUT, **told}, indent=1, sort_keys=True)
     if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
         logger.info("Reusing the emoji-scene records in %s", directory)
@@ -190,7 +191,7 @@ def _asides(split: str, number: int, kind: str, scene: Scene, settings: DemoSett
     if kind == SCENE_RETRIEVAL or not settings.asides:
         return ""
     dice = random.Random(f"{settings.seed}/{split}/{number}/asides")
-    cells = dice.sample(range(len(PLACES)), dice.randint(0, settings.asides))
+    cells = range(dice.randint(0, settings.asides))
     return questions.describe(scene, cells) + " ; " if cells else ""
 
 
