@@ -72,6 +72,7 @@ def test_the_query_holds_every_fact_on_the_way_and_the_thought_walks_it() -> Non
             assert text.endswith(f" Describe {'the kind of ' * hops}{word}.")
             assert str(record.positive.text).startswith(f"{way[-1]}: ")
             assert record.metadata["answer"] == way[-1]
+            assert record.metadata["task"] == "animal"
 
 
 def test_negatives_are_the_other_entries_of_the_facts() -> None:

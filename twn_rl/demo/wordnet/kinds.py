@@ -159,7 +159,7 @@ def build_record(split: str, row: int, members: Sequence[Chain], seed: int) -> R
         negatives=tuple(entry(part) for part in (*chain, *other) if part is not answer),
         query_cot=chain_of_thought(chain, hops),
         metadata={
-            "task": f"hops_{hops}",
+            "task": chain[0].topic,
             "hops": hops,
             "word": chain[0].lemmas[0],
             "answer": answer.lemmas[0],
