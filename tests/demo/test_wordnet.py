@@ -16,13 +16,13 @@ from twn_rl.demo.wordnet.database import (
     read_nouns,
 )
 from twn_rl.demo.wordnet.reverse_dictionary import (
-    SPLITS,
     ReverseDictionarySettings,
     build_records,
     split_entries,
     usable_entries,
     write_reverse_dictionary,
 )
+from twn_rl.demo.wordnet.split_files import SPLITS
 
 SMALL = ReverseDictionarySettings(
     num_train=4, num_rl=2, num_validation=1, num_test=2, num_ood=3, num_negatives=2

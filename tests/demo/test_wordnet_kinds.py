@@ -14,7 +14,7 @@ from twn_rl.demo.wordnet.kinds import (
     chains,
     write_kinds,
 )
-from twn_rl.demo.wordnet.reverse_dictionary import SPLITS
+from twn_rl.demo.wordnet.split_files import SPLITS
 from twn_rl.evaluation.retrieval_pools import collect_candidates
 
 SMALL = KindsSettings(num_train=6, num_rl=2, num_validation=2, num_test=3, num_ood=2)

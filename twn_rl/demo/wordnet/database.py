@@ -134,6 +134,17 @@ def read_nouns(directory: str | Path) -> Nouns:
     return Nouns(synsets, senses)
 
 
+def is_first_sense(synset: Synset, nouns: Nouns, *, everyday_words_only: bool) -> bool:
+    """Tell whether a synset is the most frequent meaning of its first lemma.
+
+    `everyday_words_only` refuses words that WordNet's sense-tagged texts do not have.
+    """
+    sense = nouns.first_senses.get(synset.lemmas[0].lower())
+    if sense is None or sense.offset != synset.offset:
+        return False
+    return sense.is_tagged or not everyday_words_only
+
+
 def parse_synset(line: str) -> Synset:
     """Return the synset of one line of `data.noun`.
 

@@ -10,23 +10,17 @@ stands in the query; the hops are what a vector without a thought must take in o
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from twn_rl.data.record import Item, Record
-from twn_rl.data.record_files import write_records
-from twn_rl.demo.wordnet.database import Nouns, Synset
-from twn_rl.demo.wordnet.reverse_dictionary import SETTINGS_FILE, SPLITS, is_first_sense
+from twn_rl.demo.wordnet.database import Nouns, Synset, is_first_sense
+from twn_rl.demo.wordnet.split_files import SPLITS, write_splits
 from twn_rl.runtime.problems import Problems
-from twn_rl.runtime.whole_files import write_text
-
-logger = logging.getLogger(__name__)
 
 INSTRUCTION = "Find the dictionary entry that is asked for."
 SOURCE = "wordnet_kinds"
@@ -194,10 +188,4 @@ def _share_a_word(chain: Chain, other: Chain) -> bool:
 
 def write_kinds(directory: str | Path, nouns: Nouns, settings: KindsSettings) -> dict[str, Path]:
     """Write every split as JSON lines below `directory` and return split -> file."""
-    directory = Path(directory)
-    files = {split: directory / f"{split}.jsonl" for split in SPLITS}
-    for split, records in build_records(nouns, settings).items():
-        write_records(files[split], records)
-        logger.info("%s: %d records, for example %r", split, len(records), records[0].query.text)
-    write_text(directory / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n")
-    return files
+    return write_splits(directory, build_records(nouns, settings), settings)

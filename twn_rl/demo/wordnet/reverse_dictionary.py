@@ -7,27 +7,20 @@ word stands for its most frequent meaning only, so a word belongs to one split.
 
 from __future__ import annotations
 
-import json
-import logging
 import random
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from twn_rl.data.record import Item, Record
-from twn_rl.data.record_files import write_records
-from twn_rl.demo.wordnet.database import Nouns, Synset
+from twn_rl.demo.wordnet.database import Nouns, Synset, is_first_sense
+from twn_rl.demo.wordnet.split_files import SPLITS, write_splits
 from twn_rl.runtime.problems import Problems
-from twn_rl.runtime.whole_files import write_text
 
-logger = logging.getLogger(__name__)
-
-SPLITS = ("train", "rl", "validation", "test", "ood")
 INSTRUCTION = "Which word has this definition?"
 SOURCE = "wordnet"
-SETTINGS_FILE = "settings.json"
 
 
 @dataclass(frozen=True)
@@ -120,17 +113,6 @@ def names_itself(definition: str, lemmas: Iterable[str]) -> bool:
     """
     text = definition.lower()
     return any(re.search(rf"\b{re.escape(lemma.lower())}", text) for lemma in lemmas)
-
-
-def is_first_sense(synset: Synset, nouns: Nouns, *, everyday_words_only: bool) -> bool:
-    """Tell whether a synset is the most frequent meaning of its first lemma.
-
-    `everyday_words_only` refuses words that WordNet's sense-tagged texts do not have.
-    """
-    sense = nouns.first_senses.get(synset.lemmas[0].lower())
-    if sense is None or sense.offset != synset.offset:
-        return False
-    return sense.is_tagged or not everyday_words_only
 
 
 def usable_entries(nouns: Nouns, settings: ReverseDictionarySettings) -> list[Entry]:
@@ -275,18 +257,7 @@ def write_reverse_dictionary(
     directory: str | Path, nouns: Nouns, settings: ReverseDictionarySettings
 ) -> dict[str, Path]:
     """Write every split as JSON lines below `directory` and return split -> file."""
-    directory = Path(directory)
-    files = {split: directory / f"{split}.jsonl" for split in SPLITS}
-    for split, records in build_records(nouns, settings).items():
-        write_records(files[split], records)
-        alone = sum(not record.negatives for record in records)
-        mean = sum(len(record.negatives) for record in records) / len(records)
-        logger.info(
-            "%s: %d records, %.1f negatives each, %d without any", split, len(records), mean, alone
-        )
-    text = json.dumps(asdict(settings), indent=1) + "\n"
-    write_text(directory / SETTINGS_FILE, text)
-    return files
+    return write_splits(directory, build_records(nouns, settings), settings)
 
 
 def _words(text: str) -> list[str]:
