@@ -4,7 +4,9 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from wordnet_files import write_wordnet
 
+from twn_rl.cli import main
 from twn_rl.data.record_files import load_records
 from twn_rl.demo.wordnet.database import Nouns, Sense, Synset
 from twn_rl.demo.wordnet.kinds import (
@@ -114,6 +116,19 @@ def test_files_load_as_records_whose_candidates_are_entries(tmp_path: Path) -> N
     before = {path: path.read_bytes() for path in files.values()}
     write_kinds(tmp_path, two_trees(), SMALL)
     assert {path: path.read_bytes() for path in files.values()} == before
+
+
+def test_the_command_reads_wordnets_own_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = write_wordnet(tmp_path / "dict"), tmp_path / "kinds"
+    sizes = [f"--num_{split}={2 if split == 'train' else 1}" for split in SPLITS]
+    folders = [f"--wordnet_dir={source}", f"--output_dir={target}"]
+    assert main(["prepare-wordnet-kinds", *folders, *sizes]) == 0
+    assert f"{target / 'train.jsonl'}: 2 records" in capsys.readouterr().err
+    (record,) = load_records(target / "ood.jsonl")
+    word = record.metadata["word"]
+    assert record.query_cot in [f"{word}, {kind}, animal, entity" for kind in ("bird", "fish")]
 
 
 def test_too_many_records_and_bad_settings_are_refused() -> None:
