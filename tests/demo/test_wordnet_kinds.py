@@ -1,5 +1,6 @@
 """Questions over kinds: facts hold what is asked for, splits share no word, three hops are new."""
 
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -119,8 +120,11 @@ def test_files_load_as_records_whose_candidates_are_entries(tmp_path: Path) -> N
 
 
 def test_the_command_reads_wordnets_own_files(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    # Another test may have imported what a command runs as its main program.
+    monkeypatch.delitem(sys.modules, "twn_rl.recipes.prepare.wordnet_kinds", raising=False)
+    monkeypatch.setattr(sys, "argv", ["twn-rl"])
     source, target = write_wordnet(tmp_path / "dict"), tmp_path / "kinds"
     sizes = [f"--num_{split}={2 if split == 'train' else 1}" for split in SPLITS]
     folders = [f"--wordnet_dir={source}", f"--output_dir={target}"]
