@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twn_rl.data.record import Record
 from twn_rl.data.record_files import write_records
@@ -38,6 +38,5 @@ def write_splits(
             mean,
             alone,
         )
-    told: dict[str, Any] = asdict(settings)
-    write_text(Path(directory) / SETTINGS_FILE, json.dumps(told, indent=1) + "\n")
+    write_text(Path(directory) / SETTINGS_FILE, json.dumps(asdict(settings), indent=1) + "\n")
     return files
