@@ -11,7 +11,7 @@ followed by its refit: the embedding adapter learns to read the thoughts that th
     twn-rl ablate --arms sft_only grpo grpo:info_nce --output_dir outputs/rewards
     twn-rl ablate --teacher_swap_rate 0 --output_dir outputs/ablation_random_noise
     twn-rl ablate --gate true
-    twn-rl ablate --gate true --arms grpo --seeds 0 1 2 3 4 5 6 7 --threads 1 2
+    twn-rl ablate --gate true --arms grpo --seeds 0 1 2 --perturbations 0 1 2
     twn-rl ablate --refit_config recipes/configs/demo_refit.yaml
     twn-rl ablate --config recipes/configs/wordnet_smollm2.yaml
 
@@ -92,7 +92,7 @@ def main(script: AblateArguments, data: DataArguments) -> Path:
 def plan(script: AblateArguments, seed: Seed) -> Iterator[Stage]:
     """Yield the stages of one seed: the warm start, then every arm from it, each measured."""
     warm = seed.root / WARM_START
-    settings = {"config": script.sft_config, "output_dir": warm, **seed.settings}
+    settings = {"config": script.sft_config, "output_dir": warm, **seed.initial_settings}
     yield Stage("sft_embed", warm, settings)
     yield from measured(script, warm, seed)
     budget = rl_budget(script.grpo_config)

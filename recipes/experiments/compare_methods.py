@@ -149,7 +149,7 @@ def main(script: MethodsArguments, data: DataArguments) -> Path:
     for seed in seeds:
         seconds = encoding_seconds(script, seed)
         for name, method in script.chosen.items():
-            runs[name][f"{name} of seed {seed.number}"] = {
+            runs[name][f"{name} of {seed.root.name}"] = {
                 **quality_and_cost(seed.root, method),
                 "milliseconds": 1000 * seconds[name],
             }
@@ -163,13 +163,14 @@ def main(script: MethodsArguments, data: DataArguments) -> Path:
 
 def plan(script: MethodsArguments, seed: Seed) -> Iterator[Stage]:
     """Yield what trains the models of one seed and measures each in the modes it serves."""
-    rl = {"warm_start": seed.root / "warm_start", "evaluate": False}
+    new = seed.initial_settings
+    rl = {"warm_start": seed.root / "warm_start", "evaluate": False, **seed.settings}
     models = {
-        "warm_start": ("sft_embed", script.sft_config, {}),
+        "warm_start": ("sft_embed", script.sft_config, new),
         "grpo": ("grpo_embed", script.grpo_config, rl),
         "adaptive": ("adaptive_embed", script.adaptive_config, rl),
-        "latent": ("latent_embed", script.latent_config, {}),
-        "direct": ("latent_embed", script.latent_config, {"direct_only": True}),
+        "latent": ("latent_embed", script.latent_config, new),
+        "direct": ("latent_embed", script.latent_config, {"direct_only": True, **new}),
     }
     chosen = script.chosen.values()
     needed = {stage for method in chosen for stage in (method.model, *method.stages)}
@@ -177,8 +178,7 @@ def plan(script: MethodsArguments, seed: Seed) -> Iterator[Stage]:
         if name not in needed:
             continue
         target = seed.root / name
-        settings = {"config": config, **own, "output_dir": target, **seed.settings}
-        yield Stage(recipe, target, settings)
+        yield Stage(recipe, target, {"config": config, "output_dir": target, **own})
         modes = [method.mode for method in chosen if method.model == name]
         for mode, (recipe, folder, beside) in DECIDERS.items():
             if mode in modes:

@@ -115,6 +115,7 @@ def plan(script: SelectionArguments, seed: Seed) -> Iterator[Stage]:
             "data_root": data_root(seed),
             "max_steps": script.max_steps,
             "seed": seed.number,
+            "perturbation": seed.perturbation or None,
         }
         # Worth and vectors that an earlier judge gave are no longer true.
         judged = (thoughts_folder(seed.root, "selected"),) if arm == JUDGE else ()

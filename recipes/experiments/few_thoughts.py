@@ -99,7 +99,7 @@ def plan(script: FewThoughtsArguments, seed: Seed) -> Iterator[Stage]:
         root, settings = seed.root / name(share), {"config": script.sft_config}
         few = with_thoughts(pairs, share)
         own = {"train_adapters": "reasoning", "output_dir": root / TAUGHT}
-        yield Stage("sft_embed", root / TAUGHT, {**settings, **few.settings, **own})
+        yield Stage("sft_embed", root / TAUGHT, {**settings, **few.initial_settings, **own})
         reading = {"train_adapters": "embedding", "self_written_from": 0, "self_written_share": 1}
         reading |= {"think_without_cot": True, **pairs.settings}
         own = {"checkpoint": root / TAUGHT, "output_dir": root / BEFORE}

@@ -4,13 +4,14 @@ Every seed trains one warm start on the emoji scenes with right thoughts. Then c
 which only pairs of query and target exist (`twn_rl.demo.new_domains`), and each arm goes on from
 the warm start with the same optimizer steps, the embedding adapter frozen: `more_sft` with the old
 domain's thoughts, `expert_iteration` and `grpo` with as many thoughts sampled about the new
-domain's pairs, and rewarded alike; `grpo:REWARD` with another reward beside `format`. An arm whose
-name ends in `+old` spends `--old_share` of its samples on the old domain's pairs, against
-forgetting; the teacher's thoughts about them are not used.
+domain's pairs, and rewarded alike; `grpo:REWARD` with another reward beside half of `format`,
+`grpo:REWARD=WEIGHT,REWARD=WEIGHT` with those. An arm whose name ends in `+old` spends `--old_share`
+of its samples on the old domain's pairs, against forgetting; the teacher's thoughts about them are
+not used.
 
     twn-rl new-domain
     twn-rl new-domain --domain grey --seeds 0 1 2 --output_dir outputs/new_domain_grey
-    twn-rl new-domain --arms more_sft grpo grpo:info_nce
+    twn-rl new-domain --arms more_sft grpo grpo:rank_gap grpo:info_nce=0.02,format=0.5
     twn-rl new-domain --arms expert_iteration expert_iteration+old grpo grpo+old
     twn-rl new-domain --seeds 0 --look reworded inverse three_hops
 
@@ -75,7 +76,10 @@ class NewDomainArguments(ExperimentArguments):
     domain: str = field(default="reworded", metadata={"help": f"One of {', '.join(DOMAINS)}."})
     arms: list[str] = field(
         default_factory=lambda: list(ARMS),
-        metadata={"help": f"Some of {', '.join(ARMS)}, grpo:REWARD, and those that sample +old."},
+        metadata={
+            "help": f"Some of {', '.join(ARMS)}, grpo:REWARD, grpo:REWARD=WEIGHT,REWARD=WEIGHT, "
+            "and those that sample +old."
+        },
     )
     look: list[str] = field(default_factory=list)
     old_share: float = 0.25
@@ -90,9 +94,9 @@ class NewDomainArguments(ExperimentArguments):
         if self.look:
             problems.some_of(self, tuple(DOMAINS), "look")
         sampling = (*ARMS[1:], *(f"grpo:{name}" for name in REWARDS))
-        problems.some_of(
-            self, (*ARMS, *sampling, *(f"{arm}{WITH_OLD}" for arm in sampling)), "arms"
-        )
+        weighted = filter(has_own_weights, self.arms)
+        old = (f"{arm}{WITH_OLD}" for arm in sampling)
+        problems.some_of(self, (*ARMS, *sampling, *old, *weighted), "arms")
         problems.expect(self, "in (0, 1)", "old_share")
         problems.refuse("NewDomainArguments")
 
@@ -106,7 +110,7 @@ def main(script: NewDomainArguments, data: DataArguments) -> Path:
 def plan(script: NewDomainArguments, seed: Seed) -> Iterator[Stage]:
     """Yield the stages of one seed: the warm start, what it is looked at, then every arm."""
     warm = seed.root / WARM_START
-    settings = {"config": script.sft_config, "output_dir": warm, **seed.settings}
+    settings = {"config": script.sft_config, "output_dir": warm, **seed.initial_settings}
     yield Stage("sft_embed", warm, settings)
     for domain in script.look:
         looked = of_domain(seed, domain)
@@ -160,9 +164,25 @@ def training_of(arm: str, script: NewDomainArguments, warm: Path, target: Path, 
     if arm == "expert_iteration":
         own |= expert_budget(script)
         return Stage("expert_iteration", target, {"config": script.expert_config, **own, **common})
-    if reward := arm.partition(":")[2]:
-        own |= reward_settings(f"{reward}=1,format=0.5", script.grpo_config)
+    if rewards := rewards_of(arm):
+        own |= reward_settings(rewards, script.grpo_config)
     return Stage("grpo_embed", target, {"config": script.grpo_config, **own, **common})
+
+
+def rewards_of(arm: str) -> str:
+    """Return the rewards of an arm and their weights; none are those of `grpo_config`.
+
+    >>> rewards_of("grpo:rank_gap"), rewards_of("grpo:info_nce=0.02+old")
+    ('rank_gap=1,format=0.5', 'info_nce=0.02')
+    """
+    rewards = arm.removesuffix(WITH_OLD).partition(":")[2]
+    return f"{rewards}=1,format=0.5" if rewards and "=" not in rewards else rewards
+
+
+def has_own_weights(arm: str) -> bool:
+    """Return whether an arm is grpo with named rewards and weights, which is checked."""
+    names = {part.partition("=")[0] for part in rewards_of(arm).split(",")}
+    return arm.startswith("grpo:") and "=" in arm and names <= {*REWARDS}
 
 
 def expert_budget(script: NewDomainArguments) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from twn_rl.modeling.adapters import (
     active_adapter,
     adapter_parameters,
     attach_adapters,
+    change_last_bits,
     set_trainable,
     snapshot_reasoning_adapter,
     use_adapter,
@@ -69,6 +70,29 @@ def test_equal_seeds_give_equal_adapters_and_leave_the_random_state_alone(make_m
         one, two, three = (_state(model, adapter) for model in (first, again, other))
         assert all(torch.equal(one[key], two[key]) for key in one)
         assert not all(torch.equal(one[key], three[key]) for key in one)
+
+
+def test_last_bits_change_every_weight_but_zeros_and_the_backbones(make_model):
+    model, other, third = (make_model() for _ in range(3))
+    for changed, number in ((other, 1), (third, 2)):
+        change_last_bits(changed.peft_model, number)
+    moved = 0
+    for before, after, drawn in zip(
+        *(each.peft_model.parameters() for each in (model, other, third)), strict=True
+    ):
+        if not before.requires_grad:
+            assert torch.equal(before, after)
+            continue
+        inside = before != 0
+        assert (after[inside] != before[inside]).all()
+        assert (after[~inside] == 0).all()
+        torch.testing.assert_close(after, before, rtol=2**-23, atol=0)
+        moved += int(inside.sum())
+        assert not inside.any() or not torch.equal(after, drawn)
+    assert moved > 100
+    again = make_model()
+    change_last_bits(again.peft_model, 1)
+    assert all(map(torch.equal, again.peft_model.parameters(), other.peft_model.parameters()))
 
 
 def test_read_out_rows_start_different_from_each_other(make_model):

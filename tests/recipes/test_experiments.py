@@ -126,6 +126,32 @@ def test_a_seed_runs_once_for_each_number_of_threads_on_equal_records(
         run_experiment(script, DataArguments(), lambda run: [])
 
 
+def test_a_seed_runs_once_for_each_change_of_its_last_bits(
+    tmp_path: Path, launched: Launched
+) -> None:
+    script = ablate.AblateArguments(
+        output_dir=str(tmp_path), seeds=[1, 2], threads=[1], perturbations=[0, 7]
+    )
+    runs = run_experiment(
+        script,
+        DataArguments(),
+        lambda run: [
+            Stage("sft_embed", run.root / "model", run.initial_settings),
+            Stage("grpo_embed", run.root / "rl", run.settings),
+        ],
+    )
+    named = [f"seed{seed}_threads1{end}" for end in ("", "_perturbed7") for seed in (1, 2)]
+    assert [run.root.name for run in runs] == named
+    first, *_, warm, rl = launched()
+    assert "--perturbation=7" in warm
+    assert not any("perturbation" in flag for flag in rl)
+    assert first[0] == "sft_embed"
+    assert not any("perturbation" in flag for flag in first)
+    types = (sft_embed.SftScriptArguments, ModelArguments, DataArguments, SftConfig)
+    _, model, *_ = parse_arguments(types, arguments=[*warm[1:], f"--output_dir={tmp_path}"])
+    assert model.perturbation == 7
+
+
 def test_the_gate_of_an_ablation_is_told_its_model_its_data_and_its_seed(tmp_path: Path) -> None:
     seed = seed_in(tmp_path)
     for config in (None, "gate.yaml"):
@@ -434,6 +460,27 @@ def test_arms_and_domains_that_do_not_exist_are_named_together() -> None:
     arms = ["grpo:magin", "more_sft+old"]
     with pytest.raises(ValueError, match=named):
         new_domain.NewDomainArguments(domain="moon", look=["sun"], arms=arms, old_share=1.0)
+
+
+def test_an_arm_of_a_new_domain_may_weigh_its_rewards(tmp_path: Path) -> None:
+    arms = ["grpo:info_nce=0.02,format=0.5", "grpo:rank_gap+old"]
+    script = new_domain.NewDomainArguments(arms=arms)
+    stages = list(new_domain.plan(script, seed_in(tmp_path, demo_scale=0.02)))
+    named = {stage.target.name: stage.settings for stage in stages if stage.recipe == "grpo_embed"}
+    weighted, mixed = named["grpo_info_nce_0_02_format_0_5"], named["grpo_rank_gap_old"]
+    assert (weighted["rewards"], weighted["reward_weights"]) == (
+        ["info_nce", "format"],
+        [0.02, 0.5],
+    )
+    assert (mixed["rewards"], mixed["reward_weights"]) == (["rank_gap", "format"], [1.0, 0.5])
+    for wrong in (
+        "grpo:magin=1",
+        "grpo:margin=1,lenght=2",
+        "more_sft=1",
+        "expert_iteration:margin=1",
+    ):
+        with pytest.raises(ValueError, match=f"arms = .*{wrong}"):
+            new_domain.NewDomainArguments(arms=[wrong])
 
 
 def test_few_thoughts_teach_to_write_and_all_pairs_to_read(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from twn_rl.demo.questions import TeacherNoise
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.launch.command_line import program_name
 from twn_rl.launch.source_settings import attributes_of
+from twn_rl.modeling.adapters import change_last_bits
 from twn_rl.modeling.config import MAX_IMAGE_PIXELS, MAX_LENGTH, LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.nearest import hint, path_hint
@@ -65,6 +66,8 @@ class ModelArguments:
             the Qwen-VL family were trained.
         attn_implementation: Attention kernel (sdpa, flash_attention_2, ...); default:
             transformers' choice.
+        perturbation: Change each weight of the new adapters in its last bit, drawn from this
+            number: what another machine may make of the run; 0 is off.
     """
 
     backbone: str | None = None
@@ -85,6 +88,7 @@ class ModelArguments:
     system_prompt: str | None = None
     instruction_in_system: bool = False
     attn_implementation: str | None = None
+    perturbation: int = 0
 
     def config(self) -> TwnConfig:
         """Return the model config; alpha is twice the rank, as in Embed-RL (2602.13823)."""
@@ -112,13 +116,16 @@ class ModelArguments:
     def build(self, seed: int) -> DualLoraModel:
         """Return a new model with untrained adapters."""
         config = self.config()
-        return DualLoraModel.from_backbone(
+        model = DualLoraModel.from_backbone(
             config.backbone,
             config,
             dtype=self.dtype,
             seed=seed,
             attn_implementation=self.attn_implementation,
         )
+        if self.perturbation:
+            change_last_bits(model.peft_model, self.perturbation)
+        return model
 
 
 @dataclass

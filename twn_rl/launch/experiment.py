@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,12 @@ class ExperimentArguments:
     Attributes:
         output_dir: Where all runs go.
         seeds: Seeds; three or more.
-        threads: Run every seed once for each of these numbers of threads. Sums in another order
-            differ in their last bits, as they do on another processor: how far such runs of one
-            seed end apart is what a stranger's machine may add to the spread over seeds. (One and
-            two threads gave the demo bit-equal runs.) Default: once, as many as torch takes.
+        threads: Run every seed once for each of these numbers of threads. (One and two threads gave
+            the demo bit-equal runs.) Default: once, as many as torch takes.
+        perturbations: Run every seed once for each of these numbers. From each but 0 the warm
+            start's initial weights are changed in their last bits, as sums differ on another
+            processor: how far such runs of one seed end apart is what a stranger's machine may add
+            to the spread over seeds.
         parallel: Runs trained side by side.
         launcher: Arguments of accelerate launch, such as --config_file
             recipes/accelerate/zero2.yaml.
@@ -50,25 +53,28 @@ class ExperimentArguments:
     output_dir: str = "outputs/experiment"
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     threads: list[int] | None = None
+    perturbations: list[int] = field(default_factory=lambda: [0])
     parallel: int = 1
     launcher: list[str] = field(default_factory=lambda: ["--num_processes", "1"])
 
 
 @dataclass(frozen=True)
 class Seed:
-    """One run of an experiment: a seed, and on how many threads.
+    """One run of an experiment: a seed, on how many threads, from weights changed how.
 
     Attributes:
         number: The seed.
         root: Folder of its stages.
         data: Records, the same for every stage of the seed.
         threads: Threads of its stages; None leaves them to torch.
+        perturbation: What the initial weights' last bits are drawn from; 0 leaves them.
     """
 
     number: int
     root: Path
     data: DataArguments
     threads: int | None = None
+    perturbation: int = 0
 
     @property
     def data_settings(self) -> dict[str, Any]:
@@ -79,6 +85,11 @@ class Seed:
     def settings(self) -> dict[str, Any]:
         """Records and seed, as settings of a stage."""
         return {**self.data_settings, "seed": self.number}
+
+    @property
+    def initial_settings(self) -> dict[str, Any]:
+        """The same, of the stage that makes the adapters."""
+        return {**self.settings, "perturbation": self.perturbation or None}
 
 
 @dataclass(frozen=True)
@@ -253,19 +264,22 @@ def report_arms(
     runs = f"seeds {script.seeds}"
     if script.threads:
         runs += f", each on {script.threads} threads"
+    if script.perturbations != [0]:
+        runs += f", each with last bits {script.perturbations}"
     logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", runs, text)
     return output
 
 
 def runs_of(script: ExperimentArguments, data: DataArguments) -> Iterator[Seed]:
-    """Yield every seed on every number of threads; the runs of one seed have equal records."""
+    """Yield every run of every seed; those of one seed have equal records."""
     if any(threads < 1 for threads in script.threads or ()):
         raise ValueError(f"threads {script.threads}; expected numbers from 1; remove the others")
-    for threads in script.threads or [None]:
-        for number in script.seeds:
-            name = f"seed{number}" if threads is None else f"seed{number}_threads{threads}"
-            root = Path(script.output_dir) / name
-            yield Seed(number, root, data.of_seed(root, number), threads)
+    runs = product(script.perturbations, script.threads or [None], script.seeds)
+    for perturbation, threads, number in runs:
+        name = f"seed{number}" if threads is None else f"seed{number}_threads{threads}"
+        name += f"_perturbed{perturbation}" if perturbation else ""
+        root = Path(script.output_dir) / name
+        yield Seed(number, root, data.of_seed(root, number), threads, perturbation)
 
 
 def seconds_of(target: Path) -> float:

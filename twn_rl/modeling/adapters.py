@@ -126,6 +126,21 @@ def adapter_parameters(peft_model: PeftModel, name: str) -> dict[str, nn.Paramet
     }
 
 
+def change_last_bits(peft_model: PeftModel, number: int) -> None:
+    """Move every trainable weight that is not 0 to one of its two neighbours, drawn from `number`.
+
+    Another processor sums in another order, which differs as much: what such runs of one seed end
+    at tells what a result owes to the machine.
+    """
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for weight in peft_model.parameters():
+            if weight.requires_grad:
+                side = torch.randint(0, 2, weight.shape, generator=generator).to(weight) * 2 - 1
+                moved = torch.nextafter(weight, side * torch.inf)
+                weight.copy_(torch.where(weight == 0, weight, moved))
+
+
 def stored_key(key: str, name: str) -> str | None:
     """Return the name-free key under which PEFT stores `key`; None if not of adapter `name`.
 

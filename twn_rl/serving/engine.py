@@ -39,8 +39,10 @@ class Engine:
         """
         self.work, self.turn = make_work(), turn
         self._make_work = make_work
-        # A pair is a job and whom to tell; None wakes the thread so that it looks around.
-        self._incoming: queue.SimpleQueue[tuple[Job, Delivery] | None] = queue.SimpleQueue()
+        # Jobs that came together, so that they are read together, and whom to tell; None wakes the
+        # thread so that it looks around.
+        self._incoming: queue.SimpleQueue[tuple[Sequence[Job], Delivery] | None]
+        self._incoming = queue.SimpleQueue()
         self._deliveries: dict[int, tuple[Job, Delivery]] = {}
         self._is_stopping = threading.Event()
         self._gate = threading.Lock()
@@ -64,8 +66,7 @@ class Engine:
         with self._gate:  # nothing comes in behind the last look of a thread that ends
             if not self.is_alive:
                 raise EngineStoppedError("the engine has stopped")
-            for job in jobs:
-                self._incoming.put((job, deliver))
+            self._incoming.put((jobs, deliver))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Give up jobs: their places are free after the next token at the latest."""
@@ -117,10 +118,11 @@ class Engine:
         while not self._incoming.empty():
             self._put(self._incoming.get())
 
-    def _put(self, entry: tuple[Job, Delivery] | None) -> None:
+    def _put(self, entry: tuple[Sequence[Job], Delivery] | None) -> None:
         if entry is not None:
-            self._deliveries[id(entry[0])] = entry
-            self.work.inbox.append(entry[0])
+            jobs, deliver = entry
+            self._deliveries.update((id(job), (job, deliver)) for job in jobs)
+            self.work.inbox.extend(jobs)
 
     def _deliver(self, job: Job) -> None:
         _, deliver = self._deliveries.pop(id(job))
