@@ -177,8 +177,10 @@ def test_details_tell_what_was_thought_and_what_was_left_out(taught, caplog):
     assert details.gate_probabilities == [None] * 5
     assert details.timings.keys() == {"preprocess", "read", "write", "read_out", "total"}
     assert sum("left out" in record.message for record in caplog.records) == 1
+    assert "most thoughts do" not in caplog.text
     cut = embedder.encode_query(items, think="always", max_think_tokens=3, return_details=True)
     assert cut.problems[2] == ["truncated"]
+    assert "raise max_think_tokens, or, if these inputs are of another kind" in caplog.text
     np.testing.assert_allclose(cut.embeddings[2], embedder.encode(items[2]), **NEAR)
 
 

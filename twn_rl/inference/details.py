@@ -130,10 +130,17 @@ class EncodeDetails:
         if judged:
             logger.info("%d of %d thoughts were implausible and left out", judged, total)
         if left_out:
+            # A gate cannot tell that it is out of its domain; what it lets be written can.
+            hint = (
+                "; most thoughts do: raise max_think_tokens, or, if these inputs are of another "
+                'kind than those it was trained on, embed them with think="never" and fit a gate '
+                "to them"
+            )
             logger.warning(
                 "%d of %d thoughts were truncated or malformed and left out; %d inputs keep their "
-                "no-think vector (positions %s)",
+                "no-think vector (positions %s)%s",
                 *(left_out, total, len(self.fallbacks), _first(self.fallbacks)),
+                hint if 2 * left_out > total else "",
             )
         if self.truncated:
             logger.warning(
