@@ -39,8 +39,8 @@ from twn_rl.launch.run_folder import (
     set_up_logging,
     train_and_save,
 )
+from twn_rl.modeling.checkpoint import adapter_digests
 from twn_rl.modeling.config import CONFIG_FILE
-from twn_rl.modeling.gate_files import GATE_FILE
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes.grpo_embed import RewardedArguments, ensure_warm_start, evaluate
 from twn_rl.rewards import REWARDS
@@ -51,6 +51,7 @@ from twn_rl.runtime.whole_files import read_json, write_json
 from twn_rl.training.expert_iteration import (
     ExpertIterationConfig,
     RewardEvaluator,
+    described_reward,
     round_positions,
     round_report,
 )
@@ -118,7 +119,7 @@ def main(script: RewardedArguments, data: DataArguments, training: ExpertIterati
         if isinstance(records, Mixture):
             raise SelectionError("records are a mixture; expected one file; pass its records")
         unique_ids(records)
-        keep_plan(output, script, training, records)
+        keep_plan(output, script, training, records, rewards)
 
         # Rounds: each goes on from the model of the one before; the last one's is the run's.
         policy = Path(script.warm_start)
@@ -243,15 +244,18 @@ def keep(
 
 
 def keep_plan(
-    output: Path, script: RewardedArguments, training: ExpertIterationConfig, records: RecordSet
+    output: Path,
+    script: RewardedArguments,
+    training: ExpertIterationConfig,
+    records: RecordSet,
+    rewards: Sequence[CheckedReward],
 ) -> None:
     """Write down what all rounds depend on; refuse rounds that depended on something else."""
-    config = read_json(Path(script.warm_start) / CONFIG_FILE) or {}
     settings = json.loads(json.dumps(training.to_dict(), default=str))
     plan = {
-        "warm_start": {n: d for n, d in config.get("digests", {}).items() if n != GATE_FILE},
+        "warm_start": adapter_digests(script.warm_start),
         "records": describe_records(records, training.seed),
-        "rewards": [script.rewards, script.reward_parameters],
+        "rewards": [described_reward(reward) for reward in rewards],
         **{name: settings[name] for name in PLANNED},
     }
     processes = join_processes()

@@ -26,9 +26,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
@@ -44,12 +45,16 @@ from twn_rl.launch.experiment import (
 from twn_rl.launch.program import start
 from twn_rl.recipes.grpo_embed import ARGUMENTS as GRPO_ARGUMENTS
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
+from twn_rl.rewards import REWARDS
+from twn_rl.runtime.problems import Problems
 from twn_rl.training.grpo import EmbedGRPOConfig
+from twn_rl.training.reward_loading import load_rewards
 
 logger = logging.getLogger(__name__)
 
 WARM_START = "warm_start"
 REFIT = "{} refit"
+GRPO_WITH = "grpo:"  # begins an arm that names its rewards
 MODES = ("never", "always", "sampled", "gold", "shuffled", "foreign", "empty")
 GATE_MODES = ("auto", "random", "oracle")
 
@@ -79,6 +84,12 @@ class AblateArguments(ExperimentArguments):
     gate: bool = False
     gate_config: str | None = None
     modes: list[str] = field(default_factory=lambda: list(MODES))
+
+    def __post_init__(self) -> None:
+        """Refuse arms that do not exist."""
+        problems = Problems()
+        check_arms(self.arms, ("sft_only", "grpo"), self.grpo_config, problems)
+        problems.refuse("AblateArguments")
 
 
 def main(script: AblateArguments, data: DataArguments) -> Path:
@@ -128,6 +139,18 @@ def with_gate(script: AblateArguments, model: Path, seed: Seed) -> Iterator[Stag
         yield decider("gate_embed", model, "gate", seed, config=script.gate_config)
         modes += GATE_MODES
     yield evaluation(model, seed, modes, num_thoughts=2)
+
+
+def check_arms(
+    arms: Sequence[str], known: Sequence[str], grpo_config: str, problems: Problems
+) -> None:
+    """Add a problem for arms that are neither known nor grpo with rewards that exist."""
+    rewarded = [arm for arm in arms if arm.startswith(GRPO_WITH)]
+    for arm in rewarded:
+        with problems.told(ValueError):
+            settings = reward_settings(arm.removeprefix(GRPO_WITH), grpo_config)
+            load_rewards(settings["rewards"], REWARDS)
+    problems.some_of(SimpleNamespace(arms=arms), (*known, *rewarded), "arms")
 
 
 def reward_settings(rewards: str, grpo_config: str) -> dict[str, Any]:

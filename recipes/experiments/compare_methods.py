@@ -54,6 +54,7 @@ from twn_rl.launch.experiment import (
     evaluation,
     run_experiment,
     seconds_of,
+    told_runs,
 )
 from twn_rl.launch.program import start
 from twn_rl.runtime.log_levels import NOTICE
@@ -157,7 +158,7 @@ def main(script: MethodsArguments, data: DataArguments) -> Path:
     text = method_table(summary)
     save_summary(output / "comparison", summary, text)
     plot_methods(summary, output / "comparison.png")
-    logger.log(NOTICE, "Mean and standard deviation over seeds %s:\n%s", script.seeds, text)
+    logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", told_runs(script), text)
     return output
 
 

@@ -77,6 +77,7 @@ class FewThoughtsArguments(ExperimentArguments):
 
 def main(script: FewThoughtsArguments, data: DataArguments) -> Path:
     """Train and evaluate every share for every seed, then summarise."""
+    data.require_demo()
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
     measured = (BEFORE, *(numbered(AFTER, turn) for turn in range(1, script.rounds + 1)))
     places = [(name(share), when) for share in script.shares for when in measured]

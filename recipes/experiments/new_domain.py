@@ -4,14 +4,14 @@ Every seed trains one warm start on the emoji scenes with right thoughts. Then c
 which only pairs of query and target exist (`twn_rl.demo.new_domains`), and each arm goes on from
 the warm start with the same optimizer steps, the embedding adapter frozen: `more_sft` with the old
 domain's thoughts, `expert_iteration` and `grpo` with as many thoughts sampled about the new
-domain's pairs, and rewarded alike; `grpo:REWARD` with another reward beside half of `format`,
-`grpo:REWARD=WEIGHT,REWARD=WEIGHT` with those. An arm whose name ends in `+old` spends `--old_share`
-of its samples on the old domain's pairs, against forgetting; the teacher's thoughts about them are
-not used.
+domain's pairs (by one process), and rewarded alike; `grpo:REWARD` or
+`grpo:REWARD=WEIGHT,REWARD=WEIGHT` with other rewards. An arm whose name ends in `+old` spends
+`--old_share` of its samples on the old domain's pairs, against forgetting; the teacher's thoughts
+about them are not used.
 
     twn-rl new-domain
     twn-rl new-domain --domain grey --seeds 0 1 2 --output_dir outputs/new_domain_grey
-    twn-rl new-domain --arms more_sft grpo grpo:rank_gap grpo:info_nce=0.02,format=0.5
+    twn-rl new-domain --arms more_sft grpo grpo:rank_gap=1,format=0.5
     twn-rl new-domain --arms expert_iteration expert_iteration+old grpo grpo+old
     twn-rl new-domain --seeds 0 --look reworded inverse three_hops
 
@@ -23,6 +23,7 @@ runs are kept: the same command goes on where it was stopped.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -41,14 +42,15 @@ from twn_rl.launch.experiment import (
 )
 from twn_rl.launch.program import start
 from twn_rl.recipes.experiments.ablate import (
+    GRPO_WITH,
     WARM_START,
+    check_arms,
     folder,
     read_grpo,
     reward_settings,
     rl_budget,
 )
 from twn_rl.recipes.expert_iteration import ARGUMENTS as EXPERT_ARGUMENTS
-from twn_rl.rewards import REWARDS
 from twn_rl.runtime.problems import Problems
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "demo_new_domain.yaml"
@@ -93,16 +95,16 @@ class NewDomainArguments(ExperimentArguments):
         problems.one_of(self, tuple(DOMAINS), "domain")
         if self.look:
             problems.some_of(self, tuple(DOMAINS), "look")
-        sampling = (*ARMS[1:], *(f"grpo:{name}" for name in REWARDS))
-        weighted = filter(has_own_weights, self.arms)
-        old = (f"{arm}{WITH_OLD}" for arm in sampling)
-        problems.some_of(self, (*ARMS, *sampling, *old, *weighted), "arms")
+        known = (*ARMS, *(f"{arm}{WITH_OLD}" for arm in ARMS[1:]))
+        named = [a.removesuffix(WITH_OLD) if a.startswith(GRPO_WITH) else a for a in self.arms]
+        check_arms(named, known, self.grpo_config, problems)
         problems.expect(self, "in (0, 1)", "old_share")
         problems.refuse("NewDomainArguments")
 
 
 def main(script: NewDomainArguments, data: DataArguments) -> Path:
     """Train and evaluate every arm for every seed, then summarise."""
+    data.require_demo()
     seeds = run_experiment(script, data, lambda seed: plan(script, seed))
     return report_arms(script, seeds, {arm: folder(arm) for arm in (WARM_START, *script.arms)})
 
@@ -164,34 +166,18 @@ def training_of(arm: str, script: NewDomainArguments, warm: Path, target: Path, 
     if arm == "expert_iteration":
         own |= expert_budget(script)
         return Stage("expert_iteration", target, {"config": script.expert_config, **own, **common})
-    if rewards := rewards_of(arm):
+    if rewards := arm.partition(":")[2]:
         own |= reward_settings(rewards, script.grpo_config)
     return Stage("grpo_embed", target, {"config": script.grpo_config, **own, **common})
 
 
-def rewards_of(arm: str) -> str:
-    """Return the rewards of an arm and their weights; none are those of `grpo_config`.
-
-    >>> rewards_of("grpo:rank_gap"), rewards_of("grpo:info_nce=0.02+old")
-    ('rank_gap=1,format=0.5', 'info_nce=0.02')
-    """
-    rewards = arm.removesuffix(WITH_OLD).partition(":")[2]
-    return f"{rewards}=1,format=0.5" if rewards and "=" not in rewards else rewards
-
-
-def has_own_weights(arm: str) -> bool:
-    """Return whether an arm is grpo with named rewards and weights, which is checked."""
-    names = {part.partition("=")[0] for part in rewards_of(arm).split(",")}
-    return arm.startswith("grpo:") and "=" in arm and names <= {*REWARDS}
-
-
 def expert_budget(script: NewDomainArguments) -> dict[str, Any]:
-    """Return settings that give expert iteration RL's steps, batch, learning rate and samples.
+    """Return settings that give expert iteration RL's steps, batch, samples and rewards.
 
     Raises:
         ValueError: If RL's samples are not whole groups a round.
     """
-    _, grpo = read_grpo(script.grpo_config)
+    rl, grpo = read_grpo(script.grpo_config)
     _, _, expert = parse_arguments(EXPERT_ARGUMENTS, arguments=["--config", script.expert_config])
     steps, batch = grpo.max_steps, grpo.per_device_train_batch_size
     samples = steps * batch * grpo.gradient_accumulation_steps
@@ -206,6 +192,10 @@ def expert_budget(script: NewDomainArguments) -> dict[str, Any]:
         "num_generations": grpo.num_generations,
         "prompts_per_round": prompts,
         "sampling_temperature": grpo.temperature,
+        "rewards": rl.rewards,
+        "reward_weights": grpo.reward_weights,
+        "reward_parameters": json.dumps(rl.reward_parameters) if rl.reward_parameters else None,
+        "num_negatives": grpo.num_negatives,
     }
 
 

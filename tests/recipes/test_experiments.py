@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
-from twn_rl.launch.experiment import FINISHED_FILE, Seed, Stage, run_experiment
+from twn_rl.launch.experiment import FINISHED_FILE, Seed, Stage, report_arms, run_experiment
 from twn_rl.recipes import (
     eval_embed,
     expert_iteration,
@@ -272,6 +273,95 @@ def test_training_anew_forgets_what_was_measured_and_other_flags_are_reported(
     assert [words[0] for words in launched()] == ["sft_embed", "gate_embed", "eval_embed"]
 
 
+def test_a_stage_of_changed_settings_or_of_another_model_is_not_taken_for_the_same(
+    tmp_path: Path, launched: Launched, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, own, model = tmp_path / "base.yaml", tmp_path / "own.yaml", tmp_path / "warm"
+    base.write_text("max_steps: 5\nseed: 1\n", encoding="utf-8")
+    own.write_text("base: base.yaml\nenv: {A_SETTING_OF_A_STAGE: '1'}\n", encoding="utf-8")
+    weights = {name: f"{name}/adapter_model.safetensors" for name in ("embedding", "reasoning")}
+    digests = {**dict.fromkeys(weights.values(), "first"), "gate.safetensors": "first"}
+    model.mkdir()
+    (model / "twn_config.json").write_text(json.dumps({"digests": digests}), encoding="utf-8")
+    settings = {"warm_start": model, "config": own, "seed": 3}
+    training = Stage("grpo_embed", tmp_path / "rl", settings)
+    cheap = Stage("eval_embed", tmp_path / "eval", settings, is_cheap=True)
+    run([training, cheap])
+    assert "A_SETTING_OF_A_STAGE" not in os.environ
+    assert len(launched()) == 2
+
+    # What does not count: a setting that a flag overrides, another gate, the order of flags.
+    base.write_text("max_steps: 5\nseed: 2\n", encoding="utf-8")
+    digests["gate.safetensors"] = "second"
+    (model / "twn_config.json").write_text(json.dumps({"digests": digests}), encoding="utf-8")
+    turned = replace(training, settings=dict(reversed(settings.items())))
+    with caplog.at_level(logging.WARNING):
+        run([training, turned, cheap])
+    assert launched() == []
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+    base.write_text("max_steps: 7\nseed: 2\n", encoding="utf-8")
+    run([training, cheap])
+    assert [words[0] for words in launched()] == ["eval_embed"]
+    assert "run with config.max_steps = 5, now 7" in caplog.text
+    caplog.clear()
+    digests[weights["reasoning"]] = "second"
+    (model / "twn_config.json").write_text(json.dumps({"digests": digests}), encoding="utf-8")
+    run([training, cheap])
+    assert [words[0] for words in launched()] == ["eval_embed"]
+    assert "warm_start.reasoning/adapter_model.safetensors = first, now second" in caplog.text
+    assert "remove the folder to run it again" in caplog.text
+
+
+def test_runs_of_one_seed_have_their_spread_in_tables_of_their_own(
+    tmp_path: Path, launched: Launched
+) -> None:
+    script = ablate.AblateArguments(output_dir=str(tmp_path), seeds=[1, 2], perturbations=[0, 7])
+    runs = run_experiment(script, DataArguments(), lambda run: [])
+    for place, seed in enumerate(runs):
+        folder = seed.root / "model" / "evaluation"
+        folder.mkdir(parents=True)
+        metrics = {"test/all/always/hit@1": 0.1 * place}
+        (folder / "metrics.json").write_text(json.dumps(metrics), encoding="utf-8")
+    report_arms(script, runs, {"arm": "model"})
+    values = {
+        path.parent.name: json.loads(path.read_text(encoding="utf-8"))["arm"][
+            "test/all/always/hit@1"
+        ]["values"]
+        for path in tmp_path.rglob("summary.json")
+    }
+    assert values.pop(tmp_path.name) == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert values.keys() == {"runs_of_seed1", "runs_of_seed2"}
+    assert values["runs_of_seed1"] == pytest.approx([0.0, 0.2])
+    assert values["runs_of_seed2"] == pytest.approx([0.1, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("arm", "problem"),
+    [
+        ("sft-only", r"arms = \['sft-only'\].*did you mean sft_only"),
+        ("expert_iteration", r"arms = \['expert_iteration'\]"),
+        ("grpo:magin", "reward = 'magin'.*margin"),
+        ("grpo:margin=x", "weight 'x'"),
+        ("grpo:margin,margin=2", "more than once"),
+    ],
+)
+def test_an_arm_of_an_ablation_that_does_not_exist_is_refused_at_once(
+    arm: str, problem: str
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        ablate.AblateArguments(arms=[arm])
+
+
+def test_experiments_on_changed_emoji_scenes_refuse_other_records(tmp_path: Path) -> None:
+    data = DataArguments(train_file="mine.jsonl", test_file="other.jsonl")
+    for script in (new_domain.NewDomainArguments(), few_thoughts.FewThoughtsArguments()):
+        script.output_dir = str(tmp_path)
+        recipe = new_domain if isinstance(script, new_domain.NewDomainArguments) else few_thoughts
+        with pytest.raises(ValueError, match="train_file, test_file given; expected none"):
+            recipe.main(script, data)  # pyright: ignore[reportArgumentType]
+
+
 def test_every_method_of_a_seed_sees_the_same_records_and_only_what_is_needed_runs(
     tmp_path: Path,
 ) -> None:
@@ -412,7 +502,10 @@ def test_the_arms_of_a_new_domain_have_one_start_and_equal_steps_and_samples(
     first, pairs, rounds = parse_arguments(expert_iteration.ARGUMENTS, arguments=expert.flags)
     second, same, rl = parse_arguments(grpo_embed.ARGUMENTS, arguments=grpo.flags)
     assert first.warm_start == second.warm_start == str(start)
-    assert second.rewards == ["info_nce", "format"]
+    assert second.rewards == ["info_nce"]
+    assert first.rewards == ["margin", "format"]
+    assert rounds.reward_weights == [1.0, 0.5]
+    assert rounds.num_negatives == rl.num_negatives
     assert pairs == same == replace(taught, train_file=pairs.train_file)
     assert pairs.rl_file == str(data / "new_domain_reworded_train.jsonl")
     assert all(record.query_cot is None for record in pairs.load("rl"))
@@ -456,8 +549,8 @@ def test_more_old_pairs_than_there_are_are_refused(tmp_path: Path) -> None:
 
 
 def test_arms_and_domains_that_do_not_exist_are_named_together() -> None:
-    named = r"domain = 'moon'.*look = .*arms = \['grpo:magin', 'more_sft\+old'\].*old_share = 1"
-    arms = ["grpo:magin", "more_sft+old"]
+    named = r"domain = 'moon'.*look = .*'magin'.*arms = .*'more_sft\+old'.*old_share = 1"
+    arms = ["grpo:magin+old", "more_sft+old"]
     with pytest.raises(ValueError, match=named):
         new_domain.NewDomainArguments(domain="moon", look=["sun"], arms=arms, old_share=1.0)
 
@@ -472,14 +565,14 @@ def test_an_arm_of_a_new_domain_may_weigh_its_rewards(tmp_path: Path) -> None:
         ["info_nce", "format"],
         [0.02, 0.5],
     )
-    assert (mixed["rewards"], mixed["reward_weights"]) == (["rank_gap", "format"], [1.0, 0.5])
+    assert (mixed["rewards"], mixed["reward_weights"]) == (["rank_gap"], [1.0])
     for wrong in (
         "grpo:magin=1",
         "grpo:margin=1,lenght=2",
         "more_sft=1",
         "expert_iteration:margin=1",
     ):
-        with pytest.raises(ValueError, match=f"arms = .*{wrong}"):
+        with pytest.raises(ValueError, match=r"magin|lenght|arms = "):
             new_domain.NewDomainArguments(arms=[wrong])
 
 

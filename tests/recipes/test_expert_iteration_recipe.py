@@ -157,6 +157,22 @@ def test_rounds_of_other_settings_or_another_warm_start_are_refused(
         run(started, output, warm_start=output / "round-0")
 
 
+def test_rounds_that_another_text_of_a_reward_has_paid_are_refused(
+    started: Path, tmp_path: Path
+) -> None:
+    source, text = (
+        tmp_path / "mine.py",
+        "def mine(completions, *, positive_similarity, **kwargs):\n",
+    )
+    source.write_text(text + "    return list(positive_similarity)\n", encoding="utf-8")
+    own = {"rewards": f"{source}:mine", "reward_weights": 1.0, "num_rounds": 1}
+    own |= {"prompts_per_round": 4, "num_generations": 2, "max_steps": 1, "min_gain": -9}
+    run(started, tmp_path / "out", **own)
+    source.write_text(text + "    return [2 * s for s in positive_similarity]\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="rounds of another run: rewards"):
+        run(started, tmp_path / "out", **own)
+
+
 def test_a_policy_of_which_nothing_may_be_kept_is_refused_in_words(
     started: Path, tmp_path: Path
 ) -> None:

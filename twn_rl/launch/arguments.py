@@ -169,6 +169,19 @@ class DataArguments:
         """Tell whether the embedded default is used."""
         return not any(getattr(self, f"{split}_file") for split in get_args(FileSplit))
 
+    def require_demo(self) -> None:
+        """Refuse other records where the emoji scenes are changed for an experiment.
+
+        Raises:
+            ValueError: If other records are given.
+        """
+        if not self.is_demo():
+            given = [f"{s}_file" for s in get_args(FileSplit) if getattr(self, f"{s}_file")]
+            raise ValueError(
+                f"{', '.join(given)} given; expected none: this experiment makes its records of "
+                "the emoji scenes and would not read them; leave them out"
+            )
+
     def load(self, split: Split) -> RecordSet | Mixture:
         """Return the verified records of a split, or of the mixture that a YAML file describes.
 
@@ -251,7 +264,9 @@ def parse_arguments(
     files = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     files.add_argument("--config", default=default_config)
     given, words = files.parse_known_args(arguments)
-    config = {} if given.config is None else _read_config(packaged(given.config))
+    config = {} if given.config is None else read_settings(given.config)
+    environment = config.pop("env", {})
+    os.environ.update({str(key): str(value) for key, value in environment.items()})
     try:
         parsed = _Parser(
             types,
@@ -389,7 +404,14 @@ def _attributes(kind: type) -> dict[str, str]:
     return told
 
 
-def _read_config(path: str) -> dict[str, Any]:
+def read_settings(path: str) -> dict[str, Any]:
+    """Return the settings of a YAML file on those of its `base`, `env` among them.
+
+    Raises:
+        FileNotFoundError: If there is no such file; the message names the nearest one.
+        ValueError: If it holds something else.
+    """
+    path = packaged(path)
     if not Path(path).exists():
         shipped = [f"recipes/configs/{file.name}" for file in RECIPES.glob("configs/*.yaml")]
         near = hint(path, shipped) if path.startswith("recipes/") else path_hint(path)
@@ -399,7 +421,7 @@ def _read_config(path: str) -> dict[str, Any]:
         raise ValueError(
             f"{path} holds {type(config).__name__}; expected a mapping of settings; correct it"
         )
-    environment, base = config.pop("env", {}), config.pop("base", None)
+    environment, base = config.get("env", {}), config.pop("base", None)
     if not isinstance(environment, dict) or "\x00" in str(environment):
         raise ValueError(
             f"{path}: env = {environment!r:.80}; expected a mapping of names and values of "
@@ -411,9 +433,9 @@ def _read_config(path: str) -> dict[str, Any]:
         below = below if below.exists() else Path(packaged(str(base)))
         if below.resolve() == Path(path).resolve():
             raise ValueError(f"{path}: base = {base!r} is the file itself; name another")
-        shared = _read_config(str(below))
-    os.environ.update({str(key): str(value) for key, value in environment.items()})
-    return {**shared, **config}
+        shared = read_settings(str(below))
+    both = {"env": {**shared["env"], **environment}} if "env" in shared else {}
+    return {**shared, **config, **both}
 
 
 def _refusal(kind: Any, words: Sequence[str], config: Mapping[str, Any]) -> str | None:

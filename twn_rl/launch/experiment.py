@@ -21,14 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.evaluation.seed_tables import save_arms
-from twn_rl.launch.arguments import DataArguments, packaged
+from twn_rl.launch.arguments import DataArguments, packaged, read_settings
 from twn_rl.launch.run_folder import save_run, set_up_logging
+from twn_rl.modeling.checkpoint import adapter_digests
 from twn_rl.runtime.log_levels import NOTICE
+from twn_rl.runtime.sharded_pass import differences
 from twn_rl.runtime.whole_files import write_json
 
 logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "finished.json"
+# Flags that name the folder of a model on which a stage rests.
+MODEL_FLAGS = ("checkpoint", "warm_start", "model")
 EVALUATION_FOLDER = "evaluation"
 
 
@@ -130,6 +134,18 @@ class Stage:
         return words
 
     @property
+    def basis(self) -> dict[str, Any]:
+        """What its flags only name: the settings of its file that count, and models' weights."""
+        basis: dict[str, Any] = {}
+        if config := self.settings.get("config"):
+            told = read_settings(str(config)).items()
+            basis["config"] = {name: value for name, value in told if name not in self.settings}
+        for name in MODEL_FLAGS:
+            if (model := self.settings.get(name)) and (digests := adapter_digests(model)):
+                basis[name] = digests
+        return json.loads(json.dumps(basis, default=str))
+
+    @property
     def finished_file(self) -> Path:
         """What tells that it ran to its end, and how."""
         return self.target / FINISHED_FILE
@@ -161,7 +177,7 @@ class Stage:
             self.target,
             "" if is_shown else f", log in {log}",
         )
-        started = time.perf_counter()
+        started, basis = time.perf_counter(), self.basis
         told = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         environment = {**os.environ, **told}
         if is_shown:
@@ -185,26 +201,53 @@ class Stage:
         for folder in self.removes:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = time.perf_counter() - started
-        write_json(self.finished_file, {"command": command, "seconds": seconds})
+        finished = {"command": command, "seconds": seconds, "basis": basis}
+        write_json(self.finished_file, finished)
         return True
 
     def _is_kept(self) -> bool:
         """Tell whether a finished run stands for this one."""
         if not self.finished_file.exists():
             return False
-        command = json.loads(self.finished_file.read_text(encoding="utf-8"))["command"]
-        names = [re.split(r"[./]", word.removesuffix(".py"))[-1] for word in command]
-        if self.recipe in names and command[names.index(self.recipe) + 1 :] == self.flags:
+        finished = json.loads(self.finished_file.read_text(encoding="utf-8"))
+        changed = self._changed(finished["command"])
+        if "basis" in finished:  # earlier versions wrote none
+            changed += differences(finished["basis"], self.basis)
+        if not changed:
             logger.log(NOTICE, "Kept %s", self.target)
             return True
         if self.is_cheap:
-            logger.info("%s was run with other flags: running it again", self.target)
+            logger.info("%s was run with %s: running it again", self.target, "; ".join(changed))
             self.finished_file.unlink()
             return False
         logger.warning(
-            "Kept %s, which was run with other flags: see %s", self.target, self.finished_file
+            "Kept %s, which was run with %s: see %s; remove the folder to run it again",
+            *(self.target, "; ".join(changed), self.finished_file),
         )
         return True
+
+    def _changed(self, command: Sequence[str]) -> list[str]:
+        """Return "other flags" if a finished command had others, in whatever order."""
+        names = [re.split(r"[./]", word.removesuffix(".py"))[-1] for word in command]
+        if self.recipe not in names:
+            return ["other flags"]
+        given = command[names.index(self.recipe) + 1 :]
+        return [] if _by_flag(given) == _by_flag(self.flags) else ["other flags"]
+
+
+def _by_flag(words: Sequence[str]) -> list[list[str]]:
+    """Return each flag with its values, sorted: their order means nothing.
+
+    >>> _by_flag(["--b=1", "--a", "2", "3"])
+    [['--a', '2', '3'], ['--b=1']]
+    """
+    flags: list[list[str]] = []
+    for word in words:
+        if word.startswith("--"):
+            flags.append([word])
+        else:
+            flags[-1].append(word)
+    return sorted(flags)
 
 
 def evaluation(model: Path, seed: Seed, modes: Sequence[str], **settings: Any) -> Stage:
@@ -250,24 +293,41 @@ def report_arms(
 ) -> Path:
     """Write and log the tables of what was measured on each arm; return the folder.
 
+    Runs of one seed are not independent: where a seed has several among others, their spread is in
+    tables of their own (`runs_of_seed*`).
+
     Args:
         script: Where the tables go, and what the runs were.
         seeds: The runs.
         models: Arm -> its model's folder in that of a run.
     """
     output = Path(script.output_dir)
-    arms = {
-        arm: [seed.root / model / EVALUATION_FOLDER for seed in seeds]
-        for arm, model in models.items()
-    }
-    text = save_arms(output, arms)
-    runs = f"seeds {script.seeds}"
-    if script.threads:
-        runs += f", each on {script.threads} threads"
-    if script.perturbations != [0]:
-        runs += f", each with last bits {script.perturbations}"
-    logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", runs, text)
+
+    def save(folder: Path, runs: Sequence[Seed]) -> str:
+        places = {a: [r.root / m / EVALUATION_FOLDER for r in runs] for a, m in models.items()}
+        return save_arms(folder, places)
+
+    text = save(output, seeds)
+    for number in script.seeds:
+        own = [seed for seed in seeds if seed.number == number]
+        if 1 < len(own) < len(seeds):
+            save(output / f"runs_of_seed{number}", own)
+    logger.log(NOTICE, "Mean and standard deviation over %s:\n%s", told_runs(script), text)
     return output
+
+
+def told_runs(script: ExperimentArguments) -> str:
+    """Return what the runs of a comparison are, in words.
+
+    >>> told_runs(ExperimentArguments(seeds=[0, 1], threads=[1], perturbations=[0, 7]))
+    'seeds [0, 1], each on [1] threads, each with last bits changed by [0, 7]'
+    """
+    text = f"seeds {script.seeds}"
+    if script.threads:
+        text += f", each on {script.threads} threads"
+    if script.perturbations != [0]:
+        text += f", each with last bits changed by {script.perturbations}"
+    return text
 
 
 def runs_of(script: ExperimentArguments, data: DataArguments) -> Iterator[Seed]:

@@ -8,7 +8,7 @@ the old one, or the new one from both folders.
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +30,7 @@ from twn_rl.modeling.gate_files import GATE_FILE, save_gates
 from twn_rl.modeling.generation import DualLoraInference
 from twn_rl.modeling.sentence_transformers_files import write_modules
 from twn_rl.runtime.nearest import path_hint
-from twn_rl.runtime.whole_files import file_digest, full_disk_told, written_aside
+from twn_rl.runtime.whole_files import file_digest, full_disk_told, read_json, written_aside
 from twn_rl.runtime.zero import parameter_count
 
 logger = logging.getLogger(__name__)
@@ -69,10 +69,19 @@ def save_model(model: DualLoraInference, path: str | Path) -> None:
 
 def save_decision(model: DualLoraInference, path: str | Path) -> None:
     """Replace gates and thresholds of the model stored in `path`, which are otherwise its own."""
-    adapters = set(_WEIGHTS.values())
-    kept = {name: digest for name, digest in model.config.digests.items() if name in adapters}
+    kept = _of_adapters(model.config.digests)
     with _saved_aside(model, Path(path), keep=kept) as aside:
         save_gates(model, aside)
+
+
+def adapter_digests(path: str | Path) -> dict[str, str]:
+    """Return the sha256 of each adapter's weights in a model's folder; none if it is no model."""
+    settings = read_json(Path(path) / CONFIG_FILE)
+    return _of_adapters(settings.get("digests", {})) if isinstance(settings, dict) else {}
+
+
+def _of_adapters(digests: Mapping[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in digests.items() if name in _WEIGHTS.values()}
 
 
 @contextmanager

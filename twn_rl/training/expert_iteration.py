@@ -183,7 +183,7 @@ class RewardEvaluator:
         self.dataset = rollout_dataset(model, records)
         self.plan: dict[str, Any] = {
             "evaluator": "rewards",
-            "rewards": [_described(reward) for reward in rewards],
+            "rewards": [described_reward(reward) for reward in rewards],
             "weights": self.weights,
             "scorer": scorer.targets.fingerprint,
             "targets": digest(scorer.targets.ids),
@@ -228,7 +228,7 @@ class RewardEvaluator:
         return totals
 
 
-def _described(reward: CheckedReward) -> list[Any]:
+def described_reward(reward: CheckedReward) -> list[Any]:
     """Return name, parameters and text of a reward: scores of another text are not kept."""
     function: Any = reward.reward_func
     parameters: dict[str, Any] = {}
