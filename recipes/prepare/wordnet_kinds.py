@@ -4,8 +4,9 @@
     python recipes/prepare/wordnet_kinds.py
     python recipes/prepare/wordnet_kinds.py --wordnet_dir WordNet-3.0/dict --num_test 1000
 
-Writes train, rl, validation, test (held-out words, up to two hops) and ood (three hops) as JSON
-lines into outputs/wordnet_kinds, for recipes/configs/wordnet_kinds_*.yaml. A few seconds.
+Writes train, rl, validation, test (words no other split asks about, up to two hops) and ood (three
+hops) as JSON lines into outputs/wordnet_kinds, for recipes/configs/wordnet_kinds_*.yaml. A few
+seconds.
 """
 
 from __future__ import annotations

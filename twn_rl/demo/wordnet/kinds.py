@@ -4,8 +4,9 @@ The query lists what is a kind of what ("lamb is a kind of sheep."), for one wor
 for another word as a distraction, in a drawn order, and asks for the entry of the word (no hop), of
 its kind (one hop) or of its kind's kind (two). The target is a dictionary's entry, "sheep: woolly
 horned ruminant mammal related to the goat", the negatives are the entries of the other words in the
-facts, and the chain of thought walks from the word to the answer. All that is needed to answer
-stands in the query; the hops are what a vector without a thought must take in one reading.
+facts, and the chain of thought walks from the word to the answer. All steps stand in the query; the
+hops are what a vector without a thought must take in one reading. (The answer may be another sense
+of its word than the first; the facts hint at which.)
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ class KindsSettings:
         num_train: Records of the warm start.
         num_rl: Records of RL.
         num_validation: Records to tune on.
-        num_test: Records about held-out words, hops as in training.
-        num_ood: Records about held-out words, three hops.
+        num_test: Records about words no other split asks about, hops as in training; as kinds of
+            other words some are in training, and so are some of the right entries.
+        num_ood: The same with three hops.
         max_definition_words: Words with longer definitions are left out.
         max_per_kind: Most words of one kind, so that no kind is the answer to everything.
     """
