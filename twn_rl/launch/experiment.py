@@ -104,7 +104,8 @@ class Stage:
         recipe: Module in `twn_rl.recipes`, such as "sft_embed".
         target: Folder it writes.
         settings: Its flags by name; None leaves one out, a list gives several words.
-        is_cheap: Run a finished stage of other flags again; otherwise it is kept with a warning.
+        is_cheap: Run a finished stage of other settings or models again; otherwise it is kept with
+            a warning.
         outdates: Folders that rest on what it writes: their stages run again after each run.
         removes: Folders that cannot go on from what it writes: removed after each run.
     """

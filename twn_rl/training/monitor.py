@@ -53,7 +53,8 @@ class CollapseThresholds:
         0.5,
         "rollouts/incomplete_ratio",
         "Share of truncated or malformed thinks: the policy hides in the no-think fall-back. Add "
-        "the format reward or train the warm start longer.",
+        "the format reward, weigh it by the scale of the others (rewards/*/std), or train the warm "
+        "start longer.",
     )
     min_think_rate: float | None = _limit(
         0.01,
