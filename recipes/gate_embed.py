@@ -1,4 +1,4 @@
-r"""Stage 2, the routing gate: learn without labels when thinking helps, and pick a threshold.
+r"""The routing gate, after RL: learn without labels when thinking helps, and pick a threshold.
 
 Every input is embedded without and with the CoT the model writes itself, against the same negatives
 and with the other side fixed; the loss it saved is the label (Think When Needed, 2605.14448). A

@@ -1,4 +1,4 @@
-"""Stage 3, GRPO with retrieval rewards: the policy writes CoTs, the frozen scorer rewards them.
+"""Stage 2, GRPO with retrieval rewards: the policy writes CoTs, the frozen scorer rewards them.
 
 TRL's GRPOTrainer (Shao et al., 2402.03300) on the reasoning adapter; the scorer is the embedding
 adapter. Default reward: similarity of the think vector to its positive minus the mean of its K

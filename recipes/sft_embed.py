@@ -6,8 +6,8 @@ One frozen backbone, two LoRA adapters (Think When Needed, 2605.14448; loss weig
     accelerate launch recipes/sft_embed.py
     accelerate launch --config_file recipes/accelerate/zero2.yaml recipes/sft_embed.py  # GPUs
     accelerate launch --config_file recipes/accelerate/zero3_cpu.yaml recipes/sft_embed.py
-    accelerate launch recipes/sft_embed.py \
-        --backbone Qwen/Qwen3-VL-2B-Instruct --train_file train.jsonl
+    accelerate launch recipes/sft_embed.py --config recipes/configs/qwen3_vl_2b_sft.yaml \
+        --train_file train.jsonl --output_dir outputs/sft
     accelerate launch recipes/sft_embed.py --config recipes/configs/demo_refit.yaml  # after RL
 
 Without arguments it reads recipes/configs/demo_sft.yaml and trains on the embedded emoji scenes
