@@ -59,7 +59,7 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     # The files that the pages call their reader's own
     (folder / "images").symlink_to(Path("outputs") / "demo" / "data" / "images")
-    for name in ("train", "test"):
+    for name in ("train", "validation", "test"):
         shutil.copy(files[name], folder / f"{name}.jsonl")
     shutil.copy(files["train"], folder / "okvqa.jsonl")
     write_records(folder / "catalogue.parquet", list(load_records(files["rl"])))
