@@ -29,7 +29,6 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from twn_rl.launch.arguments import DataArguments, parse_arguments
@@ -88,7 +87,8 @@ class AblateArguments(ExperimentArguments):
     def __post_init__(self) -> None:
         """Refuse arms that do not exist."""
         problems = Problems()
-        check_arms(self.arms, ("sft_only", "grpo"), self.grpo_config, problems)
+        known = ("sft_only", "grpo", *checked_rewards(self.arms, self.grpo_config, problems))
+        problems.some_of(self, known, "arms")
         problems.refuse("AblateArguments")
 
 
@@ -141,16 +141,23 @@ def with_gate(script: AblateArguments, model: Path, seed: Seed) -> Iterator[Stag
     yield evaluation(model, seed, modes, num_thoughts=2)
 
 
-def check_arms(
-    arms: Sequence[str], known: Sequence[str], grpo_config: str, problems: Problems
-) -> None:
-    """Add a problem for arms that are neither known nor grpo with rewards that exist."""
+def checked_rewards(
+    arms: Sequence[str], grpo_config: str, problems: Problems, *, ending: str = ""
+) -> list[str]:
+    """Return the arms that name rewards; add a problem for each whose rewards do not exist.
+
+    Args:
+        arms: All arms.
+        grpo_config: YAML of RL.
+        problems: What is added to.
+        ending: What an arm may end in that is no part of its rewards.
+    """
     rewarded = [arm for arm in arms if arm.startswith(GRPO_WITH)]
     for arm in rewarded:
+        rewards = arm.removeprefix(GRPO_WITH).removesuffix(ending)
         with problems.told(ValueError):
-            settings = reward_settings(arm.removeprefix(GRPO_WITH), grpo_config)
-            load_rewards(settings["rewards"], REWARDS)
-    problems.some_of(SimpleNamespace(arms=arms), (*known, *rewarded), "arms")
+            load_rewards(reward_settings(rewards, grpo_config)["rewards"], REWARDS)
+    return rewarded
 
 
 def reward_settings(rewards: str, grpo_config: str) -> dict[str, Any]:

@@ -42,9 +42,8 @@ from twn_rl.launch.experiment import (
 )
 from twn_rl.launch.program import start
 from twn_rl.recipes.experiments.ablate import (
-    GRPO_WITH,
     WARM_START,
-    check_arms,
+    checked_rewards,
     folder,
     read_grpo,
     reward_settings,
@@ -95,9 +94,9 @@ class NewDomainArguments(ExperimentArguments):
         problems.one_of(self, tuple(DOMAINS), "domain")
         if self.look:
             problems.some_of(self, tuple(DOMAINS), "look")
-        known = (*ARMS, *(f"{arm}{WITH_OLD}" for arm in ARMS[1:]))
-        named = [a.removesuffix(WITH_OLD) if a.startswith(GRPO_WITH) else a for a in self.arms]
-        check_arms(named, known, self.grpo_config, problems)
+        with_old = (f"{arm}{WITH_OLD}" for arm in ARMS[1:])
+        named = checked_rewards(self.arms, self.grpo_config, problems, ending=WITH_OLD)
+        problems.some_of(self, (*ARMS, *with_old, *named), "arms")
         problems.expect(self, "in (0, 1)", "old_share")
         problems.refuse("NewDomainArguments")
 

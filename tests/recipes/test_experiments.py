@@ -566,13 +566,13 @@ def test_an_arm_of_a_new_domain_may_weigh_its_rewards(tmp_path: Path) -> None:
         [0.02, 0.5],
     )
     assert (mixed["rewards"], mixed["reward_weights"]) == (["rank_gap"], [1.0])
-    for wrong in (
-        "grpo:magin=1",
-        "grpo:margin=1,lenght=2",
-        "more_sft=1",
-        "expert_iteration:margin=1",
-    ):
-        with pytest.raises(ValueError, match=r"magin|lenght|arms = "):
+    for wrong, problem in {
+        "grpo:magin=1": "reward = 'magin'",
+        "grpo:margin=1,lenght=2": "reward = 'lenght'",
+        "more_sft=1": r"arms = \['more_sft=1'\]",
+        "expert_iteration:margin=1": r"arms = \['expert_iteration:margin=1'\]",
+    }.items():
+        with pytest.raises(ValueError, match=problem):
             new_domain.NewDomainArguments(arms=[wrong])
 
 
