@@ -103,7 +103,7 @@ def main(script: RewardedArguments, data: DataArguments, training: ExpertIterati
     parameters: Any = script.reward_parameters
     rewards = load_rewards(script.rewards, REWARDS, parameters, available_columns=available)
 
-    with owned_run(output):
+    with owned_run(output, training):
         # Model to start from
         is_missing = not (Path(script.warm_start) / CONFIG_FILE).is_file()
         name = "expert iteration"

@@ -134,7 +134,7 @@ def main(
     rewards = load_rewards(script.rewards, REWARDS, parameters, available_columns=available)
     check_vllm(training)
 
-    with owned_run(output):
+    with owned_run(output, training):
         # Model and adapters
         is_missing = not (Path(script.warm_start) / CONFIG_FILE).is_file()
         stages = Stages(("warm start", is_missing), ("RL", True), ("evaluation", script.evaluate))

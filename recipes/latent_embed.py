@@ -81,7 +81,7 @@ def main(
             f"num_reason_tokens = {model_args.num_reason_tokens}; expected K >= 1 reason tokens; "
             "set it, or pass --direct_only true for the baseline without them"
         )
-    with owned_run(output):
+    with owned_run(output, training):
         records = data.load(script.split)  # pyright: ignore[reportArgumentType]
         model = model_args.build(training.seed)
         set_trainable(model.peft_model, [EMBEDDING_ADAPTER])

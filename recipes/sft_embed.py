@@ -75,7 +75,7 @@ def main(
     set_seed(training.seed)
     output = Path(training.output_dir or "outputs/sft")
 
-    with owned_run(output):
+    with owned_run(output, training):
         # Data first: bad records must show before a backbone is loaded.
         records = data.load(script.split)  # pyright: ignore[reportArgumentType]
 

@@ -1,18 +1,21 @@
-"""A second run into one output folder is refused before it reads anything: by whom, since when."""
+"""A second run into one folder is refused before it reads anything, and so is one over a model."""
 
 import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from twn_rl.evaluation.gate_threshold import ThresholdRule
 from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.launch.run_folder import owned_run
+from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.recipes import (
     adaptive_embed,
     eval_embed,
+    expert_iteration,
     gate_embed,
     grpo_embed,
     latent_embed,
@@ -20,6 +23,7 @@ from twn_rl.recipes import (
     sft_embed,
 )
 from twn_rl.training.adaptive import AdaptiveGRPOConfig
+from twn_rl.training.expert_iteration import ExpertIterationConfig
 from twn_rl.training.grpo import EmbedGRPOConfig
 from twn_rl.training.latent import LatentConfig
 from twn_rl.training.sft import SftConfig
@@ -28,24 +32,33 @@ Run = Callable[[str, DataArguments], object]
 TRAINING = {"report_to": [], "use_cpu": True}
 
 
-def sft(output: str, data: DataArguments) -> object:
-    training = SftConfig(output_dir=output, **TRAINING)
+def sft(output: str, data: DataArguments, **settings: Any) -> object:
+    training = SftConfig(output_dir=output, **TRAINING, **settings)
     return sft_embed.main(sft_embed.SftScriptArguments(), ModelArguments(), data, training)
 
 
-def grpo(output: str, data: DataArguments) -> object:
+def grpo(output: str, data: DataArguments, **settings: Any) -> object:
     script = grpo_embed.GrpoScriptArguments(warm_start="absent")
-    return grpo_embed.main(script, data, EmbedGRPOConfig(output_dir=output, **TRAINING))
+    training = EmbedGRPOConfig(output_dir=output, **TRAINING, **settings)
+    return grpo_embed.main(script, data, training)
 
 
-def adaptive(output: str, data: DataArguments) -> object:
+def adaptive(output: str, data: DataArguments, **settings: Any) -> object:
     script = adaptive_embed.AdaptiveScriptArguments(warm_start="absent")
-    return adaptive_embed.main(script, data, AdaptiveGRPOConfig(output_dir=output, **TRAINING))
+    training = AdaptiveGRPOConfig(output_dir=output, **TRAINING, **settings)
+    return adaptive_embed.main(script, data, training)
 
 
-def latent(output: str, data: DataArguments) -> object:
+def latent(output: str, data: DataArguments, **settings: Any) -> object:
     script, model = latent_embed.LatentScriptArguments(), ModelArguments(num_reason_tokens=2)
-    return latent_embed.main(script, model, data, LatentConfig(output_dir=output, **TRAINING))
+    training = LatentConfig(output_dir=output, **TRAINING, **settings)
+    return latent_embed.main(script, model, data, training)
+
+
+def expert(output: str, data: DataArguments, **settings: Any) -> object:
+    script = grpo_embed.RewardedArguments(warm_start="absent")
+    training = ExpertIterationConfig(output_dir=output, max_steps=4, **TRAINING, **settings)
+    return expert_iteration.main(script, data, training)
 
 
 def gate(output: str, data: DataArguments) -> object:
@@ -62,7 +75,10 @@ def evaluation(output: str, data: DataArguments) -> object:
     return eval_embed.main(script, data)
 
 
-@pytest.mark.parametrize("run", [sft, grpo, adaptive, latent, gate, policy, evaluation])
+TRAININGS = (sft, grpo, adaptive, latent, expert)
+
+
+@pytest.mark.parametrize("run", [*TRAININGS, gate, policy, evaluation])
 def test_a_second_run_is_told_who_has_the_folder(run: Run, tmp_path: Path) -> None:
     file = str(tmp_path / "absent.jsonl")
     absent = DataArguments(train_file=file, validation_file=file)
@@ -77,6 +93,28 @@ def test_a_second_run_is_told_who_has_the_folder(run: Run, tmp_path: Path) -> No
     # The lock has gone with the run: the next one gets as far as its data or its model.
     with pytest.raises((OSError, ValueError), match="absent"):
         run(str(output), absent)
+
+
+@pytest.mark.parametrize("run", TRAININGS)
+def test_a_trained_model_is_not_trained_over(run: Callable[..., object], tmp_path: Path) -> None:
+    file = str(tmp_path / "absent.jsonl")
+    absent = DataArguments(train_file=file, validation_file=file)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / CONFIG_FILE).write_text("{}", encoding="utf-8")
+    said = rf"output_dir = {output} holds a trained model; .*--overwrite_output_dir true"
+    # There is nothing to resume from either.
+    for settings in ({}, {"resume_from_checkpoint": "true"}):
+        with pytest.raises(ValueError, match=said):
+            run(str(output), absent, **settings)
+    # Told to, or with a checkpoint to go on from, it gets as far as its data or its model.
+    with pytest.raises((OSError, ValueError), match="absent"):
+        run(str(output), absent, overwrite_output_dir=True)
+    (output / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match=said):
+        run(str(output), absent)
+    with pytest.raises((OSError, ValueError), match="absent"):
+        run(str(output), absent, resume_from_checkpoint="true")
 
 
 def test_a_second_benchmark_is_told_the_same(tmp_path: Path) -> None:

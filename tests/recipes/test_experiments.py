@@ -81,6 +81,37 @@ def test_a_stage_that_fails_is_told_with_its_log(tmp_path: Path, launched: Launc
     assert not (tmp_path / "model" / FINISHED_FILE).exists()
 
 
+def test_a_stage_trains_over_its_own_model_and_over_no_other(
+    tmp_path: Path, launched: Launched
+) -> None:
+    def is_told() -> bool:
+        return "--overwrite_output_dir=true" in launched()[0]
+
+    model, rests = tmp_path / "model", tmp_path / "refit"
+    stage = Stage("sft_embed", model, {"seed": 0}, outdates=[rests])
+    follows = Stage("sft_embed", rests, {"checkpoint": model})
+    for folder in (model, rests):
+        folder.mkdir()
+        (folder / "twn_config.json").write_text("{}", encoding="utf-8")
+    for _ in range(2):  # trained by hand: the recipe will refuse, as often as it is run
+        stage.run([])
+        assert not is_told()
+        stage.finished_file.unlink()
+    (model / "twn_config.json").unlink()
+    stage.run([])
+    (model / "twn_config.json").write_text("{}", encoding="utf-8")
+    launched()
+    follows.begun_file.write_text("{}", encoding="utf-8")  # killed after it had saved its model
+    follows.run([])
+    assert is_told()
+    # What rests on a stage that ran again is trained again, over what it was.
+    stage.finished_file.rename(stage.begun_file)
+    stage.run([])
+    assert is_told()
+    follows.run([])
+    assert is_told()
+
+
 def test_a_finished_stage_of_a_script_by_path_is_kept(tmp_path: Path, launched: Launched) -> None:
     stage = Stage("sft_embed", tmp_path, {"seed": 0})
     command = ["python", "-m", "accelerate.commands.launch", "/a/recipes/sft_embed.py", "--seed=0"]

@@ -24,6 +24,7 @@ from twn_rl.evaluation.seed_tables import save_arms
 from twn_rl.launch.arguments import DataArguments, packaged, read_settings
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.checkpoint import adapter_digests
+from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.sharded_pass import differences
 from twn_rl.runtime.whole_files import write_json
@@ -31,6 +32,13 @@ from twn_rl.runtime.whole_files import write_json
 logger = logging.getLogger(__name__)
 
 FINISHED_FILE = "finished.json"
+# Stands in for it from the start of a stage to its end, and once what the stage rests on is new.
+BEGUN_FILE = "begun.json"
+# Recipes that do not train over a model unless they are told to.
+TRAINING_RECIPES = (
+    *("sft_embed", "grpo_embed", "adaptive_embed"),
+    *("latent_embed", "expert_iteration"),
+)
 # Flags that name the folder of a model on which a stage rests.
 MODEL_FLAGS = ("checkpoint", "warm_start", "model")
 EVALUATION_FOLDER = "evaluation"
@@ -151,6 +159,11 @@ class Stage:
         """What tells that it ran to its end, and how."""
         return self.target / FINISHED_FILE
 
+    @property
+    def begun_file(self) -> Path:
+        """What tells that the folder is a stage's, whose model may be trained over."""
+        return self.target / BEGUN_FILE
+
     def run(
         self, launcher: Sequence[str], *, is_shown: bool = False, threads: int | None = None
     ) -> bool:
@@ -168,9 +181,13 @@ class Stage:
             return False
         self.target.mkdir(parents=True, exist_ok=True)
         for outdated in self.target.glob(f"*/{FINISHED_FILE}"):  # measured on what was there
-            outdated.unlink()
+            _outdate(outdated)
         command = [sys.executable, "-m", "accelerate.commands.launch", *map(packaged, launcher)]
         command += ["-m", f"twn_rl.recipes.{self.recipe}", *self.flags]
+        told = []
+        if self.begun_file.exists() or not (self.target / CONFIG_FILE).exists():
+            write_json(self.begun_file, {"command": command})
+            told = ["--overwrite_output_dir=true"] if self.recipe in TRAINING_RECIPES else []
         log = self.target / "log.txt"
         logger.log(
             NOTICE if not is_shown else logging.INFO,
@@ -179,14 +196,15 @@ class Stage:
             "" if is_shown else f", log in {log}",
         )
         started, basis = time.perf_counter(), self.basis
-        told = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        environment = {**os.environ, **told}
+        given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, **given}
+        run = [*command, *told]
         if is_shown:
-            status = subprocess.run(command, check=False, env=environment).returncode
+            status = subprocess.run(run, check=False, env=environment).returncode
         else:
             with log.open("w", encoding="utf-8") as file:
                 status = subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment
+                    run, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment
                 ).returncode
         if status != 0:
             where = "its output"
@@ -198,12 +216,13 @@ class Stage:
                 f"{where}"
             )
         for finished in (file for folder in self.outdates for file in folder.rglob(FINISHED_FILE)):
-            finished.unlink()
+            _outdate(finished)
         for folder in self.removes:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = time.perf_counter() - started
         finished = {"command": command, "seconds": seconds, "basis": basis}
         write_json(self.finished_file, finished)
+        self.begun_file.unlink(missing_ok=True)
         return True
 
     def _is_kept(self) -> bool:
@@ -219,7 +238,7 @@ class Stage:
             return True
         if self.is_cheap:
             logger.info("%s was run with %s: running it again", self.target, "; ".join(changed))
-            self.finished_file.unlink()
+            _outdate(self.finished_file)
             return False
         logger.warning(
             "Kept %s, which was run with %s: see %s; remove the folder to run it again",
@@ -234,6 +253,11 @@ class Stage:
             return ["other flags"]
         given = command[names.index(self.recipe) + 1 :]
         return [] if _by_flag(given) == _by_flag(self.flags) else ["other flags"]
+
+
+def _outdate(finished: Path) -> None:
+    """Let a finished stage run again, over the model that it left."""
+    finished.replace(finished.with_name(BEGUN_FILE))
 
 
 def _by_flag(words: Sequence[str]) -> list[list[str]]:

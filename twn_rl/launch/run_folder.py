@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from twn_rl.launch.command_line import is_on, show_logs
 from twn_rl.launch.progress import clock, quieten, show_progress
 from twn_rl.modeling.checkpoint import has_adapters_of
+from twn_rl.modeling.config import CONFIG_FILE
 from twn_rl.modeling.lineage import RUN_FILE
 from twn_rl.modeling.model_card import write_card
 from twn_rl.runtime.log_levels import NOTICE
@@ -35,6 +37,8 @@ from twn_rl.training.whole_checkpoints import (
 
 logger = logging.getLogger(__name__)
 
+# What asks for the newest checkpoint in the folder of the run.
+_NEWEST = ("true", "last")
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "deepspeed", "datasets", "numpy")
 
 
@@ -69,11 +73,17 @@ def save_run(directory: str | Path, *arguments: Any) -> None:
 
 
 @contextmanager
-def owned_run(output: str | Path) -> Iterator[None]:
+def owned_run(output: str | Path, training: Any = None) -> Iterator[None]:
     """Let no other run write to the folder of this one while the body runs; all processes enter.
 
+    Args:
+        output: Folder of the run.
+        training: Settings of a run that ends by writing a model there: one that is there already
+            is not trained over.
+
     Raises:
-        ValueError: On every process, if another run has it: which, and since when.
+        ValueError: On every process, if another run has it: which, and since when; or if it holds
+            a trained model that these settings neither go on from nor replace.
         OSError: Likewise, if the folder cannot be written to.
     """
     problem: Exception | None = None
@@ -81,12 +91,27 @@ def owned_run(output: str | Path) -> Iterator[None]:
         if join_processes().is_main_process:
             try:
                 held.enter_context(owned(Path(output).absolute()))
+                if training is not None:
+                    _spare_model(Path(output), training)
             except (ValueError, OSError) as error:
                 problem = error
         problem = gather_objects(problem)[0]
         if problem is not None:
             raise problem
         yield
+
+
+def _spare_model(output: Path, training: Any) -> None:
+    """Refuse to train over a finished model, which may have taken days."""
+    if training.overwrite_output_dir or not (output / CONFIG_FILE).is_file():
+        return
+    resume = _wanted_checkpoint(training.resume_from_checkpoint)
+    if resume is None or (resume in _NEWEST and not any(output.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))):
+        raise ValueError(
+            f"output_dir = {output} holds a trained model; expected a folder without one; pass "
+            "another --output_dir, --resume_from_checkpoint true to go on from its checkpoints if "
+            "it has any, or --overwrite_output_dir true to replace it"
+        )
 
 
 def train_and_save(trainer: Any, output: Path, *arguments: Any) -> None:
@@ -173,6 +198,13 @@ def _same_checkpoint(output: Path, resume: str | bool | None) -> str | None:
     return found
 
 
+def _wanted_checkpoint(resume: str | bool | None) -> str | None:
+    """Return a path, one of `_NEWEST`, or None: YAML gives true as a bool, a flag as a word."""
+    resume = str(resume)
+    known = resume.lower()
+    return None if known in ("false", "none", "") else known if known in _NEWEST else resume
+
+
 def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> str | None:
     """Return the checkpoint to resume from: a path, the newest whole one for "true", or None.
 
@@ -180,10 +212,10 @@ def checkpoint_to_resume(output_dir: str | Path, resume: str | bool | None) -> s
         FileNotFoundError: If a path is given that is no folder.
         ValueError: If the checkpoint at a given path is damaged.
     """
-    resume = str(resume)  # YAML gives true as a bool, a flag gives it as a word
-    if resume.lower() in ("false", "none", ""):
+    resume = _wanted_checkpoint(resume)
+    if resume is None:
         return None
-    if resume.lower() in ("true", "last"):
+    if resume in _NEWEST:
         last = newest_whole(Path(output_dir))
         if last is None:
             logger.warning("No checkpoint in %s to resume from; starting at step 0", output_dir)

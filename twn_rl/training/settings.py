@@ -82,6 +82,10 @@ class TrainingSettings:
             "checkpoint was trained on."
         },
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Train although output_dir holds a trained model, which is replaced."},
+    )
     license: str | None = field(
         default=None,
         metadata={
