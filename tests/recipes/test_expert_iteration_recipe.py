@@ -151,10 +151,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_model(
 def test_rounds_of_other_settings_or_another_warm_start_are_refused(
     started: Path, output: Path
 ) -> None:
+    anew = {"overwrite_output_dir": "true"}  # the model may be replaced, not the rounds
     with pytest.raises(ValueError, match=r"rounds of another run: num_generations = 8, now 4"):
-        run(started, output, num_generations=4)
+        run(started, output, num_generations=4, **anew)
     with pytest.raises(ValueError, match=r"rounds of another run: warm_start.*another output_dir"):
-        run(started, output, warm_start=output / "round-0")
+        run(started, output, warm_start=output / "round-0", **anew)
 
 
 def test_rounds_that_another_text_of_a_reward_has_paid_are_refused(
@@ -170,7 +171,7 @@ def test_rounds_that_another_text_of_a_reward_has_paid_are_refused(
     run(started, tmp_path / "out", **own)
     source.write_text(text + "    return [2 * s for s in positive_similarity]\n", encoding="utf-8")
     with pytest.raises(ValueError, match="rounds of another run: rewards"):
-        run(started, tmp_path / "out", **own)
+        run(started, tmp_path / "out", overwrite_output_dir="true", **own)
 
 
 def test_a_policy_of_which_nothing_may_be_kept_is_refused_in_words(
