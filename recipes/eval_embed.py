@@ -52,6 +52,7 @@ from twn_rl.launch.program import start
 from twn_rl.launch.report_facts import report_facts
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
 from twn_rl.launch.trackers import check_trackers, track_metrics
+from twn_rl.modeling.checkpoint import check_model
 from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.lineage import lineage
@@ -165,11 +166,19 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     if script.benchmark is not None:
         return measure_benchmark(script, data)
     with owned_run(script.output):
+        check_models(script)
         splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
         if join_processes().is_main_process:
             measure_splits(script, data, splits)
         join_processes().wait_for_everyone()
     return script.output
+
+
+def check_models(script: EvalScriptArguments) -> None:
+    """Refuse what is no model before records are read, or the demo's written."""
+    for path in (script.model, script.before):
+        if path is not None:
+            check_model(path)
 
 
 def measure_splits(
@@ -246,6 +255,7 @@ def measure_benchmark(script: EvalScriptArguments, data: DataArguments) -> Path:
     is_demo = script.benchmark == EMOJI_SCENES and data.is_demo()
     names = [name for name in script.splits if is_demo and data.has(name)]  # pyright: ignore[reportArgumentType]
     with owned_run(output):
+        check_models(script)
         splits = {name: data.load(name) for name in names}  # pyright: ignore[reportArgumentType]
         save_run(output, script, data)
         settings = BenchmarkSettings(

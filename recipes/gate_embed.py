@@ -45,7 +45,7 @@ from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
-from twn_rl.modeling.checkpoint import save_decision
+from twn_rl.modeling.checkpoint import check_model, save_decision
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate import SIDES, FitSettings, Gate, fit_gate
 from twn_rl.modeling.gate_files import set_threshold
@@ -159,6 +159,7 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
 
     with owned_run(path):
         # Data first: bad records must show before a model is loaded.
+        check_model(path)
         records = {
             name: data.load(name)  # pyright: ignore[reportArgumentType]
             for name in (script.split, script.validation_split)

@@ -31,6 +31,7 @@ from twn_rl.evaluation.threshold_files import log_choice, write_thresholds
 from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.program import start
 from twn_rl.launch.run_folder import owned_run, save_run, set_up_logging
+from twn_rl.modeling.checkpoint import check_model
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.processes import join_processes
@@ -60,6 +61,7 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
     set_seed(script.seed)
     path = Path(script.model)
     with owned_run(path):
+        check_model(path)
         records = data.load(script.validation_split)  # pyright: ignore[reportArgumentType]
         if join_processes().is_main_process:
             model = DualLoraModel.from_pretrained(path).to(join_processes().device)

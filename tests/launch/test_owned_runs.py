@@ -91,8 +91,20 @@ def test_a_second_run_is_told_who_has_the_folder(run: Run, tmp_path: Path) -> No
     assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC\); expected one at a time", said)
     assert "\n" not in said
     # The lock has gone with the run: the next one gets as far as its data or its model.
-    with pytest.raises((OSError, ValueError), match="absent"):
+    with pytest.raises(
+        (OSError, ValueError), match=rf"absent|{output / CONFIG_FILE} does not exist"
+    ):
         run(str(output), absent)
+
+
+@pytest.mark.parametrize("run", [gate, policy, evaluation])
+def test_an_absent_model_is_told_before_the_scenes_of_the_demo_are_written(
+    run: Run, tmp_path: Path
+) -> None:
+    data = DataArguments(demo_dir=str(tmp_path / "data"))
+    with pytest.raises(FileNotFoundError, match=f"{CONFIG_FILE} does not exist"):
+        run(str(tmp_path / "out"), data)
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("run", TRAININGS)

@@ -28,6 +28,7 @@ from twn_rl.modeling.config import CONFIG_FILE, TwnConfig
 from twn_rl.modeling.fingerprints import Fingerprints
 from twn_rl.modeling.gate_files import GATE_FILE, save_gates
 from twn_rl.modeling.generation import DualLoraInference
+from twn_rl.modeling.hub import model_folder
 from twn_rl.modeling.sentence_transformers_files import write_modules
 from twn_rl.runtime.nearest import path_hint
 from twn_rl.runtime.whole_files import file_digest, full_disk_told, read_json, written_aside
@@ -166,6 +167,15 @@ def find_files(path: str | Path) -> tuple[TwnConfig, dict[str, Path]]:
             f'"digests" to {{}} in {CONFIG_FILE}'
         )
     return config, files
+
+
+def check_model(name: str | Path) -> None:
+    """Refuse what is no whole model before anything long begins that needs one.
+
+    Args:
+        name: As for `DualLoraModel.from_pretrained`, which raises the same.
+    """
+    find_files(model_folder(name))
 
 
 def has_adapters_of(path: str | Path, other: str | Path) -> bool:
