@@ -22,7 +22,8 @@ from twn_rl.launch import arguments
 from twn_rl.training.vllm_server import serve_command
 
 _DEMO = ["--demo_scale", "0.01"]
-_TRAINING = [*_DEMO, "--save_strategy", "no"]
+# A page may be read after the demo: its models are there.
+_TRAINING = [*_DEMO, "--save_strategy", "no", "--overwrite_output_dir", "true"]
 _GRPO = [*_TRAINING, "--max_steps", "1", "--per_device_train_batch_size", "4"]
 _GRPO += ["--num_generations", "2", "--max_completion_length", "4", "--evaluate", "false"]
 

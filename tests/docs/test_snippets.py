@@ -56,6 +56,8 @@ def finished_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _save_models(demo)
     for name in ("sft", "grpo"):
         shutil.copytree(demo / name, folder / "outputs" / name)
+    # A missing warm start would be trained first, for all of its steps.
+    shutil.copytree(demo / "sft", folder / "outputs" / "demo_short" / "sft")
 
     # The files that the pages call their reader's own
     (folder / "images").symlink_to(Path("outputs") / "demo" / "data" / "images")
