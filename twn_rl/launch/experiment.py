@@ -35,10 +35,7 @@ FINISHED_FILE = "finished.json"
 # Stands in for it from the start of a stage to its end, and once what the stage rests on is new.
 BEGUN_FILE = "begun.json"
 # Recipes that do not train over a model unless they are told to.
-TRAINING_RECIPES = (
-    *("sft_embed", "grpo_embed", "adaptive_embed"),
-    *("latent_embed", "expert_iteration"),
-)
+TRAINING_RECIPES = ("sft_embed", "grpo_embed", "adaptive_embed", "latent_embed", "expert_iteration")
 # Flags that name the folder of a model on which a stage rests.
 MODEL_FLAGS = ("checkpoint", "warm_start", "model")
 EVALUATION_FOLDER = "evaluation"
@@ -184,28 +181,13 @@ class Stage:
             _outdate(outdated)
         command = [sys.executable, "-m", "accelerate.commands.launch", *map(packaged, launcher)]
         command += ["-m", f"twn_rl.recipes.{self.recipe}", *self.flags]
-        told = []
-        if self.begun_file.exists() or not (self.target / CONFIG_FILE).exists():
-            write_json(self.begun_file, {"command": command})
-            told = ["--overwrite_output_dir=true"] if self.recipe in TRAINING_RECIPES else []
-        log = self.target / "log.txt"
-        logger.log(
-            NOTICE if not is_shown else logging.INFO,
-            "Running %s%s",
-            self.target,
-            "" if is_shown else f", log in {log}",
-        )
-        started, basis = time.perf_counter(), self.basis
-        given = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        environment = {**os.environ, **given}
-        run = [*command, *told]
+        started, basis, log = time.perf_counter(), self.basis, self.target / "log.txt"
+        told = ["--overwrite_output_dir=true"] if self._trains_over(command) else []
         if is_shown:
-            status = subprocess.run(run, check=False, env=environment).returncode
+            logger.info("Running %s", self.target)
         else:
-            with log.open("w", encoding="utf-8") as file:
-                status = subprocess.run(
-                    run, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment
-                ).returncode
+            logger.log(NOTICE, "Running %s, log in %s", self.target, log)
+        status = _launch([*command, *told], None if is_shown else log, threads)
         if status != 0:
             where = "its output"
             if not is_shown:
@@ -224,6 +206,13 @@ class Stage:
         write_json(self.finished_file, finished)
         self.begun_file.unlink(missing_ok=True)
         return True
+
+    def _trains_over(self, command: Sequence[str]) -> bool:
+        """Note that the stage begins; tell whether a model in its folder is its own to replace."""
+        if (self.target / CONFIG_FILE).exists() and not self.begun_file.exists():
+            return False  # trained by hand: its recipe will say so
+        write_json(self.begun_file, {"command": command})
+        return self.recipe in TRAINING_RECIPES
 
     def _is_kept(self) -> bool:
         """Tell whether a finished run stands for this one."""
@@ -253,6 +242,18 @@ class Stage:
             return ["other flags"]
         given = command[names.index(self.recipe) + 1 :]
         return [] if _by_flag(given) == _by_flag(self.flags) else ["other flags"]
+
+
+def _launch(command: Sequence[str], log: Path | None, threads: int | None) -> int:
+    """Run a command to its end, its output into a file or shown; return its status."""
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    environment = {**os.environ, **own}
+    if log is None:
+        return subprocess.run(command, check=False, env=environment).returncode
+    with log.open("w", encoding="utf-8") as file:
+        return subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, check=False, env=environment
+        ).returncode
 
 
 def _outdate(finished: Path) -> None:
