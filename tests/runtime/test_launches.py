@@ -235,7 +235,8 @@ def test_a_deepspeed_file_with_auto_values_works_and_one_that_contradicts_is_nam
     assert "DeepSpeedEngine, ZeRO-3 on 2 processes, 1" in done.stderr
     assert "of 205 parameters partitioned" in done.stderr
     write_deepspeed_files(tmp_path, train_micro_batch_size_per_gpu=7)
-    done = launch("sft_embed.py", flags, config=file, cwd=tmp_path)
+    other = [*flags, "--output_dir=other"]
+    done = launch("sft_embed.py", other, config=file, cwd=tmp_path)
     assert done.returncode != 0
     assert "ds train_micro_batch_size_per_gpu=7 vs hf per_device_train_batch_size=4" in done.stderr
 
