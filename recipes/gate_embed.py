@@ -158,8 +158,8 @@ def main(script: GateScriptArguments, rule: ThresholdRule, data: DataArguments) 
     path, processes = Path(script.model), join_processes()
 
     with owned_run(path):
-        # Data first: bad records must show before a model is loaded.
         check_model(path)
+        # Data first: bad records must show before a model is loaded.
         records = {
             name: data.load(name)  # pyright: ignore[reportArgumentType]
             for name in (script.split, script.validation_split)
