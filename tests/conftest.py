@@ -3,6 +3,7 @@
 import inspect
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ from twn_rl.demo.random_qwen import ImageOnlyProcessor
 from twn_rl.modeling.backbone import Backbone, from_parts
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
+
+LONG_MARKERS = ("slow", "distributed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -83,7 +86,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the long campaigns unless they are asked for, and then their quick subsets."""
+    """Leave out the long campaigns unless they are asked for, and then their quick subsets.
+
+    The longest files come first, so that workers which share a run end at about the same time.
+    """
     is_asked = config.getoption("campaign")
     left_out = [
         item
@@ -93,6 +99,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+    length: Counter[Path] = Counter()
+    for item in items:
+        length[item.path] += sum(item.get_closest_marker(m) is not None for m in LONG_MARKERS)
+    items.sort(key=lambda item: -length[item.path])
 
 
 # Passes share pictures from the transformers on whose models take features made beforehand.

@@ -52,7 +52,6 @@ def launch_worker(
     config: str | None,
     *flags: str,
     fails: bool = False,
-    dropout: float = 0.0,
     environment: dict[str, str] | None = None,
     restarts: int = 0,
 ) -> subprocess.CompletedProcess:
@@ -71,7 +70,6 @@ def launch_worker(
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
-            "WORKER_DROPOUT": str(dropout),
             **(environment or {}),
         },
         capture_output=True,

@@ -55,7 +55,6 @@ BATCH = 8
 GENERATIONS = 4
 STEPS = 4
 KILLED_AT = 3
-DROPOUT = float(os.environ.get("WORKER_DROPOUT", "0"))
 WORDS = ("camel", "pizza", "zebra", "tree")
 SIDES = ("left", "right", "above", "below")
 
@@ -128,8 +127,9 @@ class KillOne(TrainerCallback):
 
 def whole_model(**settings: Any) -> DualLoraModel:
     """Return a model of which every process has all, as `load_backbone` gives it."""
+    dropout = float(os.environ.get("WORKER_DROPOUT", "0"))
     for name, rank in (("reasoning_lora", 2), ("embedding_lora", 3)):
-        settings[name] = LoraSettings(r=rank, alpha=2 * rank, dropout=DROPOUT)
+        settings[name] = LoraSettings(r=rank, alpha=2 * rank, dropout=dropout)
     with whole_parameters():
         return small_model(**settings)
 
@@ -332,9 +332,10 @@ def run(
 
 
 def main() -> None:
-    """Run the stages that were asked for."""
+    """Run the stages that were asked for, or those of every job, each job in its own folder."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--jobs", type=json.loads, help="name -> stages, settings and dropout")
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
     parser.add_argument("--resume", nargs="*", default=[])
     parser.add_argument("--kill", nargs="*", default=[])
@@ -349,6 +350,13 @@ def main() -> None:
         write_data(folder)
     processes.wait_for_everyone()
     data = load_records(folder / "batches.jsonl"), load_records(folder / "groups.jsonl")
+    for name, job in (options.jobs or {}).items():
+        os.environ["WORKER_DROPOUT"] = str(job["dropout"])
+        for stage in job["stages"]:
+            place = options.folder / name / stage
+            run(stage, place, data, resume=False, kill=False, **job["settings"])
+    if options.jobs:
+        return
     if options.elastic:
         run_elastic(options.stages, options.folder, data, **options.settings)
     for stage in options.stages if not options.elastic else ():

@@ -36,29 +36,50 @@ GRADIENT = {
     "max_steps": 1,
 }
 CHUNKED = {"contrastive_chunk_tokens": 60}  # two to four rows a chunk, of a batch of eight
-RECOMPUTED = {"gradient_checkpointing": True}
+
+
+CONTRASTIVE = ("sft", "latent")
+
+
+def job(
+    *stages: str, dropout: float = 0.0, settings: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return what the worker is told of some stages with settings of their own."""
+    return {"stages": stages, "dropout": dropout, "settings": settings or {}}
+
+
+JOBS = {
+    "plain": job(*STAGES),
+    "recomputed": job("sft", "grpo", "latent", settings={"gradient_checkpointing": True}),
+    "whole": job(*CONTRASTIVE, settings=GRADIENT),
+    "chunked": job(*CONTRASTIVE, settings={**GRADIENT, **CHUNKED}),
+    "dropout": job(*CONTRASTIVE, settings={**GRADIENT, **CHUNKED}, dropout=0.2),
+    "bf16": job("grpo", settings={"bf16": True}),
+}
+# One launch does all jobs of a layout: loading the libraries takes longer than most of them.
+# Another precision is another process.
+LAUNCHES: dict[str | None, tuple[tuple[str, ...], ...]] = {
+    None: (("plain", "recomputed", "whole", "chunked"),),
+    TORCHRUN: (("plain", "recomputed", "chunked", "dropout"),),
+    "zero2_cpu.yaml": (("plain", "recomputed", "chunked"), ("bf16",)),
+    "zero3_cpu.yaml": (("plain", "recomputed", "chunked", "dropout"), ("bf16",)),
+}
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return layout, settings -> folder of a run of the stages; each is launched once."""
-    made: dict[str, Path] = {}
+    """Return layout, job -> folder of its stages; each is launched once."""
+    made: dict[tuple[str | None, tuple[str, ...]], Path] = {}
 
-    def run(
-        config: str | None,
-        settings: dict[str, Any] | None = None,
-        *,
-        stages: tuple[str, ...] = STAGES,
-        dropout: float = 0.0,
-    ) -> Path:
-        key = json.dumps([config, settings, stages, dropout])
-        if key not in made:
+    def run(config: str | None, name: str = "plain") -> Path:
+        (names,) = (names for names in LAUNCHES[config] if name in names)
+        if (config, names) not in made:
             skip_without_compiler(config)
             folder = tmp_path_factory.mktemp(str(config))
-            flags = ("--stages", *stages, "--settings", json.dumps(settings or {}))
-            launch_worker(folder, config, *flags, dropout=dropout)
-            made[key] = folder
-        return made[key]
+            jobs = {each: JOBS[each] for each in names}
+            launch_worker(folder, config, "--jobs", json.dumps(jobs))
+            made[config, names] = folder
+        return made[config, names] / name
 
     return run
 
@@ -147,20 +168,16 @@ def test_checkpoints_hold_adapters_and_no_backbone_and_load_in_one_process(
     assert torch.isfinite(vector).all()
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}], ids=["float32", "bf16"])
+@pytest.mark.parametrize("name", ["plain", "bf16"])
 @pytest.mark.parametrize("config", ZERO)
-def test_the_bank_holds_what_the_engines_weights_give(
-    runs: Any, config: str, settings: dict[str, Any]
-) -> None:
-    run = runs(config, settings, stages=("grpo",)) if settings else runs(config)
-    assert report_of(run, "grpo")["bank_difference"] == 0.0
+def test_the_bank_holds_what_the_engines_weights_give(runs: Any, config: str, name: str) -> None:
+    assert report_of(runs(config, name), "grpo")["bank_difference"] == 0.0
 
 
 @pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
 def test_recomputing_layers_changes_no_loss_and_no_weight(runs: Any, config: str | None) -> None:
-    stages = ("sft", "grpo", "latent")
-    plain, again = runs(None), runs(config, RECOMPUTED, stages=stages)
-    for stage in stages:
+    plain, again = runs(None), runs(config, "recomputed")
+    for stage in JOBS["recomputed"]["stages"]:
         assert report_of(again, stage)["recomputes"]
         assert not report_of(plain, stage)["recomputes"]
         alone, together = logged(plain, stage, "loss"), logged(again, stage, "loss")
@@ -179,13 +196,9 @@ def gradient_of(run: Path, stage: str) -> torch.Tensor:
     return torch.cat(parts)
 
 
-CONTRASTIVE = ("sft", "latent")
-
-
 @pytest.mark.parametrize("config", [None, TORCHRUN, *ZERO])
 def test_chunks_give_the_gradient_of_the_whole_batch(runs: Any, config: str | None) -> None:
-    whole = runs(None, GRADIENT, stages=CONTRASTIVE)
-    cut = runs(config, {**GRADIENT, **CHUNKED}, stages=CONTRASTIVE)
+    whole, cut = runs(None, "whole"), runs(config, "chunked")
     for stage in CONTRASTIVE:
         wanted, found = gradient_of(whole, stage), gradient_of(cut, stage)
         assert float(wanted.norm()) > 1.0
@@ -194,10 +207,8 @@ def test_chunks_give_the_gradient_of_the_whole_batch(runs: Any, config: str | No
 
 @pytest.mark.parametrize("config", ["zero3_cpu.yaml"])
 def test_dropout_falls_alike_in_both_phases_on_every_engine(runs: Any, config: str) -> None:
-    settings = {**GRADIENT, **CHUNKED}
-    plain = runs(TORCHRUN, settings, stages=CONTRASTIVE, dropout=0.2)
-    sharded = runs(config, settings, stages=CONTRASTIVE, dropout=0.2)
-    without = runs(TORCHRUN, settings, stages=CONTRASTIVE)
+    plain, without = runs(TORCHRUN, "dropout"), runs(TORCHRUN, "chunked")
+    sharded = runs(config, "dropout")
     for stage in CONTRASTIVE:
         wanted, found = gradient_of(plain, stage), gradient_of(sharded, stage)
         assert float((found - wanted).norm() / wanted.norm()) < 1e-5, stage

@@ -36,14 +36,26 @@ def run(folder: Path, config: str | None, processes: int, **flags: object) -> li
     return [json.loads(line) for line in lines]
 
 
-def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(tmp_path: Path) -> None:
-    one = run(tmp_path / "one", None, 1)
+Run = tuple[Path, list[dict]]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return the folder of a run on one process, and the lines of its metrics file."""
+    folder = tmp_path_factory.mktemp("alone")
+    return folder, run(folder, None, 1)
+
+
+def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(
+    alone: Run, tmp_path: Path
+) -> None:
+    folder, one = alone
     two = run(tmp_path / "two", TORCHRUN, 2)
     for name in ("loss", "loss_contrastive", "loss_reconstruction"):
-        alone = [row[name] for row in one if name in row]
-        assert len(alone) == 2
-        assert [row[name] for row in two if name in row] == pytest.approx(alone, rel=2e-3), name
-    check = json.loads((tmp_path / "one/latent/reconstruction.json").read_text(encoding="utf-8"))
+        wanted = [row[name] for row in one if name in row]
+        assert len(wanted) == 2
+        assert [row[name] for row in two if name in row] == pytest.approx(wanted, rel=2e-3), name
+    check = json.loads((folder / "latent/reconstruction.json").read_text(encoding="utf-8"))
     assert {"reconstruction_own", "reconstruction_shuffled"} <= set(check)
     assert one[-1]["reconstruction_own"] == check["reconstruction_own"]
     embedder = ThinkingEmbedder.from_pretrained(tmp_path / "two/latent")
@@ -55,27 +67,27 @@ def test_two_processes_train_like_one_and_the_model_serves_and_evaluates(tmp_pat
         "eval_embed.py",
         ["--model=latent", "--splits=test", *DATA],
         config=None,
-        cwd=tmp_path / "one",
+        cwd=folder,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    folder = tmp_path / "one/latent/evaluation"
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    measured = folder / "latent/evaluation"
+    metrics = json.loads((measured / "metrics.json").read_text(encoding="utf-8"))
     assert metrics["test/all/latent/think_tokens"] == 0
     assert "test/all/always/hit@1" not in metrics
-    assert "latent thoughts" in (folder / "report.html").read_text(encoding="utf-8")
+    assert "latent thoughts" in (measured / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("config", ["zero2_cpu.yaml", "zero3_cpu.yaml"])
-def test_sharded_training_is_that_of_one_process(config: str, tmp_path: Path) -> None:
+def test_sharded_training_is_that_of_one_process(alone: Run, config: str, tmp_path: Path) -> None:
     skip_without_compiler(config)
-    one = run(tmp_path / "one", None, 1)
+    single, one = alone
     two = run(tmp_path / "two", config, 2)
     for name in ("loss", "loss_contrastive", "loss_reconstruction", "reconstruction_own"):
-        alone = [row[name] for row in one if name in row]
-        assert [row[name] for row in two if name in row] == pytest.approx(alone, rel=2e-3), name
+        wanted = [row[name] for row in one if name in row]
+        assert [row[name] for row in two if name in row] == pytest.approx(wanted, rel=2e-3), name
     weights = [
         adapter_parameters(DualLoraModel.from_pretrained(folder).peft_model, EMBEDDING_ADAPTER)
-        for folder in (tmp_path / "one/latent", tmp_path / "two/latent")
+        for folder in (single / "latent", tmp_path / "two/latent")
     ]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, atol=2e-3, rtol=2e-2)

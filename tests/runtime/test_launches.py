@@ -183,7 +183,8 @@ def write_deepspeed_files(folder: Path, **changes: Any) -> Path:
     """Write a DeepSpeed file with `auto` values, and a launch file that names it."""
     zero = {"stage": 3, "stage3_param_persistence_threshold": "auto", "reduce_bucket_size": "auto"}
     zero |= {"stage3_prefetch_bucket_size": "auto", "contiguous_gradients": True}
-    rates = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    rates: dict[str, Any] = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    rates |= {"torch_adam": True}  # DeepSpeed's own would be compiled first, for minutes
     config = {
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},
