@@ -90,8 +90,6 @@ FEW_THOUGHTS_PREFIX = "few_thoughts_"
 class DemoSettings:
     """What the generator writes; equal settings give byte-identical records.
 
-    The warm start's 560 steps of 24 read each record of `train` once.
-
     Attributes:
         seed: Seed of scenes, questions and teachers.
         noise: How teachers err.
@@ -102,7 +100,7 @@ class DemoSettings:
     """
 
     seed: int = 0
-    num_train: int = 13_440
+    num_train: int = 4800
     num_rl: int = 1600
     num_validation: int = 1000
     num_test: int = 1000
