@@ -42,6 +42,7 @@ DEFAULT_MIX = {
     questions.RETRIEVE: 0.10,
     SCENE_RETRIEVAL: 0.10,
 }
+TRAIN_MIX = {**DEFAULT_MIX, "hop0": 0.15, questions.FROM_PLACE: 0.10}
 RL_MIX = {"hop0": 0.10, "hop1": 0.40, "hop2": 0.50}
 
 
@@ -63,7 +64,7 @@ class SplitPlan:
 
 
 PLANS = {
-    "train": SplitPlan(),
+    "train": SplitPlan(mix=TRAIN_MIX),
     "rl": SplitPlan(mix=RL_MIX),
     "validation": SplitPlan(),
     "test": SplitPlan(),
@@ -275,6 +276,7 @@ def ask(kind: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Quest
             return walking(scene, int(kind.removeprefix(name)), rng, held_out=held_out)
     asking = {
         questions.DIAGONAL: questions.ask_diagonal,
+        questions.FROM_PLACE: questions.ask_from_place,
         questions.CLASSIFY: questions.ask_classification,
         questions.GROUND: questions.ask_grounding,
         questions.RETRIEVE: questions.ask_caption,

@@ -26,6 +26,7 @@ ANSWER = "question_answering"
 RETRIEVE = "retrieval"
 GROUND = "grounding"
 SCENE_RETRIEVAL = "scene_retrieval"
+FROM_PLACE = "from_place"
 # Kinds that only new domains ask.
 REWORDED = "reworded"
 INVERSE = "inverse"
@@ -112,6 +113,20 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
     place = " the one ".join(_phrase(r) for r in reversed(relations))
     text = f"which object is {place} the {scene.objects[cells[0]]}"
     return _about_walk(scene, text, relations, cells)
+
+
+def ask_from_place(scene: Scene, rng: random.Random) -> Question:
+    """Ask for the object one step away from a named cell.
+
+    After a first step two second ones are asked in training, to go on or the one turn that is not
+    held out, so that what it says need not be read. After a place every step is.
+    """
+    while True:
+        cell, relations = rng.randrange(GRID * GRID), (rng.choice(list(STEPS)),)
+        cells = walk(cell, relations)
+        if cells is not None:
+            text = f"which object is {_phrase(relations[0])} the one at the {PLACES[cell]}"
+            return _about_walk(scene, text, relations, cells)
 
 
 def ask_reworded(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
