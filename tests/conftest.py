@@ -5,6 +5,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,8 @@ def tally(request: pytest.FixtureRequest) -> Tally:
     return Tally(request.node)
 
 
-@pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
+@contextmanager
+def logs_restored() -> Iterator[None]:
     """Take back what a command that ran in this process did to logs and uncaught errors."""
     root = logging.getLogger()
     level, handlers, hook = root.level, list(root.handlers), sys.excepthook
@@ -67,6 +68,20 @@ def logs_as_before() -> Iterator[None]:
     root.setLevel(level)
     root.handlers[:] = [each for each in root.handlers if each in handlers]
     sys.excepthook = hook
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """Leave logs to the next test as they were."""
+    with logs_restored():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def logs_as_before_the_file() -> Iterator[None]:
+    """Leave logs to the next file as they were, whatever this one's own fixtures have run."""
+    with logs_restored():
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
