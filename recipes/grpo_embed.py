@@ -11,8 +11,8 @@ hardest negatives in the whole target bank.
     accelerate launch recipes/grpo_embed.py --rewards mine.py:my_reward
 
 Without arguments it reads recipes/configs/demo_grpo.yaml: the embedded emoji scenes, warm start
-included if there is none yet, evaluation and report.html at the end; about twelve minutes on a CPU
-core.
+included if there is none yet, evaluation and report.html at the end; about ten minutes on two CPU
+cores.
 """
 
 from __future__ import annotations
