@@ -125,9 +125,8 @@ class KillOne(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def whole_model(**settings: Any) -> DualLoraModel:
+def whole_model(dropout: float = 0.0, **settings: Any) -> DualLoraModel:
     """Return a model of which every process has all, as `load_backbone` gives it."""
-    dropout = float(os.environ.get("WORKER_DROPOUT", "0"))
     for name, rank in (("reasoning_lora", 2), ("embedding_lora", 3)):
         settings[name] = LoraSettings(r=rank, alpha=2 * rank, dropout=dropout)
     with whole_parameters():
@@ -158,7 +157,9 @@ def shared_settings(folder: Path, processes: int, **extra: Any) -> dict[str, Any
     }
 
 
-def make_sft(folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any) -> AdapterCheckpoints:
+def make_sft(
+    folder: Path, data: tuple[RecordSet, RecordSet], *, dropout: float = 0.0, **extra: Any
+) -> AdapterCheckpoints:
     """Return the trainer of the warm start, with and without thoughts of its own."""
     args = SftConfig(
         **{
@@ -169,11 +170,11 @@ def make_sft(folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any) -> A
             **extra,
         }
     )
-    return SftTrainer(whole_model(), args, data[0])
+    return SftTrainer(whole_model(dropout), args, data[0])
 
 
 def make_latent(
-    folder: Path, data: tuple[RecordSet, RecordSet], **extra: Any
+    folder: Path, data: tuple[RecordSet, RecordSet], *, dropout: float = 0.0, **extra: Any
 ) -> AdapterCheckpoints:
     """Return the trainer of latent thoughts."""
     args = LatentConfig(
@@ -185,7 +186,7 @@ def make_latent(
             **extra,
         }
     )
-    model = whole_model(num_reason_tokens=2)
+    model = whole_model(dropout, num_reason_tokens=2)
     set_trainable(model.peft_model, [EMBEDDING_ADAPTER])
     return LatentTrainer(model, args, data[0])
 
@@ -335,7 +336,7 @@ def main() -> None:
     """Run the stages that were asked for, or those of every job, each job in its own folder."""
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--jobs", type=json.loads, help="name -> stages, settings and dropout")
+    parser.add_argument("--jobs", type=json.loads, help="name -> stages and settings")
     parser.add_argument("--stages", nargs="+", default=list(STAGES))
     parser.add_argument("--resume", nargs="*", default=[])
     parser.add_argument("--kill", nargs="*", default=[])
@@ -350,24 +351,20 @@ def main() -> None:
         write_data(folder)
     processes.wait_for_everyone()
     data = load_records(folder / "batches.jsonl"), load_records(folder / "groups.jsonl")
-    for name, job in (options.jobs or {}).items():
-        os.environ["WORKER_DROPOUT"] = str(job["dropout"])
-        for stage in job["stages"]:
-            place = options.folder / name / stage
-            run(stage, place, data, resume=False, kill=False, **job["settings"])
-    if options.jobs:
-        return
     if options.elastic:
         run_elastic(options.stages, options.folder, data, **options.settings)
-    for stage in options.stages if not options.elastic else ():
-        run(
-            stage,
-            options.folder / stage,
-            data,
-            resume=stage in options.resume,
-            kill=stage in options.kill,
-            **options.settings,
-        )
+        return
+    jobs = options.jobs or {"": {"stages": options.stages, "settings": options.settings}}
+    for name, job in jobs.items():
+        for stage in job["stages"]:
+            run(
+                stage,
+                options.folder / name / stage,
+                data,
+                resume=stage in options.resume,
+                kill=stage in options.kill,
+                **job["settings"],
+            )
 
 
 if __name__ == "__main__":

@@ -36,25 +36,21 @@ GRADIENT = {
     "max_steps": 1,
 }
 CHUNKED = {"contrastive_chunk_tokens": 60}  # two to four rows a chunk, of a batch of eight
-
-
 CONTRASTIVE = ("sft", "latent")
 
 
-def job(
-    *stages: str, dropout: float = 0.0, settings: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def job(*stages: str, **settings: Any) -> dict[str, Any]:
     """Return what the worker is told of some stages with settings of their own."""
-    return {"stages": stages, "dropout": dropout, "settings": settings or {}}
+    return {"stages": stages, "settings": settings}
 
 
 JOBS = {
     "plain": job(*STAGES),
-    "recomputed": job("sft", "grpo", "latent", settings={"gradient_checkpointing": True}),
-    "whole": job(*CONTRASTIVE, settings=GRADIENT),
-    "chunked": job(*CONTRASTIVE, settings={**GRADIENT, **CHUNKED}),
-    "dropout": job(*CONTRASTIVE, settings={**GRADIENT, **CHUNKED}, dropout=0.2),
-    "bf16": job("grpo", settings={"bf16": True}),
+    "recomputed": job("sft", "grpo", "latent", gradient_checkpointing=True),
+    "whole": job(*CONTRASTIVE, **GRADIENT),
+    "chunked": job(*CONTRASTIVE, **GRADIENT, **CHUNKED),
+    "dropout": job(*CONTRASTIVE, **GRADIENT, **CHUNKED, dropout=0.2),
+    "bf16": job("grpo", bf16=True),
 }
 # One launch does all jobs of a layout: loading the libraries takes longer than most of them.
 # Another precision is another process.
