@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import WORDS, picture
 from late_reference import gated_lora
+from made_records import picture
 from short_runs import SHORT_RUN, moved, weights
+from tiny_backbones import WORDS
 from torch.nn.functional import log_softmax, pad
 
 from twn_rl.data.record import Item, Record

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from conftest import awaken, make_idefics3
+from tiny_backbones import awaken, make_idefics3
 from torch import Tensor
 
 from twn_rl.modeling.config import LoraSettings, TwnConfig

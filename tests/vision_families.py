@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import transformers
-from conftest import (
+from made_records import picture
+from tiny_backbones import (
     IDEFICS3_TEMPLATE,
     QWEN_TEMPLATE,
     TEXT_CONFIG,
     _seeded,
     awaken,
     make_tokenizer,
-    picture,
 )
 from tokenizers import processors
 

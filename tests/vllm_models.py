@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from conftest import QWEN_TEMPLATE, TEXT_CONFIG, _seeded, awaken, make_tokenizer
+from tiny_backbones import QWEN_TEMPLATE, TEXT_CONFIG, _seeded, awaken, make_tokenizer
 from vision_families import MROPE, QWEN_VISION, _qwen
 
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import picture
+from made_records import picture
 from save_kills import KillPoints
 from short_runs import small_model
 from torch import Tensor

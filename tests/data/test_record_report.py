@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_idefics3, make_llama, picture, picture_records
 from hypothesis import given
 from hypothesis import strategies as st
+from made_records import picture, picture_records
 from PIL import Image
 from short_runs import SHORT_RUN, small_model
+from tiny_backbones import make_idefics3, make_llama
 
 from twn_rl.cli import main
 from twn_rl.data import images

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import picture
+from made_records import picture
 from transformers import AutoModelForImageTextToText
 
 from twn_rl.data.record import Item

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import awaken
 from doc_commands import try_command
 from doc_pages import ROOT, Block, blocks, command_lines, name_of, named_file, pages
 from format_files import write_lines, write_table
+from tiny_backbones import awaken
 
 from twn_rl.data.mixture import load_mixture
 from twn_rl.data.record import Record

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import picture
 from judged_model import TAUGHT, judged_model
+from made_records import picture
 from torch import nn
 
 from twn_rl.data.record import Item, Record

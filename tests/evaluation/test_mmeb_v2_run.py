@@ -8,8 +8,8 @@ import mmeb_files as files
 import numpy as np
 import pytest
 import torch
-from conftest import awaken, make_idefics3
 from launching import TORCHRUN, launch
+from tiny_backbones import awaken, make_idefics3
 
 from twn_rl.evaluation.mmeb_v2.leaderboard import MixedScoresError
 from twn_rl.evaluation.mmeb_v2.run_tasks import run_tasks

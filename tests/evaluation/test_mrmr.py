@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import picture
+from made_records import picture
 
 mteb = pytest.importorskip("mteb", reason='needs mteb: pip install -e ".[mteb]"')
 

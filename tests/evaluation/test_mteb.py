@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import awaken, picture, picture_records
 from launching import TORCHRUN, launch
+from made_records import picture, picture_records
 from PIL import Image
+from tiny_backbones import awaken
 
 REASON = 'needs mteb: pip install -e ".[mteb]"'
 mteb = pytest.importorskip("mteb", reason=REASON)

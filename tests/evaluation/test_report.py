@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browser import browser, cut_off
-from conftest import picture
+from made_records import picture
 
 from twn_rl.evaluation.modes import choose
 from twn_rl.evaluation.report.charts import draw_curves, read_curves

@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3, picture_records  # pyright: ignore[reportAttributeAccessIssue]
+from made_records import picture_records  # pyright: ignore[reportAttributeAccessIssue]
 from short_runs import small_model, weights
+from tiny_backbones import make_idefics3  # pyright: ignore[reportAttributeAccessIssue]
 from zero_worker import STAGES, write_data
 
 from hostile.faults import (

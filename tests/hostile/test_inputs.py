@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import awaken, make_idefics3, picture
+from made_records import picture
 from PIL import Image
+from tiny_backbones import awaken, make_idefics3
 
 from hostile.judging import attempt, judge
 from hostile.table import Tally

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import BACKBONES, awaken
+from tiny_backbones import BACKBONES, awaken
 
 from hostile.judging import attempt, judge
 from hostile.table import Tally

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from made_records import picture
 
 from twn_rl.cli import main
 from twn_rl.data.images import ImageError

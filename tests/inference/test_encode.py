@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from made_records import picture
 from torch import nn
 from torch.nn.functional import normalize
 

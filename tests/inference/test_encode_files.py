@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import awaken, make_idefics3, picture
+from made_records import picture
+from tiny_backbones import awaken, make_idefics3
 
 from twn_rl.cli import main, model_arguments
 from twn_rl.data.images import ImageError

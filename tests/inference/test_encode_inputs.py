@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import picture
+from made_records import picture
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import awaken, make_llama, picture
+from made_records import picture
+from tiny_backbones import awaken, make_llama
 
 from twn_rl import cli
 from twn_rl.data.record import Item

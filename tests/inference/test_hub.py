@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import awaken
 from local_hub import MODEL_FILES as FILES
 from local_hub import TOKEN, LocalHub
 from sentence_transformers import SentenceTransformer
+from tiny_backbones import awaken
 
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.inference.embedder import ThinkingEmbedder

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import picture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made_records import picture
 from test_encode_files import TinyEmbedder, write_lines
 
 from twn_rl.cli import main, model_arguments

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import picture
+from made_records import picture
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 
@@ -29,7 +29,7 @@ QUESTIONS = ["which object is above the camel", "camel", "which object is at the
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a model on the embedded backbone whose gate lets some think."""
-    from conftest import awaken
+    from tiny_backbones import awaken
 
     rank = LoraSettings(r=2, alpha=4)
     settings: dict[str, Any] = {"reasoning_lora": rank, "embedding_lora": rank}

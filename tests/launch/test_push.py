@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import picture_records
 from local_hub import MODEL_FILES, TOKEN, LocalHub
+from made_records import picture_records
 from short_runs import SHORT_RUN
 
 from twn_rl.inference.embedder import ThinkingEmbedder

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3
 from launching import TORCHRUN, adapters_of, farthest, launch_worker, skip_without_compiler
 from safetensors.torch import load_file
 from short_runs import small_model
+from tiny_backbones import make_idefics3
 
 from twn_rl.data.record import Item
 from twn_rl.modeling.adapter_files import adapter_state

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import picture
+from made_records import picture
 
 from twn_rl.data.record import Item
 from twn_rl.modeling.distinct_pictures import encoding_distinct

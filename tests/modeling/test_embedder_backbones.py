@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import BACKBONES, COUNTING_BACKBONES, awaken
+from tiny_backbones import BACKBONES, COUNTING_BACKBONES, awaken
 from tokenizers import processors
 from torch.nn.functional import normalize
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_llama
+from tiny_backbones import make_llama
 
 from twn_rl.data.chat import Renderer
 from twn_rl.modeling.adapters import snapshot_reasoning_adapter

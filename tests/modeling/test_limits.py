@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONES, make_llama, picture
 from hypothesis import given
 from hypothesis import strategies as st
+from made_records import picture
 from PIL import Image
+from tiny_backbones import BACKBONES, make_llama
 from torch.utils.data import DataLoader
 
 from twn_rl.data.chat import Renderer

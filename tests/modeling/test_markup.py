@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BACKBONES, picture
+from made_records import picture
+from tiny_backbones import BACKBONES
 from tokenizers import normalizers
 
 from twn_rl.data.chat import Renderer

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_llama
+from tiny_backbones import make_llama
 
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import COUNTING_BACKBONES, sharing_pictures
+from tiny_backbones import COUNTING_BACKBONES, sharing_pictures
 from torch.nn.functional import normalize
 
 from twn_rl.modeling.kv_prefix import merge

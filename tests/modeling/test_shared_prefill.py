@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import sharing_pictures
 from late_reference import gated_lora
+from tiny_backbones import sharing_pictures
 from torch.nn.functional import cross_entropy, normalize
 
 import twn_rl.modeling.generation

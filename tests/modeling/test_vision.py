@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import sharing_pictures
+from tiny_backbones import sharing_pictures
 
 from twn_rl.modeling.vision import FEATURES_KEY, share_images
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3, make_llama
 from safetensors.torch import load_file, save_file
 from short_runs import small_model, weights
+from tiny_backbones import make_idefics3, make_llama
 from transformers import AutoModelForImageTextToText
 
 from twn_rl.modeling import checkpoint

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import make_idefics3
 from short_runs import small_model
+from tiny_backbones import make_idefics3
 
 from twn_rl.data.record_files import RecordSet
 from twn_rl.evaluation.gate_threshold import ThresholdRule

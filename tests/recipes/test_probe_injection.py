@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import make_idefics3
 from launching import launch
+from tiny_backbones import make_idefics3
 
 from twn_rl.data.record import Item, Record
 from twn_rl.evaluation.injection import (

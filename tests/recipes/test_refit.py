@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture_records
+from made_records import picture_records
 from short_runs import SHORT_RUN, moved, weights
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments

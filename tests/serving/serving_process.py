@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conftest import awaken, picture
+from made_records import picture
+from tiny_backbones import awaken
 
 from twn_rl.data.record import Item
 from twn_rl.inference.collection_writing import build_collection

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_idefics3
 from hypothesis import given
 from hypothesis import strategies as st
 from short_runs import SHORT_RUN, small_model
 from test_grpo import MAX_TOKENS
+from tiny_backbones import make_idefics3
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import twn_rl.modeling.generation

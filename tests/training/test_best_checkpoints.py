@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3
 from short_runs import SHORT_RUN, small_model, weights
+from tiny_backbones import make_idefics3
 
 from twn_rl.data.record_files import RecordSet
 from twn_rl.evaluation.evaluate import EvaluationSettings, evaluate

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import picture_records
 from hypothesis import given
 from hypothesis import strategies as st
+from made_records import picture_records
 from short_runs import SHORT_RUN, small_model
 
 from twn_rl.data.record import Item

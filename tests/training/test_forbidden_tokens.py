@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conftest import make_idefics3
+from tiny_backbones import make_idefics3
 
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.model import DualLoraModel

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import picture_records
+from made_records import picture_records
 from safetensors.torch import save_file
 from short_runs import SHORT_RUN, small_model
 

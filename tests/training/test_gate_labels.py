@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BACKBONES, awaken
+from tiny_backbones import BACKBONES, awaken
 
 from twn_rl.data.record import Item, Record
 from twn_rl.metrics.ranking import TIE_TOLERANCE

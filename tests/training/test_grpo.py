@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3, sharing_pictures
 from picture_rollouts import assert_logps_are_plain, grpo_trainer, mixed_records
 from short_runs import SHORT_RUN, moved, small_model, weights
+from tiny_backbones import make_idefics3, sharing_pictures
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 from twn_rl.data.images import open_image

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_idefics3, picture
+from made_records import picture
 from short_runs import SHORT_RUN, small_model
+from tiny_backbones import make_idefics3
 from torch import Tensor
 
 from twn_rl.data.record import Item

@@ -12,7 +12,7 @@ import torch
 import yaml
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from conftest import picture_records
+from made_records import picture_records
 from short_runs import small_model, weights
 from test_grpo import make_trainer
 from test_sft import small_config

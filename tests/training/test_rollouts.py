@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import sharing_pictures
+from tiny_backbones import sharing_pictures
 from torch import Tensor
 
 from twn_rl.data.record import Item, Record

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture, picture_records
+from made_records import picture, picture_records
 from short_runs import SHORT_RUN, small_model
 
 from twn_rl.data.mixture import Mixture

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import picture
 from endpoint_server import RECORDS, chat, number, serving, writer
+from made_records import picture
 from PIL import Image
 
 from twn_rl.data.chat import Renderer

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from conftest import picture_records
+from made_records import picture_records
 from short_runs import SHORT_RUN, moved, small_model, weights
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel

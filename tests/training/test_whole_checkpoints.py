@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_idefics3, picture_records
+from made_records import picture_records
 from safetensors.torch import load_file
 from short_runs import SHORT_RUN, small_model, weights
+from tiny_backbones import make_idefics3
 
 from twn_rl.launch.run_folder import checkpoint_to_resume, train_and_save
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, adapter_parameters

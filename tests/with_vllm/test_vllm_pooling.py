@@ -17,7 +17,7 @@ if find_spec("vllm") is None:
     pytest.skip("needs vLLM: run `make test-vllm`", allow_module_level=True)
 
 import torch
-from conftest import picture
+from made_records import picture
 from vllm_models import make_vllm_model
 
 from twn_rl.data.record import Item
