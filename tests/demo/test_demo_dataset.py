@@ -13,9 +13,24 @@ from PIL import Image
 from twn_rl.data.chat import Renderer
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import RecordSet, load_records
-from twn_rl.demo.dataset import DEFAULT_MIX, RL_MIX, SPLITS, DemoSettings, ask, write_demo
-from twn_rl.demo.questions import ANSWER, HELD_OUT_PAIRS, RETRIEVE, TeacherNoise, is_round_trip
-from twn_rl.demo.scenes import GREY_STYLE, PLACES, STYLES, Scene, concepts
+from twn_rl.demo.dataset import (
+    DEFAULT_MIX,
+    RL_MIX,
+    SPLITS,
+    TRAIN_MIX,
+    DemoSettings,
+    ask,
+    write_demo,
+)
+from twn_rl.demo.questions import (
+    ANSWER,
+    HELD_OUT_PAIRS,
+    RETRIEVE,
+    THERE_AND_BACK,
+    TeacherNoise,
+    is_round_trip,
+)
+from twn_rl.demo.scenes import GREY_STYLE, PLACES, STEPS, STYLES, Scene, concepts
 from twn_rl.demo.tiny_vlm import make_tokenizer
 
 SIZES = {
@@ -67,8 +82,21 @@ def test_held_out_pairs_are_asked_in_one_split_only(demo: Splits) -> None:
             assert not pairs(demo[split]) & set(HELD_OUT_PAIRS)
 
 
-def test_round_trips_are_never_asked(demo: Splits) -> None:
-    assert not any(is_round_trip(pair) for records in demo.values() for pair in pairs(records))
+def test_round_trips_are_asked_in_training_only(demo: Splits) -> None:
+    trips = {split: {*filter(is_round_trip, pairs(records))} for split, records in demo.items()}
+    assert len(trips.pop("train")) == 4
+    assert not any(trips.values())
+
+
+def test_each_two_steps_of_training_are_asked_about_equally_often() -> None:
+    draws = random.Random(0)
+    asked = Counter()
+    for kind, share in TRAIN_MIX.items():
+        if kind in ("hop2", THERE_AND_BACK):
+            scenes = (Scene.sample(draws, STYLES[0]) for _ in range(round(6000 * share)))
+            asked.update(ask(kind, scene, draws, held_out=False).relations for scene in scenes)
+    assert len(asked) == len(STEPS) ** 2 - len(HELD_OUT_PAIRS)
+    assert max(asked.values()) < 2 * min(asked.values())
 
 
 def test_three_hops_are_asked_in_their_own_split_only(demo: Splits) -> None:
@@ -155,8 +183,10 @@ def test_the_mix_is_kept(demo: Splits) -> None:
         return sum(r.metadata["hops"] == hops for r in demo[split]) / len(demo[split])
 
     assert share("rl", 2) == pytest.approx(RL_MIX["hop2"], abs=0.15)
-    assert share("train", 2) == pytest.approx(DEFAULT_MIX["hop2"], abs=0.1)
+    two_steps = TRAIN_MIX["hop2"] + TRAIN_MIX[THERE_AND_BACK]
+    assert share("train", 2) == pytest.approx(two_steps, abs=0.1)
     assert sum(DEFAULT_MIX.values()) == pytest.approx(1.0)
+    assert sum(TRAIN_MIX.values()) == pytest.approx(1.0)
     assert sum(RL_MIX.values()) == pytest.approx(1.0)
     assert {record.metadata["task"] for record in demo["rl"]} == {ANSWER}
 
@@ -226,7 +256,7 @@ def test_the_records_are_those_that_published_figures_were_measured_on(demo: Spl
         # The split of unseen pairs was called ood then.
         digests[split] = sha256(text.replace("unseen_pairs", "ood").encode()).hexdigest()[:16]
     assert digests == {
-        "train": "87a9c2c4ffb3233e",
+        "train": "c34fccade0c61a8b",
         "rl": "74067b3befa243a2",
         "validation": "426bab496676a3c1",
         "test": "e693edc4d00b7c2c",

@@ -29,8 +29,8 @@ from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
-# Raised when records of equal settings get other fields, so that older folders are written anew.
-LAYOUT = 3
+# Raised when equal settings give other records, so that older folders are written anew.
+LAYOUT = 4
 QUESTIONS_PER_SCENE = 4
 # Kind of question -> share of the records. Easy kinds (no walk over the grid) are 65 % by default.
 DEFAULT_MIX = {
@@ -42,6 +42,8 @@ DEFAULT_MIX = {
     questions.RETRIEVE: 0.10,
     SCENE_RETRIEVAL: 0.10,
 }
+# The warm start's: a step and its opposite are asked as often as any other two steps.
+TRAIN_MIX = {**DEFAULT_MIX, "hop0": 0.15, questions.THERE_AND_BACK: 0.10}
 RL_MIX = {"hop0": 0.10, "hop1": 0.40, "hop2": 0.50}
 
 
@@ -63,7 +65,7 @@ class SplitPlan:
 
 
 PLANS = {
-    "train": SplitPlan(),
+    "train": SplitPlan(mix=TRAIN_MIX),
     "rl": SplitPlan(mix=RL_MIX),
     "validation": SplitPlan(),
     "test": SplitPlan(),
@@ -273,6 +275,7 @@ def ask(kind: str, scene: Scene, rng: random.Random, *, held_out: bool) -> Quest
             return walking(scene, int(kind.removeprefix(name)), rng, held_out=held_out)
     asking = {
         questions.DIAGONAL: questions.ask_diagonal,
+        questions.THERE_AND_BACK: questions.ask_there_and_back,
         questions.CLASSIFY: questions.ask_classification,
         questions.GROUND: questions.ask_grounding,
         questions.RETRIEVE: questions.ask_caption,

@@ -26,6 +26,7 @@ ANSWER = "question_answering"
 RETRIEVE = "retrieval"
 GROUND = "grounding"
 SCENE_RETRIEVAL = "scene_retrieval"
+THERE_AND_BACK = "there_and_back"
 # Kinds that only new domains ask.
 REWORDED = "reworded"
 INVERSE = "inverse"
@@ -112,6 +113,23 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
     place = " the one ".join(_phrase(r) for r in reversed(relations))
     text = f"which object is {place} the {scene.objects[cells[0]]}"
     return _about_walk(scene, text, relations, cells)
+
+
+def ask_there_and_back(scene: Scene, rng: random.Random) -> Question:
+    """Ask for the object one step and its opposite away from a named one, which is that object.
+
+    Asked for its thought. Without it training has two second steps after each first, the same and
+    the one turn that is not held out: a policy can tell them apart by whether a word is repeated,
+    without reading which word it is, and fails on the turn that is held out.
+    """
+    while True:
+        cell, first = rng.randrange(GRID * GRID), rng.choice(list(STEPS))
+        relations = (first, OPPOSITES[first])
+        cells = walk(cell, relations)
+        if cells is not None:
+            place = " the one ".join(_phrase(r) for r in reversed(relations))
+            text = f"which object is {place} the {scene.objects[cell]}"
+            return _about_walk(scene, text, relations, cells)
 
 
 def ask_reworded(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
