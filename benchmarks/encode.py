@@ -23,7 +23,8 @@ import torch
 from twn_rl.data.record import Item
 from twn_rl.inference.batches import in_batches
 from twn_rl.inference.embedder import ThinkingEmbedder
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.generation import evaluating
 from twn_rl.modeling.model import DualLoraModel
 

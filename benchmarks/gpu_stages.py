@@ -7,7 +7,8 @@ from typing import Any
 from gpu_sizes import Bench, StepClock
 
 from twn_rl.evaluation.gate_threshold import ThresholdRule
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.recipes import gate_embed, grpo_embed, sft_embed
 from twn_rl.rewards import REWARDS
 from twn_rl.training.grpo import ROLLOUT_COLUMNS, EmbedGRPOConfig, EmbedGRPOTrainer, make_scorer

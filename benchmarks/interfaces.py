@@ -29,7 +29,8 @@ from twn_rl.demo.scenes import Scene
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.thought_pool import Chunk
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.config import INTERFACES, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.modeling.vision import encode_images

@@ -32,7 +32,8 @@ from torch.nn.functional import normalize
 
 from twn_rl.data.record import Item, Record
 from twn_rl.demo.random_qwen import SHAPES, Shape, random_backbone
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.adapters import EMBEDDING_ADAPTER, REASONING_ADAPTER, use_adapter
 from twn_rl.modeling.config import TwnConfig
 from twn_rl.modeling.generation import evaluating

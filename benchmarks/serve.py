@@ -36,7 +36,8 @@ import torch
 
 from twn_rl.data.record import Item
 from twn_rl.inference.embedder import ThinkingEmbedder
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 
 _START_SECONDS = 120
 

@@ -25,7 +25,8 @@ from typing import Any, ClassVar
 
 from transformers import set_seed
 
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.launch.program import start
 from twn_rl.launch.progress import Stages
 from twn_rl.launch.run_folder import owned_run, publish, set_up_logging, train_and_save

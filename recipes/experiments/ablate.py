@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
     Seed,
@@ -41,6 +41,7 @@ from twn_rl.launch.experiment import (
     report_arms,
     run_experiment,
 )
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.launch.program import start
 from twn_rl.recipes.grpo_embed import ARGUMENTS as GRPO_ARGUMENTS
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments

@@ -31,7 +31,7 @@ from typing import Any
 
 from twn_rl.demo.dataset import write_demo
 from twn_rl.demo.new_domains import DOMAINS, DomainSizes, add_old_pairs, write_domain
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
     Seed,
@@ -40,6 +40,7 @@ from twn_rl.launch.experiment import (
     report_arms,
     run_experiment,
 )
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.launch.program import start
 from twn_rl.recipes.experiments.ablate import (
     WARM_START,

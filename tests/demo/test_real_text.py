@@ -22,7 +22,8 @@ from twn_rl.data.record import Item, Record
 from twn_rl.evaluation.gate_threshold import ThresholdRule
 from twn_rl.evaluation.results import METRICS_FILE
 from twn_rl.evaluation.retrieval_pools import collect_candidates
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.adapters import REASONING_ADAPTER, use_adapter
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.generation import evaluating

@@ -16,7 +16,8 @@ from hostile.judging import attempt, judge
 from hostile.table import Tally
 from hostile.test_inputs import QUICK_AND_ALL
 from hostile.texts import damaged, hostile_json, hostile_values, repeats_a_key
-from twn_rl.launch.arguments import RECIPES, DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments
+from twn_rl.launch.parsing import RECIPES, parse_arguments
 from twn_rl.modeling.backbone import Backbone
 from twn_rl.modeling.config import CONFIG_FILE, LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel

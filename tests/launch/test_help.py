@@ -13,8 +13,8 @@ import pytest
 
 from twn_rl import cli
 from twn_rl.launch import arguments
-from twn_rl.launch.arguments import _attributes
 from twn_rl.launch.help import USUAL, recipe_help
+from twn_rl.launch.parsing import _attributes
 from twn_rl.launch.source_settings import PACKAGE, Unknown, read_recipe
 from twn_rl.training.grpo import EmbedGRPOConfig
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from twn_rl import cli
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.command_line import errors_in_a_line, take_switches
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.recipes import adaptive_embed, grpo_embed
 
 CONFIG = Path(grpo_embed.__file__).parent / "configs" / "demo_grpo.yaml"

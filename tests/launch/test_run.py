@@ -13,7 +13,8 @@ import yaml
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import write_records
 from twn_rl.evaluation.gate_threshold import ThresholdRule
-from twn_rl.launch.arguments import DataArguments, ModelArguments, Split, packaged, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments, Split
+from twn_rl.launch.parsing import packaged, parse_arguments
 from twn_rl.launch.run_folder import checkpoint_to_resume, save_run
 from twn_rl.recipes import (
     adaptive_embed,

@@ -24,7 +24,8 @@ from twn_rl.data.record_files import load_records, write_records
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.inputs import InputError
-from twn_rl.launch.arguments import ModelArguments, parse_arguments
+from twn_rl.launch.arguments import ModelArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling import collator as batching
 from twn_rl.modeling.backbone import load_backbone
 from twn_rl.modeling.config import CONFIG_FILE, MAX_IMAGE_PIXELS, MAX_LENGTH, TwnConfig

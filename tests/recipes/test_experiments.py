@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from twn_rl.launch.arguments import DataArguments, ModelArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments, ModelArguments
 from twn_rl.launch.experiment import FINISHED_FILE, Seed, Stage, report_arms, run_experiment
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.recipes import (
     eval_embed,
     expert_iteration,

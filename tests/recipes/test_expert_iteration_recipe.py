@@ -12,7 +12,7 @@ from launching import ROOT, TORCHRUN, launch
 from twn_rl.data.record import Item, Record
 from twn_rl.data.record_files import load_records, write_records
 from twn_rl.demo.scenes import concepts
-from twn_rl.launch.arguments import parse_arguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import expert_iteration, sft_embed
 from twn_rl.training.thought_selection.drafts import SelectionError

@@ -8,7 +8,8 @@ import pytest
 
 from twn_rl.data.record_files import load_records
 from twn_rl.demo.tiny_vlm import BACKBONE_DIR
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.config import LoraSettings, TwnConfig
 from twn_rl.modeling.model import DualLoraModel
 from twn_rl.recipes import select_thoughts

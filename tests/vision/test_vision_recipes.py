@@ -22,7 +22,8 @@ from torch.nn.functional import normalize
 from vision_families import VISION_BACKBONES, mixed_items
 
 from twn_rl.evaluation.gate_threshold import ThresholdRule
-from twn_rl.launch.arguments import DataArguments, parse_arguments
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import parse_arguments
 from twn_rl.modeling.backbone import load_backbone
 from twn_rl.modeling.collator import collate_opened
 from twn_rl.modeling.config import TwnConfig

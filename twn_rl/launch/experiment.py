@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from twn_rl.evaluation.seed_tables import save_arms
-from twn_rl.launch.arguments import DataArguments, packaged, read_settings
+from twn_rl.launch.arguments import DataArguments
+from twn_rl.launch.parsing import packaged, read_settings
 from twn_rl.launch.run_folder import save_run, set_up_logging
 from twn_rl.modeling.checkpoint import adapter_digests
 from twn_rl.modeling.config import CONFIG_FILE
