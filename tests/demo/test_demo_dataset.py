@@ -84,14 +84,15 @@ def test_held_out_pairs_are_asked_in_one_split_only(demo: Splits) -> None:
 
 def test_round_trips_are_asked_in_training_only(demo: Splits) -> None:
     trips = {split: {*filter(is_round_trip, pairs(records))} for split, records in demo.items()}
-    assert len(trips.pop("train")) == 4
+    assert len(trips.pop("train")) == len(trips.pop("rl")) == 4
     assert not any(trips.values())
 
 
-def test_each_two_steps_of_training_are_asked_about_equally_often() -> None:
+@pytest.mark.parametrize("mix", [TRAIN_MIX, RL_MIX], ids=["train", "rl"])
+def test_each_two_steps_of_training_are_asked_about_equally_often(mix: dict[str, float]) -> None:
     draws = random.Random(0)
     asked = Counter()
-    for kind, share in TRAIN_MIX.items():
+    for kind, share in mix.items():
         if kind in ("hop2", THERE_AND_BACK):
             scenes = (Scene.sample(draws, STYLES[0]) for _ in range(round(6000 * share)))
             asked.update(ask(kind, scene, draws, held_out=False).relations for scene in scenes)
@@ -182,12 +183,11 @@ def test_the_mix_is_kept(demo: Splits) -> None:
     def share(split: str, hops: int) -> float:
         return sum(r.metadata["hops"] == hops for r in demo[split]) / len(demo[split])
 
-    assert share("rl", 2) == pytest.approx(RL_MIX["hop2"], abs=0.15)
-    two_steps = TRAIN_MIX["hop2"] + TRAIN_MIX[THERE_AND_BACK]
-    assert share("train", 2) == pytest.approx(two_steps, abs=0.1)
+    for split, mix in {"train": TRAIN_MIX, "rl": RL_MIX}.items():
+        two_steps = mix["hop2"] + mix[THERE_AND_BACK]
+        assert share(split, 2) == pytest.approx(two_steps, abs=0.1)
+        assert sum(mix.values()) == pytest.approx(1.0)
     assert sum(DEFAULT_MIX.values()) == pytest.approx(1.0)
-    assert sum(TRAIN_MIX.values()) == pytest.approx(1.0)
-    assert sum(RL_MIX.values()) == pytest.approx(1.0)
     assert {record.metadata["task"] for record in demo["rl"]} == {ANSWER}
 
 

@@ -42,9 +42,9 @@ DEFAULT_MIX = {
     questions.RETRIEVE: 0.10,
     SCENE_RETRIEVAL: 0.10,
 }
-# The warm start's: a step and its opposite are asked as often as any other two steps.
+# In training a step and its opposite are asked about as often as any other two steps.
 TRAIN_MIX = {**DEFAULT_MIX, "hop0": 0.15, questions.THERE_AND_BACK: 0.10}
-RL_MIX = {"hop0": 0.10, "hop1": 0.40, "hop2": 0.50}
+RL_MIX = {"hop0": 0.10, "hop1": 0.40, "hop2": 0.35, questions.THERE_AND_BACK: 0.15}
 
 
 @dataclass(frozen=True)
