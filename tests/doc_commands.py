@@ -18,7 +18,7 @@ import torch
 from doc_pages import ROOT
 
 from twn_rl import cli
-from twn_rl.launch import arguments
+from twn_rl.launch import parsing
 from twn_rl.training.vllm_server import serve_command
 
 _DEMO = ["--demo_scale", "0.01"]
@@ -149,7 +149,7 @@ def try_command(
 
 def stop_after_parsing(patch: pytest.MonkeyPatch) -> None:
     """Let every parser of a program end it once all its arguments are taken."""
-    parse, parse_args = arguments.parse_arguments, argparse.ArgumentParser.parse_args
+    parse, parse_args = parsing.parse_arguments, argparse.ArgumentParser.parse_args
 
     def parse_settings(*args: Any, **kwargs: Any) -> NoReturn:
         parse(*args, **kwargs)

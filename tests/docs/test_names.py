@@ -14,7 +14,7 @@ from doc_commands import Parsed
 from doc_pages import ROOT, inline_code, name_of, pages, prose
 
 from twn_rl import __version__, cli
-from twn_rl.launch import arguments
+from twn_rl.launch import parsing
 from twn_rl.launch.command_line import SWITCHES
 
 # Names that a page may use although no file of the repository has them: what runs write, and what
@@ -86,7 +86,7 @@ def known_flags() -> set[str]:
         raise Parsed
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(arguments, "parse_arguments", collect)
+        patch.setattr(parsing, "parse_arguments", collect)
         patch.setattr(argparse.ArgumentParser, "parse_args", collect_words)
         for program in sorted((ROOT / "recipes").rglob("*.py")):
             run_until_parsed(program)

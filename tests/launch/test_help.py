@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from twn_rl import cli
-from twn_rl.launch import arguments
+from twn_rl.launch import parsing
 from twn_rl.launch.help import USUAL, recipe_help
 from twn_rl.launch.parsing import _attributes
 from twn_rl.launch.source_settings import PACKAGE, Unknown, read_recipe
@@ -37,7 +37,7 @@ def types_of(module: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, ...]:
     def stop(types: Any, **kwargs: Any) -> None:
         raise Parsed(*types)
 
-    monkeypatch.setattr(arguments, "parse_arguments", stop)
+    monkeypatch.setattr(parsing, "parse_arguments", stop)
     monkeypatch.setattr(sys, "argv", [module])
     with pytest.raises(Parsed) as caught:
         runpy.run_path(str(file_of(module)), run_name="__main__")
@@ -114,7 +114,7 @@ def test_help_comes_without_torch_and_within_two_seconds() -> None:
 def test_help_all_lists_the_trainers_settings(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = importlib.import_module("twn_rl.recipes.grpo_embed")
     with pytest.raises(SystemExit) as caught:
-        arguments.parse_arguments(recipe.ARGUMENTS, arguments=["--help-all"])
+        parsing.parse_arguments(recipe.ARGUMENTS, arguments=["--help-all"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
     assert all(f"--{name}" in text for name in ("adam_beta1", "epsilon_high", "warm_start"))

@@ -31,12 +31,12 @@ def start(
     if {"-h", "--help"} & {*words}:
         show_help(Path(main.__code__.co_filename), words)
     with errors_in_a_line(is_same_everywhere=True):
-        from twn_rl.launch import arguments
+        from twn_rl.launch import parsing
         from twn_rl.launch.progress import quieten
 
         quieten()
 
-        settings = arguments.parse_arguments(
+        settings = parsing.parse_arguments(
             types, arguments=words, default_config=default_config, description=description
         )
     with errors_in_a_line():
