@@ -81,7 +81,9 @@ class GateScriptArguments:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "Attention kernel; default: transformers' choice."}
     )
-    split: str = field(default="train", metadata={"help": "Records to learn from: train or rl."})
+    split: str = field(
+        default="gate", metadata={"help": "Records to learn from: gate, train or rl."}
+    )
     validation_split: str = field(
         default="validation", metadata={"help": "Records to choose the threshold on."}
     )

@@ -36,6 +36,7 @@ from twn_rl.demo.tiny_vlm import make_tokenizer
 SIZES = {
     "num_train": 160,
     "num_rl": 120,
+    "num_gate": 24,
     "num_validation": 24,
     "num_test": 60,
     "num_unseen_pairs": 120,

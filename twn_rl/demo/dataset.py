@@ -1,10 +1,10 @@
 """Emoji-scene records on disk: splits, task mix, teacher CoTs, pictures.
 
-Splits: ``train`` (warm start), ``rl`` (mostly hops), ``validation``, ``test``, and three that
-differ from what is trained on: ``unseen_pairs`` (Noto artwork, which the backbone knows and the
-adapters do not, and of the two-hop questions the held-out pairs only), ``three_hops`` (nothing but
-the number of hops) and ``unseen_style`` (nothing but artwork without colour, which the backbone has
-not seen either).
+Splits: ``train`` (warm start), ``rl`` (mostly hops), ``gate`` (asks as ``test`` does; no adapter is
+trained on it), ``validation``, ``test``, and three that differ from what is trained on:
+``unseen_pairs`` (Noto artwork, which the backbone knows and the adapters do not, and of the two-hop
+questions the held-out pairs only), ``three_hops`` (nothing but the number of hops) and
+``unseen_style`` (nothing but artwork without colour, which the backbone has not seen either).
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class SplitPlan:
 PLANS = {
     "train": SplitPlan(mix=TRAIN_MIX),
     "rl": SplitPlan(mix=RL_MIX),
+    "gate": SplitPlan(),
     "validation": SplitPlan(),
     "test": SplitPlan(),
     # The dice keep the name of the first published figures, and so the questions.
@@ -106,6 +107,7 @@ class DemoSettings:
     seed: int = 0
     num_train: int = 13_440
     num_rl: int = 1600
+    num_gate: int = 2400
     num_validation: int = 1000
     num_test: int = 1000
     num_unseen_pairs: int = 600

@@ -22,7 +22,7 @@ from twn_rl.runtime.processes import join_processes
 logger = logging.getLogger(__name__)
 
 # Splits that may be given as files, and those that the emoji scenes alone have.
-FileSplit = Literal["train", "rl", "validation", "test", "ood"]
+FileSplit = Literal["train", "rl", "gate", "validation", "test", "ood"]
 Split = Literal[FileSplit, "unseen_pairs", "three_hops", "unseen_style"]
 
 
@@ -122,6 +122,8 @@ class DataArguments:
     Attributes:
         train_file: Records of the warm start: .jsonl, .parquet, or .yaml of a weighted mixture.
         rl_file: Records of RL; default: train_file.
+        gate_file: Records the gate learns from, best such as no adapter was trained on; default:
+            train_file.
         validation_file: Records to tune on.
         test_file: Records to report on.
         ood_file: Out-of-domain records to report on.
@@ -139,6 +141,7 @@ class DataArguments:
 
     train_file: str | None = None
     rl_file: str | None = None
+    gate_file: str | None = None
     validation_file: str | None = None
     test_file: str | None = None
     ood_file: str | None = None
@@ -210,7 +213,7 @@ class DataArguments:
 
     def _given(self, split: Split) -> str | None:
         path = getattr(self, f"{split}_file", None)
-        return self.train_file if path is None and split == "rl" else path
+        return self.train_file if path is None and split in ("rl", "gate") else path
 
     def of_seed(self, root: Path, seed: int) -> DataArguments:
         """Return the same records for every stage of a seed; emoji scenes are its own."""

@@ -34,7 +34,7 @@ _METHODS = {
     "embedding alone": "the embedding adapter alone, contrast with and without own thoughts",
     "reasoning alone": "the reasoning adapter alone, token loss on thoughts",
 }
-_FILES = ("train_file", "rl_file", "validation_file", "test_file", "ood_file")
+_FILES = ("train_file", "rl_file", "gate_file", "validation_file", "test_file", "ood_file")
 _MODES = ("never", "always", "auto", "auto_better", "policy", "latent")
 
 
