@@ -4,7 +4,7 @@
 
 Reads the labels that recipes/gate_embed.py left in MODEL/gate, measures the same on the reported
 splits, and lets the gate decide with each check behind it. A check that refuses leaves the vector
-without thinking. Everything is fitted to the training split and set on the validation split; the
+without thinking. Everything is fitted to the gate's split and set on the validation split; the
 reported splits are looked at once, at the end. Each of the four Gaussian checks may refuse 5 % of
 the helpful thoughts of the validation split. Writes and prints one table: hit@1 and, in brackets,
 the share of thoughts that a check keeps. A few minutes on one CPU core for the embedded default.
@@ -57,6 +57,7 @@ class ChecksScriptArguments:
         default_factory=lambda: ["validation", *REPORTED_SPLITS],
         metadata={"help": "Splits to report on, where they are."},
     )
+    split: str = field(default="gate", metadata={"help": "Split that the gate has learned from."})
     temperature: float = field(
         default=0.05, metadata={"help": "InfoNCE temperature of the gate's labels."}
     )
@@ -78,7 +79,7 @@ def main(script: ChecksScriptArguments, data: DataArguments) -> Path:
     model = DualLoraModel.from_pretrained(path).to(join_processes().device)
     train, validation = (
         read_labels(path / "gate" / "labels" / QUERY_SIDE / name)
-        for name in ("train", "validation")
+        for name in (script.split, "validation")
     )
     save_run(output, script, data)
     settings = LabelSettings(temperature=script.temperature, batch_size=script.batch_size)

@@ -85,7 +85,7 @@ def test_a_stored_model_is_measured_on_the_splits_there_are(
     model.gates[QUERY_SIDE], model.config.gate_threshold = gate, 0.0
     path = tmp_path / "model"
     model.save_pretrained(path)
-    for name, count in (("train", 200), ("validation", 60)):
+    for name, count in (("gate", 200), ("validation", 60)):
         folder = path / "gate" / "labels" / QUERY_SIDE / name
         folder.mkdir(parents=True)
         part = labels(count, count, width=model.hidden_size)

@@ -16,7 +16,7 @@ from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.gate_labels import read_labels
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-FLAGS = ["--demo_scale=0.01", "--max_examples=40", "--batch_size=8", "--demo_dir=data"]
+FLAGS = ["--demo_scale=0.02", "--max_examples=40", "--batch_size=8", "--demo_dir=data"]
 
 
 def fit(folder: Path, config: str | None, *more: str) -> Path:
@@ -38,7 +38,7 @@ def test_two_processes_fit_the_gate_that_one_fits(tmp_path: Path, caplog) -> Non
     two = fit(tmp_path / "two", TORCHRUN, *sides)
     models = [DualLoraModel.from_pretrained(path) for path in (one, two)]
     for side in (QUERY_SIDE, DOCUMENT_SIDE):
-        labels = [read_labels(path / "gate" / "labels" / side / "train") for path in (one, two)]
+        labels = [read_labels(path / "gate" / "labels" / side / "gate") for path in (one, two)]
         assert labels[0].rows == labels[1].rows
         first, second = (model.gates[side].state_dict() for model in models)
         assert all(torch.equal(first[key], second[key]) for key in first)
@@ -56,7 +56,7 @@ def test_two_processes_fit_the_gate_that_one_fits(tmp_path: Path, caplog) -> Non
     assert "| all | 40 |" in (one / "gate" / "labels.md").read_text(encoding="utf-8")
 
     # The same command again keeps the labels; another rule takes them as they are.
-    shard = one / "gate" / "labels" / QUERY_SIDE / "train" / "000000.parquet"
+    shard = one / "gate" / "labels" / QUERY_SIDE / "gate" / "000000.parquet"
     modified = shard.stat().st_mtime_ns
     fit(tmp_path / "one", None, "--think_rate=0")
     assert shard.stat().st_mtime_ns == modified

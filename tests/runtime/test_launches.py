@@ -283,7 +283,7 @@ def test_passes_under_a_launch_file_give_what_one_process_gives(
 ) -> None:
     skip_without_compiler(config)
     together = passes(tmp_path, config, untrained)
-    labels = [read_labels(run / "model/gate/labels/query/train") for run in (alone, together)]
+    labels = [read_labels(run / "model/gate/labels/query/gate") for run in (alone, together)]
     assert labels[0].rows == labels[1].rows
     assert len(labels[0].rows) == 24
     file = "selection/drafts.jsonl"
