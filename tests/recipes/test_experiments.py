@@ -640,7 +640,7 @@ def test_few_thoughts_teach_to_write_and_all_pairs_to_read(tmp_path: Path) -> No
         assert (refit.checkpoint, refit.train_adapters) == (str(rl.target), "embedding")
         assert same == pairs
         assert last.think_without_cot
-        assert last.max_steps == 120
+        assert last.max_steps == 240
     # The demo's folder is still its own: other settings write it anew.
     other = seed_in(tmp_path, demo_scale=0.03)
     few_thoughts.with_thoughts(few_thoughts.pairs_of(other), 0.5)

@@ -55,6 +55,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train_file": folder / "taught.jsonl",
         "output_dir": folder / "sft",
         "max_steps": 60,
+        "reasoning_rank": 16,
         "self_written_share": 0.0,
         "max_think_tokens": 12,
         "logging_steps": 20,

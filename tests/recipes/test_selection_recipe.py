@@ -29,7 +29,7 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 def select(folder: Path, *flags: str) -> Path:
-    data = [f"--demo_dir={folder / 'data'}", "--demo_scale=0.002"]
+    data = [f"--demo_dir={folder / 'data'}", "--demo_scale=0.00075"]
     output = f"--output_dir={folder / 'selection'}"
     types = (select_thoughts.SelectScriptArguments, EndpointSettings, DataArguments)
     return select_thoughts.main(*parse_arguments(types, arguments=[output, *data, *flags]))
