@@ -58,6 +58,13 @@ TEXT_CONFIG = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": True,
 }
+QWEN_VISION = {
+    "depth": 2,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+}
 
 
 def make_tokenizer(
@@ -159,11 +166,7 @@ def make_qwen3_vl() -> Backbone:
             "rope_parameters": {**rope, "rope_theta": 10000.0},
         },
         vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
+            **QWEN_VISION,
             "patch_size": 16,
             "num_position_embeddings": 16,
             "deepstack_visual_indexes": [0, 1],
@@ -181,11 +184,7 @@ def make_qwen2_5_vl() -> Backbone:
     config = Qwen2_5_VLConfig(
         text_config={**TEXT_CONFIG, "vocab_size": ids.pop("vocab_size"), "rope_parameters": rope},
         vision_config={
-            "depth": 2,
-            "hidden_size": 16,
-            "intermediate_size": 24,
-            "num_heads": 2,
-            "out_hidden_size": 32,
+            **QWEN_VISION,
             "patch_size": 14,
             "window_size": 56,
             "fullatt_block_indexes": [1],

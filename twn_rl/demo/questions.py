@@ -108,11 +108,7 @@ def ask_hops(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> 
         answer = scene.objects[cell]
         place = PLACES[cell]
         return Question(ANSWER, f"which object is at the {place}", answer, f"{place} ; {answer}", 0)
-    relations, cells = _draw_walk(hops, rng, held_out=held_out)
-    # "above the one left of the camel" walks left first, then above.
-    place = " the one ".join(_phrase(r) for r in reversed(relations))
-    text = f"which object is {place} the {scene.objects[cells[0]]}"
-    return _about_walk(scene, text, relations, cells)
+    return _ask_walk(scene, *_draw_walk(hops, rng, held_out=held_out))
 
 
 def ask_there_and_back(scene: Scene, rng: random.Random) -> Question:
@@ -127,9 +123,7 @@ def ask_there_and_back(scene: Scene, rng: random.Random) -> Question:
         relations = (first, OPPOSITES[first])
         cells = walk(cell, relations)
         if cells is not None:
-            place = " the one ".join(_phrase(r) for r in reversed(relations))
-            text = f"which object is {place} the {scene.objects[cell]}"
-            return _about_walk(scene, text, relations, cells)
+            return _ask_walk(scene, relations, cells)
 
 
 def ask_reworded(scene: Scene, hops: int, rng: random.Random, *, held_out: bool) -> Question:
@@ -174,6 +168,13 @@ def _draw_walk(
         cells = walk(cell, relations)
         if cells is not None:
             return relations, cells
+
+
+def _ask_walk(scene: Scene, relations: tuple[str, ...], cells: list[int]) -> Question:
+    # "above the one left of the camel" walks left first, then above.
+    place = " the one ".join(_phrase(r) for r in reversed(relations))
+    text = f"which object is {place} the {scene.objects[cells[0]]}"
+    return _about_walk(scene, text, relations, cells)
 
 
 def _about_walk(scene: Scene, text: str, relations: tuple[str, ...], cells: list[int]) -> Question:
