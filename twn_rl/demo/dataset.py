@@ -107,7 +107,7 @@ class DemoSettings:
     seed: int = 0
     num_train: int = 13_440
     num_rl: int = 1600
-    num_gate: int = 2400
+    num_gate: int = 4800
     num_validation: int = 1000
     num_test: int = 1000
     num_unseen_pairs: int = 600

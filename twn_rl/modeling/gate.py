@@ -17,6 +17,8 @@ from twn_rl.runtime.problems import Problems
 
 logger = logging.getLogger(__name__)
 
+# So small that the scale of a state does not matter: a unit vector does as well.
+NORM_EPSILON = 1e-12
 QUERY_SIDE = "query"
 DOCUMENT_SIDE = "document"
 SIDES = (QUERY_SIDE, DOCUMENT_SIDE)
@@ -39,8 +41,7 @@ class Gate(nn.Module):
         self.width, self.hidden_size = width, hidden_size
         self.fitted_to: dict[str, str] = {}
         self.judge: Judge | None = None
-        # With so small an epsilon the scale of a state does not matter: a unit vector does as well.
-        self.norm = nn.LayerNorm(width, eps=1e-12, dtype=torch.float32)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPSILON, dtype=torch.float32)
         self.hidden = nn.Linear(width, hidden_size, dtype=torch.float32)
         self.output = nn.Linear(hidden_size, 1, dtype=torch.float32)
         self.requires_grad_(False)
@@ -74,31 +75,32 @@ class FitSettings:
     """How a gate is fitted.
 
     Attributes:
-        hidden_size: Width of the hidden layer.
+        num_folds: Parts of the labelled states, and members of the gate: each is fitted without one
+            part, which stops it and judges it. At most as many as the rarer class has examples.
+        hidden_size: Width of a member's hidden layer.
         learning_rate: Of AdamW.
         weight_decay: Of AdamW, on the matrices.
         batch_size: Labelled states a step.
-        max_epochs: Passes over the fitting part at most.
+        max_epochs: Passes over what a member is fitted to at most.
         patience: Epochs without a better held-out loss before stopping.
-        held_out_share: Share of the labelled states kept for stopping and reporting.
-        seed: Decides the split, the initial weights and the order.
+        seed: Decides the folds, the initial weights and the order.
     """
 
-    hidden_size: int = 256
+    num_folds: int = 10
+    hidden_size: int = 64
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     batch_size: int = 256
     max_epochs: int = 200
     patience: int = 20
-    held_out_share: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Collect every problem into one error."""
         problems = Problems()
+        problems.expect(self, ">= 2", "num_folds")
         problems.expect(self, ">= 1", "hidden_size", "batch_size", "max_epochs", "patience")
         problems.expect(self, "> 0", "learning_rate")
-        problems.expect(self, "in (0, 1)", "held_out_share")
         problems.refuse("FitSettings")
 
 
@@ -107,10 +109,15 @@ def fit_gate(
 ) -> tuple[Gate, dict[str, Any]]:
     """Return a frozen gate on the CPU and a report of its quality on held-out states.
 
-    Binary cross-entropy with both classes weighted alike; afterwards the bias is moved back by the
-    log odds of the classes, so that probabilities are those of the data. The epoch with the lowest
-    held-out loss is kept. With fewer than two targets of a class the gate is constant, and a
-    warning says so.
+    Cross-validated bagging: the states are dealt into folds, each with the same share of both
+    classes; one member a fold is fitted to the others, and the gate's logit is the mean of its
+    members'. So all labels are used, and each is judged by a member that has not seen it. Members
+    that merge into one network cost no second forward: their hidden layers stand side by side.
+
+    A member minimises binary cross-entropy with both classes weighted alike; afterwards the bias is
+    moved back by the log odds of the classes, so that probabilities are those of the data. Its
+    epoch with the lowest held-out loss is kept. With fewer than two targets of a class the gate is
+    constant, and a warning says so.
 
     Args:
         states: (N, D) no-think states; the fit runs on their device.
@@ -118,8 +125,9 @@ def fit_gate(
         settings: Of the fit; defaults if None.
 
     Returns:
-        The gate, and `num_examples`, `num_positive`, `num_held_out`, `epochs`, `is_constant`,
-        `held_out_loss`, `held_out_auc` (None without both classes), `held_out_ece`.
+        The gate, and `num_examples`, `num_positive`, `is_constant`, `num_folds`, `epochs` (one a
+        member), and of every example, judged by the member that was fitted without it:
+        `held_out_loss` (mean over members), `held_out_auc`, `held_out_ece`; None if constant.
 
     Raises:
         ValueError: For shapes that do not fit, or numbers that are not finite or not in [0, 1].
@@ -127,35 +135,66 @@ def fit_gate(
     settings = settings or FitSettings()
     states, targets = states.detach().float(), targets.detach().float().to(states.device)
     _check(states, targets)
-    is_positive = targets >= 0.5
+    is_positive = (targets >= 0.5).cpu()
     num_positive = int(is_positive.sum())
+    smaller_class = min(num_positive, len(targets) - num_positive)
     report: dict[str, Any] = {
         "num_examples": len(targets),
         "num_positive": num_positive,
-        "num_held_out": 0,
-        "epochs": 0,
-        "is_constant": min(num_positive, len(targets) - num_positive) < 2,
+        "is_constant": smaller_class < 2,
+        "num_folds": 0,
+        "epochs": [],
         "held_out_loss": None,
         "held_out_auc": None,
         "held_out_ece": None,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        gate = Gate(states.shape[1], settings.hidden_size)
         if report["is_constant"]:
-            _make_constant(gate, num_positive, len(targets))
-            return gate, report
-        held_out = _held_out(is_positive.cpu(), settings.held_out_share).to(states.device)
-        gate = gate.to(states.device)
-        fit = (states[~held_out], targets[~held_out])
-        check = (states[held_out], targets[held_out])
-        report["epochs"], report["held_out_loss"] = _train(gate, fit, check, settings)
-    report["num_held_out"] = len(check[1])
-    probability = gate.probability(check[0]).cpu()
-    labels = (check[1] >= 0.5).cpu()
-    report["held_out_auc"] = roc_auc(probability, labels)
-    report["held_out_ece"] = expected_calibration_error(probability, labels)
+            return _constant_gate(states.shape[1], num_positive, len(targets)), report
+        num_folds = min(settings.num_folds, smaller_class)
+        folds = _deal(is_positive, num_folds).to(states.device)
+        members = Members(states.shape[1], settings.hidden_size, num_folds).to(states.device)
+        report["epochs"], report["held_out_loss"] = _train(
+            members, states, targets, folds, settings
+        )
+        gate = members.merge()
+    with torch.no_grad():
+        probability = members(states).gather(1, folds[:, None])[:, 0].sigmoid().cpu()
+    report["num_folds"] = num_folds
+    report["held_out_auc"] = roc_auc(probability, is_positive)
+    report["held_out_ece"] = expected_calibration_error(probability, is_positive)
     return gate.cpu(), report
+
+
+class Members(nn.Module):
+    """Several gates of equal size side by side, which share nothing but the norm.
+
+    Attributes:
+        hidden: The hidden layers of K members of width H, below each other: (K * H, D).
+        heads: The output layers of all: (K, H).
+    """
+
+    def __init__(self, width: int, hidden_size: int, count: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(width, count * hidden_size)
+        self.heads = nn.Linear(hidden_size, count)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Return the logits (N, K) of all members."""
+        hidden = F.gelu(self.hidden(F.layer_norm(states, states.shape[1:], eps=NORM_EPSILON)))
+        each = hidden.unflatten(1, self.heads.weight.shape)
+        return torch.einsum("nkh,kh->nk", each, self.heads.weight) + self.heads.bias
+
+    def merge(self) -> Gate:
+        """Return the one gate, frozen, whose logit is the mean of the members'."""
+        gate = Gate(self.hidden.in_features, self.hidden.out_features).to(self.hidden.weight.device)
+        with torch.no_grad():
+            gate.hidden.weight.copy_(self.hidden.weight)
+            gate.hidden.bias.copy_(self.hidden.bias)
+            gate.output.weight.copy_(self.heads.weight.reshape(1, -1) / len(self.heads.bias))
+            gate.output.bias.copy_(self.heads.bias.mean())
+        return gate
 
 
 def _check(states: Tensor, targets: Tensor) -> None:
@@ -177,7 +216,9 @@ def _check(states: Tensor, targets: Tensor) -> None:
         )
 
 
-def _make_constant(gate: Gate, num_positive: int, num_examples: int) -> None:
+def _constant_gate(width: int, num_positive: int, num_examples: int) -> Gate:
+    """Return a gate, one unit wide, that gives everything the share of positive labels."""
+    gate = Gate(width, 1)
     share = (num_positive + 1) / (num_examples + 2)  # Laplace's rule keeps the logit finite
     gate.output.weight.zero_()
     gate.output.bias.fill_(torch.tensor(share).logit())
@@ -188,55 +229,69 @@ def _make_constant(gate: Gate, num_positive: int, num_examples: int) -> None:
         num_examples,
         share,
     )
+    return gate
 
 
-def _held_out(is_positive: Tensor, share: float) -> Tensor:
-    """Return the mask (N,) of held-out examples: the same share of each class, at least one.
-
-    Each class has two examples or more.
-    """
-    mask = torch.zeros_like(is_positive)
+def _deal(is_positive: Tensor, num_folds: int) -> Tensor:
+    """Return the fold (N,) of every example: each class is dealt out in turn, in random order."""
+    folds = torch.empty(len(is_positive), dtype=torch.long)
     for label in (False, True):
         members = torch.nonzero(is_positive == label).flatten()
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        mask[members[torch.randperm(len(members))[:count]]] = True
-    return mask
+        folds[members[torch.randperm(len(members))]] = torch.arange(len(members)) % num_folds
+    return folds
 
 
 def _train(
-    gate: Gate, fit: tuple[Tensor, Tensor], check: tuple[Tensor, Tensor], settings: FitSettings
-) -> tuple[int, float]:
-    """Fit the gate in place; return the epoch that was kept and its held-out loss."""
-    positive_mass = fit[1].sum()
-    pos_weight = (len(fit[1]) - positive_mass) / positive_mass
+    members: Members, states: Tensor, targets: Tensor, folds: Tensor, settings: FitSettings
+) -> tuple[list[int], float]:
+    """Fit every member to all folds but its own; return the epochs kept and the held-out loss.
 
-    def loss(part: tuple[Tensor, Tensor]) -> Tensor:
-        return F.binary_cross_entropy_with_logits(gate(part[0]), part[1], pos_weight=pos_weight)
+    They train in one go, each with its own loss and its own best epoch, until none gets better.
+    """
+    count = len(members.heads.bias)
+    is_held_out = folds[:, None] == torch.arange(count, device=folds.device)
+    positive_mass = (~is_held_out * targets[:, None]).sum(dim=0)
+    pos_weight = ((~is_held_out).sum(dim=0) - positive_mass) / positive_mass
 
-    gate.requires_grad_(True)
-    matrices = [p for p in gate.parameters() if p.ndim > 1]
-    rest = [p for p in gate.parameters() if p.ndim <= 1]
+    def losses(rows: Tensor | slice, is_asked: Tensor) -> Tensor:
+        """Return the mean loss (K,) of every member over those of the rows it is asked about."""
+        logits, expected = members(states[rows]), targets[rows, None].expand(-1, count)
+        each = F.binary_cross_entropy_with_logits(
+            logits, expected, pos_weight=pos_weight, reduction="none"
+        )
+        return (each * is_asked[rows]).sum(dim=0) / is_asked[rows].sum(dim=0).clamp(min=1)
+
+    parameters = [
+        members.hidden.weight,
+        members.heads.weight,
+        members.hidden.bias,
+        members.heads.bias,
+    ]
     optimizer = torch.optim.AdamW(
-        [{"params": matrices}, {"params": rest, "weight_decay": 0.0}],
+        [{"params": parameters[:2]}, {"params": parameters[2:], "weight_decay": 0.0}],
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
-    best, best_epoch, best_state = float("inf"), 0, {}
+    best, best_epochs = torch.full((count,), float("inf")), torch.zeros(count, dtype=torch.long)
+    kept = [parameter.detach().clone() for parameter in parameters]
     for epoch in range(1, settings.max_epochs + 1):
-        for rows in torch.randperm(len(fit[1])).split(settings.batch_size):
-            rows = rows.to(fit[0].device)
+        for rows in torch.randperm(len(targets)).split(settings.batch_size):
             optimizer.zero_grad()
-            loss((fit[0][rows], fit[1][rows])).backward()
+            losses(rows.to(states.device), ~is_held_out).sum().backward()
             optimizer.step()
         with torch.no_grad():
-            held_out = float(loss(check))
-        if held_out < best:
-            best, best_epoch = held_out, epoch
-            best_state = {key: value.clone() for key, value in gate.state_dict().items()}
-        elif epoch - best_epoch >= settings.patience:
+            held_out = losses(slice(None), is_held_out)
+            better = held_out.cpu() < best
+            for old, new in zip(kept, parameters, strict=True):
+                by_member = (count, -1)  # rows of a member lie together in all four
+                old.view(by_member)[better] = new.view(by_member)[better]
+        best = torch.where(better, held_out.cpu(), best)
+        best_epochs[better] = epoch
+        if epoch - int(best_epochs.max()) >= settings.patience:
             break
-    gate.load_state_dict(best_state)
-    gate.requires_grad_(False)
-    # Weighting the classes alike has moved the log odds by log(pos_weight).
-    gate.output.bias.sub_(pos_weight.log())
-    return best_epoch, best
+    with torch.no_grad():
+        for old, new in zip(kept, parameters, strict=True):
+            new.copy_(old)
+        # Weighting the classes alike has moved the log odds by log(pos_weight).
+        members.heads.bias.sub_(pos_weight.log())
+    return best_epochs.tolist(), float(best.mean())
