@@ -117,9 +117,46 @@ def test_warnings_are_counted_in_the_logs_and_in_the_history(arguments):
     assert state.log_history[-1]["collapse_warnings"] == 1
 
 
+def rewards(*means: float) -> list[dict[str, float]]:
+    """Twenty logs around every mean, with a standard deviation of 0.03."""
+    noise = np.random.default_rng(0).normal(0, 0.03, (len(means), 20))
+    return [{"reward": mean + n} for mean, row in zip(means, noise, strict=True) for n in row]
+
+
+def test_a_reward_that_falls_warns_with_both_means_and_is_repeated_every_window(arguments, caplog):
+    watch = CollapseWatch()
+    feed(watch, arguments, rewards(0.6, 0.7, 0.7, 0.6, 0.6, 0.6))
+    assert watch.counts == {"reward": 3}
+    first = caplog.records[0].message
+    assert 61 <= int(first.split()[1].strip(":")) <= 80
+    assert "in the mean of 20 logs, after 0.70" in first
+    assert "Lower the learning rate" in first
+
+
+@pytest.mark.parametrize("means", [(0.6,) * 50, (0.3, 0.4, 0.5, 0.6, 0.7), (0.7, 0.68, 0.7, 0.69)])
+def test_a_reward_that_rises_or_wavers_is_left_alone(means, arguments):
+    watch = CollapseWatch()
+    feed(watch, arguments, rewards(*means))
+    assert not watch.counts
+
+
+def test_a_fall_is_seen_across_a_resumed_run_and_is_off_if_asked(arguments):
+    before, after = rewards(0.7, 0.7), rewards(0.6, 0.6)
+    watch = CollapseWatch()
+    feed(watch, arguments, after, start=41)
+    assert not watch.counts
+    resumed = TrainerState(global_step=40, log_history=before)
+    watch.on_train_begin(arguments, resumed, TrainerControl())
+    feed(watch, arguments, after, start=41)
+    assert watch.counts["reward"] > 0
+    off = CollapseWatch(CollapseThresholds(reward_fall_p_value=None))
+    feed(off, arguments, before + after)
+    assert not off.counts
+
+
 def test_thresholds_report_every_problem_at_once():
-    with pytest.raises(ValueError, match=r"max_kl = nan.*patience = 0"):
-        CollapseThresholds(max_kl=math.nan, patience=0)
+    with pytest.raises(ValueError, match=r"max_kl = nan.*reward_fall_p_value = 1.*patience = 0"):
+        CollapseThresholds(max_kl=math.nan, reward_fall_p_value=1.0, patience=0)
 
 
 def read_rows(path) -> list[dict]:
