@@ -177,8 +177,8 @@ class Members(nn.Module):
 
     def __init__(self, width: int, hidden_size: int, count: int) -> None:
         super().__init__()
-        self.hidden = nn.Linear(width, count * hidden_size)
-        self.heads = nn.Linear(hidden_size, count)
+        self.hidden = nn.Linear(width, count * hidden_size, dtype=torch.float32)
+        self.heads = nn.Linear(hidden_size, count, dtype=torch.float32)
 
     def forward(self, states: Tensor) -> Tensor:
         """Return the logits (N, K) of all members."""
