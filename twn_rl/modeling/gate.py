@@ -280,12 +280,12 @@ def _train(
             losses(rows.to(states.device), ~is_held_out).sum().backward()
             optimizer.step()
         with torch.no_grad():
-            held_out = losses(slice(None), is_held_out)
-            better = held_out.cpu() < best
+            held_out = losses(slice(None), is_held_out).cpu()
+            better = held_out < best
             for old, new in zip(kept, parameters, strict=True):
                 by_member = (count, -1)  # rows of a member lie together in all four
                 old.view(by_member)[better] = new.view(by_member)[better]
-        best = torch.where(better, held_out.cpu(), best)
+        best = torch.where(better, held_out, best)
         best_epochs[better] = epoch
         if epoch - int(best_epochs.max()) >= settings.patience:
             break

@@ -16,6 +16,11 @@ from twn_rl.runtime.whole_files import write_text
 
 logger = logging.getLogger(__name__)
 
+_UNLEARNS = (
+    "the policy unlearns. Lower the learning rate or raise beta, and go back to a checkpoint of "
+    "before."
+)
+
 
 def _limit(default: float, metric: str, text: str, *, is_lower: bool = False) -> Any:
     metadata = {"metric": metric, "is_lower": is_lower, "help": text}
@@ -79,9 +84,8 @@ class CollapseThresholds:
     reward_fall_p_value: float | None = field(
         default=1e-4,
         metadata={
-            "help": "The reward has fallen if its mean over 20 logs lies so far below an earlier "
-            "one that chance would make it so this rarely: the policy unlearns. Lower the learning "
-            "rate or raise beta, and go back to a checkpoint of before."
+            "help": f"The reward has fallen if its mean over 20 logs lies so far below an earlier "
+            f"one that chance would make it so this rarely: {_UNLEARNS}"
         },
     )
     patience: int = field(
@@ -218,7 +222,7 @@ class CollapseWatch(TrainerCallback):
             problems["reward"] = (
                 f"reward = {self._rewards.last:.4g} in the mean of {Fall.WINDOW} logs, after "
                 f"{self._rewards.best:.4g} before. "
-                f"{CollapseThresholds.__dataclass_fields__['reward_fall_p_value'].metadata['help']}"
+                f"The mean is too low for chance: {_UNLEARNS}"
             )
         return problems
 
