@@ -17,8 +17,8 @@ the one that is there; run the same command again after RL, which drops it. MODE
 curve.csv, curve.png and metrics.json. Several processes share the labelling.
 
 Without arguments it reads recipes/configs/demo_gate.yaml: after the refit of the embedded default
-(eight seeds), held-out AUC 0.93 to 0.96 and, on the test split, 1.5 points below to 0.7 above always
-thinking at 54 to 78 % of its tokens; about a minute on two CPU cores.
+(eight seeds), held-out AUC 0.93 to 0.96 and, on the test split, 1.5 points below to 0.7 above
+always thinking at 54 to 78 % of its tokens; about a minute on two CPU cores.
 """
 
 from __future__ import annotations
