@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from twn_rl.launch.arguments import DataArguments
-from twn_rl.launch.experiment import Seed, Stage
+from twn_rl.launch.experiment import Seed
+from twn_rl.launch.stage import Stage
 
 Launched = Callable[[], list[list[str]]]
 

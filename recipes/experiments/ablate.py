@@ -35,7 +35,6 @@ from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
     Seed,
-    Stage,
     decider,
     evaluation,
     report_arms,
@@ -43,6 +42,7 @@ from twn_rl.launch.experiment import (
 )
 from twn_rl.launch.parsing import parse_arguments
 from twn_rl.launch.program import start
+from twn_rl.launch.stage import Stage
 from twn_rl.recipes.grpo_embed import ARGUMENTS as GRPO_ARGUMENTS
 from twn_rl.recipes.grpo_embed import GrpoScriptArguments
 from twn_rl.rewards import REWARDS

@@ -49,14 +49,13 @@ from twn_rl.launch.experiment import (
     EVALUATION_FOLDER,
     ExperimentArguments,
     Seed,
-    Stage,
     decider,
     evaluation,
     run_experiment,
-    seconds_of,
     told_runs,
 )
 from twn_rl.launch.program import start
+from twn_rl.launch.stage import Stage, seconds_of
 from twn_rl.runtime.log_levels import NOTICE
 
 logger = logging.getLogger(__name__)

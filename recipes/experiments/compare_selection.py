@@ -29,12 +29,12 @@ from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
     Seed,
-    Stage,
     evaluation,
     report_arms,
     run_experiment,
 )
 from twn_rl.launch.program import start
+from twn_rl.launch.stage import Stage
 from twn_rl.runtime.log_levels import NOTICE
 from twn_rl.runtime.problems import Problems
 from twn_rl.runtime.whole_files import write_json

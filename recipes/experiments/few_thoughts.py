@@ -26,12 +26,12 @@ from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
     Seed,
-    Stage,
     evaluation,
     report_arms,
     run_experiment,
 )
 from twn_rl.launch.program import start
+from twn_rl.launch.stage import Stage
 from twn_rl.runtime.problems import Problems
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "demo_few_thoughts.yaml"

@@ -35,13 +35,13 @@ from twn_rl.launch.arguments import DataArguments
 from twn_rl.launch.experiment import (
     ExperimentArguments,
     Seed,
-    Stage,
     evaluation,
     report_arms,
     run_experiment,
 )
 from twn_rl.launch.parsing import parse_arguments
 from twn_rl.launch.program import start
+from twn_rl.launch.stage import Stage
 from twn_rl.recipes.experiments.ablate import (
     WARM_START,
     checked_rewards,

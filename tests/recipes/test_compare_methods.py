@@ -8,7 +8,7 @@ import pytest
 from comparison_runs import places, seed_in
 from safetensors.numpy import save_file
 
-from twn_rl.launch.experiment import FINISHED_FILE
+from twn_rl.launch.stage import FINISHED_FILE
 from twn_rl.recipes.experiments import compare_methods
 
 

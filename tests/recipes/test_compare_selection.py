@@ -6,8 +6,8 @@ import pytest
 from comparison_runs import Launched, run_stages, seed_in
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments
-from twn_rl.launch.experiment import FINISHED_FILE
 from twn_rl.launch.parsing import parse_arguments
+from twn_rl.launch.stage import FINISHED_FILE
 from twn_rl.recipes import eval_embed, select_thoughts, sft_embed
 from twn_rl.recipes.experiments import compare_selection
 from twn_rl.training.sft import SftConfig

@@ -10,8 +10,9 @@ import pytest
 from comparison_runs import Launched, run_stages, seed_in
 
 from twn_rl.launch.arguments import DataArguments, ModelArguments
-from twn_rl.launch.experiment import FINISHED_FILE, Stage, report_arms, run_experiment
+from twn_rl.launch.experiment import report_arms, run_experiment
 from twn_rl.launch.parsing import parse_arguments
+from twn_rl.launch.stage import FINISHED_FILE, Stage
 from twn_rl.recipes import sft_embed
 from twn_rl.recipes.experiments import ablate, few_thoughts, new_domain
 from twn_rl.training.sft import SftConfig

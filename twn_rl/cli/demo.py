@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 
 from twn_rl.launch.command_line import is_on, show_logs
-from twn_rl.launch.experiment import EVALUATION_FOLDER, Stage
+from twn_rl.launch.experiment import EVALUATION_FOLDER
 from twn_rl.launch.progress import STAGE_VARIABLE, clock
+from twn_rl.launch.stage import Stage
 from twn_rl.runtime.log_levels import NOTICE
 
 logger = logging.getLogger(__name__)
