@@ -20,11 +20,11 @@ from twn_rl.evaluation.modes import (
     choose,
     judge,
 )
+from twn_rl.evaluation.pool_ranking import rank_in_pools
 from twn_rl.evaluation.results import Evaluation, summarize
 from twn_rl.evaluation.retrieval_pools import collect_candidates, describe_item
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.options import ThinkMode
-from twn_rl.metrics.ranking import TIE_TOLERANCE, positive_ranks
 from twn_rl.modeling.config import ThinkingDecision
 from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.model import DualLoraModel
@@ -131,75 +131,83 @@ class _Run:
     ) -> list[dict[str, Any]]:
         """Return a row per record with a thought, labelled with the mode or `label`."""
         queries = self.vectors.queries[mode]
-        rows = enumerate(zip(queries.thoughts, queries.embeds, queries.seconds, strict=True))
-        return [
-            {
-                **self._row(targets, index, thoughts, embeds),
-                "mode": label or mode,
-                "think_rate": float(mode not in WORDLESS_MODES),
-                "seconds": seconds,
-            }
-            for index, (thoughts, embeds, seconds) in rows
-            if thoughts
-        ]
+        indices = [index for index, thoughts in enumerate(queries.thoughts) if thoughts]
+        rows = self._rows(
+            targets,
+            indices,
+            [queries.thoughts[index] for index in indices],
+            [queries.embeds[index] for index in indices],
+        )
+        own = {"mode": label or mode, "think_rate": float(mode not in WORDLESS_MODES)}
+        seconds = [queries.seconds[index] for index in indices]
+        return [{**row, **own, "seconds": spent} for row, spent in zip(rows, seconds, strict=True)]
 
     def _average(self, targets: NDArray[Any]) -> list[dict[str, Any]]:
         """Return rows of the mean vectors of the first 1, 2, ... sampled thoughts.
 
         As in serving, thoughts that are no thoughts are left out of the mean.
         """
-        rows, sampled = [], self.vectors.queries["sampled"]
+        found, sampled = [], self.vectors.queries["sampled"]
         for count in range(1, self.settings.num_thoughts + 1):
-            pairs = enumerate(zip(sampled.thoughts, sampled.embeds, strict=True))
-            for index, (thoughts, embeds) in pairs:
-                first = thoughts[:count]
-                usable = [thought.problem is None for thought in first]
+            first = [thoughts[:count] for thoughts in sampled.thoughts]
+            means = []
+            for thoughts, embeds in zip(first, sampled.embeds, strict=True):
+                usable = [thought.problem is None for thought in thoughts]
                 mean = (embeds[:count][usable] if any(usable) else embeds[:1]).mean(axis=0)
-                row = self._row(targets, index, first, (mean / np.linalg.norm(mean))[None])
+                means.append((mean / np.linalg.norm(mean))[None])
+            for row in self._rows(targets, range(len(first)), first, means):
                 row |= {
                     "mode": f"averaged{count}",
                     "think_tokens": [sum(row["think_tokens"])],
                     "problems": row["problems"][:1],
                     "think_rate": 1.0,
                 }
-                rows.append(row)
-        return rows
+                found.append(row)
+        return found
 
-    def _row(
+    def _rows(
         self,
         targets: NDArray[Any],
-        index: int,
-        thoughts: Sequence[Thought],
-        embeds: NDArray[Any],
+        indices: Sequence[int],
+        thoughts: Sequence[Sequence[Thought]],
+        embeds: Sequence[NDArray[Any]],
+    ) -> list[dict[str, Any]]:
+        """Return the rows of some records with the vectors (thoughts, D) of each."""
+        if not indices:
+            return []
+        counts = [len(each) for each in embeds]
+        ranks, nearest = rank_in_pools(
+            self.candidates,
+            targets,
+            [index for index, count in zip(indices, counts, strict=True) for _ in range(count)],
+            np.concatenate(embeds),
+            num_nearest=NEAREST,
+        )
+        ends = np.cumsum(counts).tolist()
+        spans = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+        return [
+            self._row(index, own, ranks[span].tolist(), nearest[span.start])
+            for index, own, span in zip(indices, thoughts, spans, strict=True)
+        ]
+
+    def _row(
+        self, index: int, thoughts: Sequence[Thought], ranks: list[int], nearest: list[int]
     ) -> dict[str, Any]:
-        record = self.records[index]
-        ranked = [self._rank(targets, index, embed) for embed in embeds]
+        record, keys = self.records[index], self.candidates.keys
         return {
             "split": self.settings.split,
             "id": record.id,
             "task": task_of(record),
             "hop": hop_of(record),
             "mode": "",
-            "ranks": [rank for rank, _ in ranked],
+            "ranks": ranks,
             "cot": thoughts[0].text,
             "think_tokens": [thought.think_tokens for thought in thoughts],
             "problems": [thought.problem for thought in thoughts],
-            "nearest": ranked[0][1],
-            "positive": self.candidates.keys[self.candidates.positive[index]],
+            "nearest": [keys[row] for row in nearest],
+            "positive": keys[self.candidates.positive[index]],
             "query": describe_item(record.query),
         }
-
-    def _rank(
-        self, targets: NDArray[Any], index: int, embed: NDArray[Any]
-    ) -> tuple[int, list[str]]:
-        """Return the rank of a record's positive, and the keys of the nearest candidates."""
-        columns = np.asarray(self.candidates.competing(index))
-        scores = targets[columns] @ embed  # (M of the pool,)
-        is_positive = columns == self.candidates.positive[index]
-        rank = positive_ranks(scores[None], [int(is_positive.argmax())])[0]
-        # The positive sorts last among equals, so that the list agrees with the rank.
-        order = np.lexsort((is_positive, TIE_TOLERANCE * is_positive - scores))[:NEAREST]
-        return int(rank), [self.candidates.keys[column] for column in columns[order]]
 
     def _choose_all(
         self, never: list[dict[str, Any]], always: list[dict[str, Any]]
