@@ -13,12 +13,13 @@ measured with its own decisions, mode policy. routing.json then says what the de
 With a benchmark nothing else is measured. mmeb_v2 is a recipe with flags of its own
 (recipes/eval_mmeb_v2.py --help). For any of mteb's by name, mrmr, or EmojiScenes, the embedded
 default as a task of mteb (extra "mteb"), benchmark.json and benchmark.md in a folder of its name
-hold each task's score with think rate, think tokens and seconds per query. Processes share the
-inputs, finished tasks are kept. With HF_DATASETS_OFFLINE=1 data sets are read from the cache only.
+hold each task's score with think rate, think tokens and seconds per query; finished tasks are
+kept. With HF_DATASETS_OFFLINE=1 data sets are read from the cache only.
 
 Writes metrics.json (flat: <split>/<group>/<mode>/<metric>, such as test/hop2/always/hit@1),
 per_query.jsonl, targets.json and a self-contained report.html. Ties count against the model and
-non-finite vectors are refused. About a minute a model on two CPU cores for the embedded default.
+non-finite vectors are refused. Several processes share the inputs, those of benchmarks too. About a
+minute a model on two CPU cores for the embedded default.
 """
 
 from __future__ import annotations
@@ -168,8 +169,7 @@ def main(script: EvalScriptArguments, data: DataArguments) -> Path:
     with owned_run(script.output):
         check_models(script)
         splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
-        if join_processes().is_main_process:
-            measure_splits(script, data, splits)
+        measure_splits(script, data, splits)
         join_processes().wait_for_everyone()
     return script.output
 
@@ -184,21 +184,35 @@ def check_models(script: EvalScriptArguments) -> None:
 def measure_splits(
     script: EvalScriptArguments, data: DataArguments, splits: dict[str, Any]
 ) -> None:
-    """Measure records by split, and write and log the results; one process does it."""
-    output = script.output
+    """Measure records by split on all processes; the main process writes and logs the results."""
+    output, is_main = script.output, join_processes().is_main_process
     save_run(output, script, data)
     after = measure(script, splits, script.model, script.modes)
-    after.save(output)
-    write_routing(output / ROUTING_FILE, after, seed=script.seed)
+    if is_main:
+        after.save(output)
+        write_routing(output / ROUTING_FILE, after, seed=script.seed)
     before = None
     if script.before is not None:
         before = measure(script, splits, script.before, BEFORE_MODES)
-        before.save(output / "before")
+        if is_main:
+            before.save(output / "before")
+    if is_main:
+        publish(script, data, after, before, {name: len(own) for name, own in splits.items()})
+
+
+def publish(
+    script: EvalScriptArguments,
+    data: DataArguments,
+    after: Evaluation,
+    before: Evaluation | None,
+    counts: dict[str, int],
+) -> None:
+    """Write the report of what was measured, the model's card and trackers, and log the results."""
+    output = script.output
     if script.report:
         with extra("eval"):
             from twn_rl.evaluation.report.page import write_report
 
-        counts = {name: len(records) for name, records in splits.items()}
         facts, settings = report_facts(output, script.model, data, queries=counts)
         write_report(
             output / "report.html",
@@ -221,7 +235,7 @@ def measure_splits(
 def measure(
     script: EvalScriptArguments, splits: dict, path: str, modes: Sequence[str] | None
 ) -> Evaluation:
-    """Evaluate one model on every split."""
+    """Evaluate one model on every split, all processes together."""
     model = DualLoraModel.from_pretrained(path).to(join_processes().device)
     if modes is None:
         modes = default_modes(script, model.config, has_judge=model.judge(QUERY_SIDE) is not None)
@@ -238,6 +252,7 @@ def measure(
                 policy_threshold=script.policy_threshold,
                 seed=script.seed,
             ),
+            processes=join_processes(),
         )
         for name, records in splits.items()
     )

@@ -63,16 +63,16 @@ def main(script: PolicyScriptArguments, rule: ThresholdRule, data: DataArguments
     with owned_run(path):
         check_model(path)
         records = data.load(script.validation_split)  # pyright: ignore[reportArgumentType]
+        model = DualLoraModel.from_pretrained(path).to(join_processes().device)
+        save_run(path / FOLDER, script, rule, data)
+        settings = EvaluationSettings(
+            split=script.validation_split,
+            modes=("never", "always", MODE),
+            batch_size=script.batch_size,
+            seed=script.seed,
+        )
+        rows = evaluate(model, records, settings, processes=join_processes()).queries
         if join_processes().is_main_process:
-            model = DualLoraModel.from_pretrained(path).to(join_processes().device)
-            save_run(path / FOLDER, script, rule, data)
-            settings = EvaluationSettings(
-                split=script.validation_split,
-                modes=("never", "always", MODE),
-                batch_size=script.batch_size,
-                seed=script.seed,
-            )
-            rows = evaluate(model, records, settings).queries
             found = choose(routed_queries(rows, MODE)[script.validation_split], rule)
             write_thresholds(path / FOLDER, {MODE: found}, rule.metric)
             log_choice(MODE, found, rule.metric)

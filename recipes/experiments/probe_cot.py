@@ -56,21 +56,22 @@ def main(script: ProbeScriptArguments, data: DataArguments) -> Path:
     set_seed(script.seed)
     output = Path(script.output_dir or Path(script.model) / "probe_cot")
     splits = {name: data.load(name) for name in script.splits if data.has(name)}  # pyright: ignore[reportArgumentType]
-    if join_processes().is_main_process:
-        save_run(output, script, data)
-        model = DualLoraModel.from_pretrained(script.model).to(join_processes().device)
-        tables = []
-        for name, records in splits.items():
-            settings = EvaluationSettings(
-                split=name,
-                modes=MODES,
-                batch_size=script.batch_size,
-                max_think_tokens=script.max_think_tokens,
-                seed=script.seed,
-            )
-            result = evaluate(model, records, settings)
+    save_run(output, script, data)
+    model = DualLoraModel.from_pretrained(script.model).to(join_processes().device)
+    tables = []
+    for name, records in splits.items():
+        settings = EvaluationSettings(
+            split=name,
+            modes=MODES,
+            batch_size=script.batch_size,
+            max_think_tokens=script.max_think_tokens,
+            seed=script.seed,
+        )
+        result = evaluate(model, records, settings, processes=join_processes())
+        if join_processes().is_main_process:
             result.save(output / name)
-            tables.append(table(name, result.metrics))
+        tables.append(table(name, result.metrics))
+    if join_processes().is_main_process:
         write_text(output / "probe_cot.md", "\n".join(tables))
         print("\n".join(tables))
     join_processes().wait_for_everyone()

@@ -1,7 +1,4 @@
-"""Runs a model over records under every mode and ranks the positives.
-
-Runs in one process: give it an unwrapped model, and call it on the main process only.
-"""
+"""Runs a model over records under every mode and ranks the positives."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,6 +25,7 @@ from twn_rl.inference.options import ThinkMode
 from twn_rl.modeling.config import ThinkingDecision
 from twn_rl.modeling.gate import QUERY_SIDE
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.runtime.processes import Processes
 
 __all__ = ["EvaluationSettings", "evaluate"]
 
@@ -43,6 +41,8 @@ def evaluate(
     model: DualLoraModel,
     records: Sequence[Record],
     settings: EvaluationSettings | None = None,
+    *,
+    processes: Processes | None = None,
 ) -> Evaluation:
     """Return how well `model` retrieves each record's positive under every mode.
 
@@ -50,8 +50,11 @@ def evaluate(
         model: Unwrapped model; its training mode is restored afterwards.
         records: A `RecordSet`, or a list of records whose picture paths are absolute.
         settings: What to measure; defaults if None.
+        processes: Those that share the embedding: each of them must call this, with equal records
+            and settings, and all get the result. None embeds everything here.
 
     Raises:
+        RuntimeError: If another process failed.
         ValueError: For no records, an item that cannot be embedded, mode "auto" without gate or
             threshold, mode "auto_better" without judge, mode "latent" without reason
             tokens, or mode "policy" of a model whose policy does not decide.
@@ -59,17 +62,21 @@ def evaluate(
     settings = settings or EvaluationSettings()
     if not len(records):
         raise ValueError("records is empty; expected at least one; check the file and its filters")
-    return _Run(ThinkingEmbedder(model), list(records), settings).run()
+    return _Run(ThinkingEmbedder(model), list(records), settings, processes).run()
 
 
 class _Run:
     """One evaluation: targets are embedded once, queries are read once, at most twice."""
 
     def __init__(
-        self, embedder: ThinkingEmbedder, records: list[Record], settings: EvaluationSettings
+        self,
+        embedder: ThinkingEmbedder,
+        records: list[Record],
+        settings: EvaluationSettings,
+        processes: Processes | None,
     ) -> None:
         self.records, self.settings = records, settings
-        self.vectors = ModeVectors(embedder, records, settings)
+        self.vectors = ModeVectors(embedder, records, settings, processes)
         config = embedder.model.config
         own = {"gate": settings.gate_threshold, "policy": settings.policy_threshold}
         stored = {"gate": config.gate_threshold, "policy": config.policy_threshold}

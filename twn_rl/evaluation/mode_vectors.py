@@ -23,13 +23,15 @@ from twn_rl.evaluation.modes import (
     written_thoughts,
 )
 from twn_rl.evaluation.retrieval_pools import CandidateScope
+from twn_rl.inference.dealt_inputs import encode_dealt
 from twn_rl.inference.details import EncodeDetails
 from twn_rl.inference.embedder import ThinkingEmbedder
 from twn_rl.inference.inputs import InputError
-from twn_rl.inference.options import EncodeOptions, ThinkMode
+from twn_rl.inference.options import EncodeOptions, Side, ThinkMode
 from twn_rl.metrics.ranking import sampled_collapse
 from twn_rl.modeling.config import ThinkingDecision
 from twn_rl.runtime.problems import Problems
+from twn_rl.runtime.processes import Processes, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +122,14 @@ class ModeVectors:
     """
 
     def __init__(
-        self, embedder: ThinkingEmbedder, records: list[Record], settings: EvaluationSettings
+        self,
+        embedder: ThinkingEmbedder,
+        records: list[Record],
+        settings: EvaluationSettings,
+        processes: Processes | None = None,
     ) -> None:
         self.embedder, self.records, self.settings = embedder, records, settings
+        self.processes = processes
         self.queries: dict[str, Queries] = {}
         self.asked: dict[ThinkingDecision, EncodeDetails] = {}
         self.metrics: dict[str, float] = {}
@@ -157,7 +164,7 @@ class ModeVectors:
         """Return unit vectors (M, D) of all targets."""
         options = replace(self._options(name.replace("_", " ")), think=think)
         with _named([f"target {key}" for key in keys]):
-            found = self.embedder.encode_ways(items, {name: options}, side="document")
+            found = self._encode(items, {name: options}, side="document")
         self._note_collapse(name, found[name].embeddings)
         return found[name].embeddings
 
@@ -180,8 +187,17 @@ class ModeVectors:
         return EncodeOptions(
             batch_size=settings.batch_size,
             max_think_tokens=settings.max_think_tokens,
-            show_progress_bar=settings.show_progress_bar and f"{settings.split}: {title}",
+            show_progress_bar=(
+                settings.show_progress_bar
+                and is_main(self.processes)
+                and f"{settings.split}: {title}"
+            ),
         )
+
+    def _encode(
+        self, items: Sequence[Item], ways: Mapping[str, EncodeOptions], *, side: Side = "query"
+    ) -> dict[str, EncodeDetails]:
+        return encode_dealt(self.embedder, items, ways, side=side, processes=self.processes)
 
     def _embed(
         self,
@@ -208,13 +224,13 @@ class ModeVectors:
             asking = replace(options, think="auto", think_decision=decider, think_threshold=1.0)
             ways[decider] = asking
         with _named([f"query of record {record.id!r}" for record in self.records]):
-            found = self.embedder.encode_ways([record.query for record in self.records], ways)
+            found = self._encode([record.query for record in self.records], ways)
         self.asked |= {decider: found[decider] for decider in deciders}
         for mode in chosen:
             self.queries[mode] = queries = Queries.of(found[mode], given.get(mode))
             if any(queries.thoughts):
                 self._note_collapse(f"query_{mode}", queries.used())
-            else:
+            elif is_main(self.processes):
                 logger.warning("mode %r has no query with a thought to embed: left out", mode)
 
     def _note_collapse(self, name: str, embeds: NDArray[Any]) -> None:

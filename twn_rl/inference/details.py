@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -85,15 +85,14 @@ class EncodeDetails:
         )
 
     @classmethod
-    def joined(cls, parts: Sequence[EncodeDetails], empty: EncodeDetails) -> EncodeDetails:
+    def joined(cls, parts: Sequence[EncodeDetails]) -> EncodeDetails:
         """Return the details of several calls, whose vectors are arrays, as those of one call.
 
         Args:
-            parts: Details of consecutive inputs.
-            empty: Details of no inputs, for the form of the vectors if there are no parts.
+            parts: Details of consecutive inputs, at least one; it may be of none.
         """
         whole = cls.of(0)
-        whole.embeddings = np.concatenate([part.embeddings for part in (empty, *parts)])
+        whole.embeddings = np.concatenate([part.embeddings for part in parts])
         for part in parts:
             first = len(whole.thoughts)
             for name in _PER_INPUT:
@@ -106,6 +105,23 @@ class EncodeDetails:
             for name, seconds in part.timings.items():
                 whole.timings[name] = whole.timings.get(name, 0.0) + seconds
         return whole
+
+    def placed(self, places: Sequence[int]) -> EncodeDetails:
+        """Return the same details of a call that had its inputs in another order.
+
+        Args:
+            places: The place in that call of each input of this one.
+        """
+        order = np.argsort(places)
+        moved = {name: [getattr(self, name)[k] for k in order] for name in _PER_INPUT}
+        return replace(
+            self,
+            embeddings=self.embeddings[order],
+            fallbacks=sorted(places[position] for position in self.fallbacks),
+            truncated=sorted(places[position] for position in self.truncated),
+            errors={places[position]: text for position, text in self.errors.items()},
+            **moved,
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """Return a dict for each input: its "sentence_embedding" and its entry of each list."""
@@ -216,8 +232,7 @@ class Ledger:
             )
 
     def finish(self, options: EncodeOptions, *, is_single: bool, device: torch.device) -> None:
-        """Put all vectors into the form asked for, and log what went another way."""
-        self.details.log()
+        """Put all vectors into the form asked for."""
         self.details.embeddings = in_form(self.states, options, is_single=is_single, device=device)
         if options.return_details:
             shape = (-1, self.states.shape[1])

@@ -200,7 +200,12 @@ class ThinkingEmbedder(ServedModel):
         return self._encode(inputs, options.side, options)
 
     def encode_ways(
-        self, inputs: Any, ways: Mapping[str, EncodeOptions], *, side: Side = "query"
+        self,
+        inputs: Any,
+        ways: Mapping[str, EncodeOptions],
+        *,
+        side: Side = "query",
+        logs: bool = True,
     ) -> dict[str, EncodeDetails]:
         """Return the details of one list of inputs under several options, by their names.
 
@@ -212,6 +217,8 @@ class ThinkingEmbedder(ServedModel):
                 `max_think_tokens`, `on_bad_input`, `prompt` and `show_progress_bar`. They name
                 neither `device` nor `pool`.
             side: See `SidedOptions`.
+            logs: Log what went another way than asked for; whoever embeds parts of a call logs
+                that of the whole.
 
         Raises:
             InputError: For an input that cannot be embedded, with its position.
@@ -227,7 +234,10 @@ class ThinkingEmbedder(ServedModel):
                     "change these options"
                 )
         every = [replace(options, return_details=True) for options in completed]
-        return dict(zip(ways, self._details(inputs, side, every), strict=True))
+        found = dict(zip(ways, self._details(inputs, side, every), strict=True))
+        for details in found.values() if logs else ():
+            details.log()
+        return found
 
     def _encode(
         self, inputs: Any, side: Side, options: EncodeOptions, prompt_names: Sequence[str] = ()
@@ -238,6 +248,7 @@ class ThinkingEmbedder(ServedModel):
             details = encode_in_pool(self, values, side, options)
         else:
             (details,) = self._details(values, side, [options])
+        details.log()
         if options.return_details or options.output_value is not None:
             return details if options.return_details else details.embeddings
         rows = details.rows()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar, get_args
 
 import torch
@@ -180,6 +180,16 @@ class EncodeOptions:
     def is_ungated(self) -> bool:
         """Whether nothing is asked for that only a gate can answer."""
         return self.think_rate is None and self.think_threshold is None
+
+    def of_rows(self, rows: Sequence[int]) -> EncodeOptions:
+        """Return the options of some of a call's inputs: lists about single inputs are cut."""
+        think, seed = self.think, self.seed
+        if not isinstance(think, str):
+            entries = list(think)
+            think = [entries[row] for row in rows]
+        if isinstance(seed, Sequence):
+            seed = [seed[row] for row in rows]
+        return replace(self, think=think, seed=seed)
 
     def per_input(self, count: int) -> list[bool | GivenThought]:
         """Return for each of `count` inputs whether it writes a thought, or which it is given.

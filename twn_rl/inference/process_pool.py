@@ -20,6 +20,7 @@ from twn_rl.inference.details import EncodeDetails
 from twn_rl.inference.inputs import InputError, as_list, is_single
 from twn_rl.inference.options import EncodeOptions, Side
 from twn_rl.inference.vector_forms import as_asked
+from twn_rl.runtime.sharded_pass import shard_ranges
 
 if TYPE_CHECKING:
     from twn_rl.inference.embedder import ThinkingEmbedder
@@ -96,7 +97,7 @@ def encode_in_pool(
         convert_to_numpy=True, convert_to_tensor=False,
     )  # fmt: skip
     plain.per_input(len(values))  # says now what no process could tell
-    nothing = embedder.encode_ways([], {"": _cut(plain, 0, 0)}, side=side)[""]
+    nothing = embedder.encode_ways([], {"": plain.of_rows([])}, side=side)[""]
     pool = options.pool or start_pool(embedder, places if isinstance(places, list) else None)
     try:
         parts = _chunks(pool, values, side, plain, options)
@@ -108,7 +109,7 @@ def encode_in_pool(
     finally:
         if options.pool is None:
             pool.stop()
-    details = EncodeDetails.joined(parts, nothing)
+    details = EncodeDetails.joined([nothing, *parts])
     asked = {"options": options, "device": embedder.device}
     details.embeddings = as_asked(details.embeddings, is_single=is_single(inputs), **asked)
     details.thought_embeddings = [as_asked(rows, **asked) for rows in details.thought_embeddings]
@@ -121,29 +122,21 @@ def _chunks(
     """Return the details of consecutive chunks."""
     share = math.ceil(len(values) / len(pool.devices) / _CHUNKS_PER_PROCESS)
     size = options.chunk_size or max(1, min(share, _LARGEST_CHUNK))
-    starts = range(0, len(values), size)
+    chunks = shard_ranges(len(values), size)
     jobs = [
-        pool.executor.submit(_encode, values[start : start + size], side, _cut(plain, start, size))
-        for start in starts
+        pool.executor.submit(_encode, [values[row] for row in rows], side, plain.of_rows(rows))
+        for rows in chunks
     ]
     parts = []
     try:
         for job in tqdm(jobs, desc="chunks", disable=not options.show_progress_bar or None):
             parts.append(job.result())
     except InputError as error:
-        raise InputError(starts[len(parts)] + error.position, error.problem) from error
+        raise InputError(chunks[len(parts)][error.position], error.problem) from error
     finally:
         for job in jobs:
             job.cancel()
     return parts
-
-
-def _cut(options: EncodeOptions, start: int, size: int) -> EncodeOptions:
-    """Return the options of one chunk."""
-    own = slice(start, start + size)
-    think = options.think if isinstance(options.think, str) else list(options.think)[own]
-    seed = options.seed if isinstance(options.seed, int) else list(options.seed)[own]
-    return replace(options, think=think, seed=seed)
 
 
 # The embedder of this process.
@@ -158,4 +151,4 @@ def _settle(embedder: ThinkingEmbedder, places: Any, threads: int) -> None:
 
 def _encode(inputs: list[Any], side: Side, options: EncodeOptions) -> EncodeDetails:
     """Embed a chunk in this process."""
-    return _settled[0].encode_ways(inputs, {"only": options}, side=side)["only"]
+    return _settled[0].encode_ways(inputs, {"only": options}, side=side, logs=False)["only"]

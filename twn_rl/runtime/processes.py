@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -149,6 +149,30 @@ def gather_objects(mine: T) -> list[T]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine, group=RunProcesses._waiting)
     return everyone
+
+
+def on_all_processes(work: Callable[[], T]) -> list[T]:
+    """Return what `work` returned on each process, by process; a failure on one is raised on all.
+
+    Raises:
+        RuntimeError: If another process failed; on that one, its own exception.
+    """
+    problem: Exception | None = None
+    mine: tuple[T | None, str | None]
+    try:
+        mine = work(), None
+    except Exception as error:  # the others wait for this process: all must hear of it
+        problem, mine = error, (None, f"process {_rank()}: {error}")
+    everyone = gather_objects(mine)
+    if problem is not None:
+        raise problem
+    if failures := [failure for _, failure in everyone if failure is not None]:
+        raise RuntimeError("; ".join(failures))
+    return [cast(T, result) for result, _ in everyone]
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def gather_rows(mine: Tensor, counts: Sequence[int]) -> Tensor:

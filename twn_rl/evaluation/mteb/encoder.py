@@ -26,7 +26,6 @@ from twn_rl.evaluation.mteb.shares import (
     BATCHES_PER_CALL,
     assemble,
     chunk_rows,
-    on_all_processes,
     own_share,
     processes,
 )
@@ -36,6 +35,7 @@ from twn_rl.inference.inputs import InputError
 from twn_rl.inference.options import Side, ThinkMode
 from twn_rl.metrics.ranking import sampled_collapse
 from twn_rl.modeling.fingerprints import Fingerprints
+from twn_rl.runtime.processes import on_all_processes
 from twn_rl.runtime.whole_files import digest
 
 logger = logging.getLogger(__name__)

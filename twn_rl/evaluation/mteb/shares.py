@@ -6,7 +6,6 @@ many processes there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from torch import distributed
 from torch.utils.data import DataLoader, Subset
 
 from twn_rl.evaluation.usage import Usage
-from twn_rl.runtime.processes import gather_objects
 from twn_rl.runtime.sharded_pass import shard_ranges
 
 # Batches handed over in one call: inputs of like length meet, and thoughts are written together.
@@ -47,32 +45,6 @@ def own_share(inputs: DataLoader[Any]) -> DataLoader[Any]:
         collate_fn=inputs.collate_fn,
         num_workers=inputs.num_workers,
     )
-
-
-def on_all_processes(
-    work: Callable[[], tuple[NDArray[np.float32], Usage]],
-) -> list[tuple[NDArray[np.float32], Usage]]:
-    """Return what `work` returned on each process; a failure on one is raised on all.
-
-    Raises:
-        RuntimeError: If another process failed; on that one, its own exception.
-    """
-    rank, world = processes()
-    if world == 1:
-        return [work()]
-    mine: tuple[NDArray[np.float32], Usage] | str
-    problem: Exception | None = None
-    try:
-        mine = work()
-    except Exception as error:  # the others wait for this process: all must hear of it
-        problem, mine = error, f"process {rank}: {error}"
-    everyone = gather_objects(mine)
-    if problem is not None:
-        raise problem
-    failures = [part for part in everyone if isinstance(part, str)]
-    if failures:
-        raise RuntimeError("; ".join(failures))
-    return [part for part in everyone if not isinstance(part, str)]
 
 
 def assemble(
