@@ -298,7 +298,10 @@ def test_passes_under_a_launch_file_give_what_one_process_gives(
         assert len(metrics) > 20
         for name in [name for name in metrics if "seconds" in name]:
             del metrics[name]
-    assert measured[0] == measured[1]
+    # Both embed: which inputs share a batch differs, and with it the last bits of vectors.
+    environment = json.loads((together / "model/evaluation/environment.json").read_text("utf-8"))
+    assert environment["num_processes"] == 2
+    assert measured[1] == pytest.approx(measured[0], rel=1e-6)
     environment = json.loads((together / "model/gate/environment.json").read_text("utf-8"))
     assert environment["num_processes"] == 2
     assert environment["distributed_type"] == "DEEPSPEED"
