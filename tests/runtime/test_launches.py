@@ -301,7 +301,7 @@ def test_passes_under_a_launch_file_give_what_one_process_gives(
     # Both embed: which inputs share a batch differs, and with it the last bits of vectors.
     environment = json.loads((together / "model/evaluation/environment.json").read_text("utf-8"))
     assert environment["num_processes"] == 2
-    assert measured[1] == pytest.approx(measured[0], rel=1e-6)
+    assert measured[1] == pytest.approx(measured[0], rel=1e-6, abs=1e-6)
     environment = json.loads((together / "model/gate/environment.json").read_text("utf-8"))
     assert environment["num_processes"] == 2
     assert environment["distributed_type"] == "DEEPSPEED"

@@ -24,7 +24,8 @@ THOUGHTS = [
     "<think> zebra above it </think>",
     "<think> tree </think>",
 ]
-NEAR = {"rtol": 0, "atol": 2e-6}
+# Of unit vectors in float32: rounding is up to 2e-6 on an AMD EPYC, 2.5e-6 on an Intel Xeon.
+NEAR = {"rtol": 0, "atol": 5e-6}
 
 families = pytest.mark.parametrize("name", VISION_BACKBONES)
 interfaces = pytest.mark.parametrize("interface", ["reencode", "kv_detach", "shared_prefill"])
