@@ -7,7 +7,7 @@ import pytest
 
 from twn_rl import cli
 from twn_rl.cli import COMMANDS, RECIPES, main
-from twn_rl.cli.demo import MAX_THREADS, cpu_processes, stages, usual_threads
+from twn_rl.cli.demo import MAX_THREADS, stages, usual_threads
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,12 +83,3 @@ def test_the_demo_uses_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> Non
         assert usual_threads() == threads
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert usual_threads() is None
-
-
-def test_processes_share_what_only_reads_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
-    shared = [name for name in stages(Path(), None, None) if cpu_processes(name, 2) == 2]
-    assert shared == ["gate", "evaluation"]
-    assert cpu_processes("gate", None) == 1  # OMP_NUM_THREADS is set: one process, as before
-    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
-    assert cpu_processes("gate", 2) == 1

@@ -20,8 +20,6 @@ logger = logging.getLogger(__name__)
 LAUNCHER = ["--quiet", "--num_processes", "1", "--num_machines", "1"]
 LAUNCHER += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 MAX_THREADS = 4  # the model is small; measured are 1 and 2
-# Read records and train nothing: a process a thread is faster than threads at this size.
-SHARED_STAGES = ("gate", "evaluation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,9 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
     for number, (name, stage) in enumerate(named.items(), start=1):
         os.environ[STAGE_VARIABLE] = f"{number} of {len(named)}, {name}"
         logger.log(NOTICE, "Stage %s, %s so far", os.environ[STAGE_VARIABLE], so_far(started))
-        count = cpu_processes(name, arguments.threads)
-        threads = arguments.threads if count == 1 else 1
-        if not stage.run(LAUNCHER, is_shown=True, threads=threads, cpu_processes=count):
+        if not stage.run(LAUNCHER, is_shown=True, threads=arguments.threads):
             logger.log(NOTICE, "It had been run; to run it again, remove %s", stage.target)
             if name == "evaluation":
                 logger.log(NOTICE, "Report: %s", stage.target / "report.html")
@@ -65,15 +61,6 @@ def usual_threads() -> int | None:
     if "OMP_NUM_THREADS" in os.environ:
         return None
     return min(len(os.sched_getaffinity(0)), MAX_THREADS)
-
-
-def cpu_processes(stage: str, threads: int | None) -> int:
-    """Return how many processes share a stage, one thread each; on a GPU one has it alone."""
-    if stage not in SHARED_STAGES or threads is None:
-        return 1
-    import torch  # takes seconds, which `twn-rl --help` has not
-
-    return 1 if torch.accelerator.is_available() else threads
 
 
 def so_far(started: float) -> str:

@@ -97,12 +97,7 @@ class Stage:
         return self.target / BEGUN_FILE
 
     def run(
-        self,
-        launcher: Sequence[str],
-        *,
-        is_shown: bool = False,
-        threads: int | None = None,
-        cpu_processes: int = 1,
+        self, launcher: Sequence[str], *, is_shown: bool = False, threads: int | None = None
     ) -> bool:
         """Run the recipe to its end; return False if it had been run before.
 
@@ -110,7 +105,6 @@ class Stage:
             launcher: Arguments of accelerate launch.
             is_shown: Show what it prints instead of writing it to log.txt in its folder.
             threads: Threads of each process; None leaves them to torch.
-            cpu_processes: From 2 on, so many processes on the CPU, and `launcher` does not count.
 
         Raises:
             RuntimeError: If the recipe fails; the message ends with its log.
@@ -120,7 +114,7 @@ class Stage:
         self.target.mkdir(parents=True, exist_ok=True)
         for outdated in self.target.glob(f"*/{FINISHED_FILE}"):  # measured on what was there
             _outdate(outdated)
-        command = [sys.executable, "-m", *_launcher_words(launcher, cpu_processes)]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *map(packaged, launcher)]
         command += ["-m", f"twn_rl.recipes.{self.recipe}", *self.flags]
         started, basis, log = time.perf_counter(), self.basis, self.target / "log.txt"
         told = ["--overwrite_output_dir=true"] if self._trains_over(command) else []
@@ -183,14 +177,6 @@ class Stage:
             return ["other flags"]
         given = command[names.index(self.recipe) + 1 :]
         return [] if _by_flag(given) == _by_flag(self.flags) else ["other flags"]
-
-
-def _launcher_words(launcher: Sequence[str], cpu_processes: int) -> list[str]:
-    """Return what starts the processes of a stage; accelerate needs MPI for several on the CPU."""
-    if cpu_processes == 1:
-        return ["accelerate.commands.launch", *map(packaged, launcher)]
-    meeting = ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0"]
-    return ["torch.distributed.run", f"--nproc_per_node={cpu_processes}", *meeting]
 
 
 def _launch(command: Sequence[str], log: Path | None, threads: int | None) -> int:
