@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from twn_rl.evaluation.retrieval_pools import Candidates
 from twn_rl.metrics.arrays import Array
 from twn_rl.metrics.ranking import TIE_TOLERANCE, positive_ranks
+from twn_rl.runtime.sharded_pass import shard_ranges
 
 BLOCK_SIMILARITIES = 1 << 24  # 64 MiB of float32 at a time, however many candidates there are
 
@@ -41,7 +42,8 @@ def rank_in_pools(
     for pool, positions in _by_pool(candidates, rows):
         column_of = {row: column for column, row in enumerate(pool)}
         pool_targets = targets[np.array(pool)]
-        for block in _blocks(positions, block_similarities // len(pool)):
+        for part in shard_ranges(len(positions), max(1, block_similarities // len(pool))):
+            block = [positions[place] for place in part]
             similarities = embeds[np.array(block)] @ pool_targets.T
             owners = [rows[position] for position in block]
             positive = np.array([column_of[candidates.positive[row]] for row in owners])
@@ -66,12 +68,6 @@ def _by_pool(candidates: Candidates, rows: Sequence[int]) -> Iterator[tuple[list
         positions.setdefault(id(candidates.pools[row]), []).append(position)
     for own in positions.values():
         yield candidates.pools[rows[own[0]]], own
-
-
-def _blocks(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    size = max(1, size)
-    for start in range(0, len(positions), size):
-        yield positions[start : start + size]
 
 
 def _nearest(similarities: Array, positive: Array, count: int) -> Iterator[list[int]]:

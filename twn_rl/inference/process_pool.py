@@ -20,6 +20,7 @@ from twn_rl.inference.details import EncodeDetails
 from twn_rl.inference.inputs import InputError, as_list, is_single
 from twn_rl.inference.options import EncodeOptions, Side
 from twn_rl.inference.vector_forms import as_asked
+from twn_rl.runtime.sharded_pass import shard_ranges
 
 if TYPE_CHECKING:
     from twn_rl.inference.embedder import ThinkingEmbedder
@@ -121,8 +122,7 @@ def _chunks(
     """Return the details of consecutive chunks."""
     share = math.ceil(len(values) / len(pool.devices) / _CHUNKS_PER_PROCESS)
     size = options.chunk_size or max(1, min(share, _LARGEST_CHUNK))
-    every = range(len(values))
-    chunks = [every[start : start + size] for start in every[::size]]
+    chunks = shard_ranges(len(values), size)
     jobs = [
         pool.executor.submit(_encode, [values[row] for row in rows], side, plain.of_rows(rows))
         for rows in chunks
