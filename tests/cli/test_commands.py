@@ -74,6 +74,10 @@ def test_the_demo_has_five_stages_that_rest_on_each_other(tmp_path: Path) -> Non
     seeded = stages(tmp_path, None, 3, seed=5).values()
     assert all("--demo_seed=5" in stage.flags for stage in seeded)
     assert ["--seed=5" in stage.flags for stage in seeded] == [True, True, True, True, False]
+    assert not any("interface=" in flag for stage in every for flag in stage.flags)
+    made = stages(tmp_path, None, 3, interface="shared_prefill").values()
+    told = ["--interface=shared_prefill" in stage.flags for stage in made]
+    assert told == [True, False, False, False, False]  # the rest read it from the model
 
 
 def test_the_demo_uses_the_cores_at_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from twn_rl.launch.command_line import is_on, show_logs
 from twn_rl.launch.experiment import EVALUATION_FOLDER
 from twn_rl.launch.progress import STAGE_VARIABLE, clock
 from twn_rl.launch.stage import Stage
+from twn_rl.modeling.config import INTERFACES
 from twn_rl.runtime.log_levels import NOTICE
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, help="of the scenes, the adapters and the sampling")
     parser.add_argument(
+        "--interface", choices=INTERFACES, help="who reads what; shared_prefill takes least time"
+    )
+    parser.add_argument(
         "--threads",
         type=int,
         default=usual_threads(),
@@ -42,7 +46,13 @@ def run(arguments: argparse.Namespace) -> int:
     """Warm-start, reinforce, refit, fit the gate, evaluate; finished stages are kept."""
     show_logs(logging.INFO if is_on("--verbose") else NOTICE)
     started = time.perf_counter()
-    named = stages(arguments.output_dir, arguments.demo_scale, arguments.max_steps, arguments.seed)
+    named = stages(
+        arguments.output_dir,
+        arguments.demo_scale,
+        arguments.max_steps,
+        arguments.seed,
+        arguments.interface,
+    )
     for number, (name, stage) in enumerate(named.items(), start=1):
         os.environ[STAGE_VARIABLE] = f"{number} of {len(named)}, {name}"
         logger.log(NOTICE, "Stage %s, %s so far", os.environ[STAGE_VARIABLE], so_far(started))
@@ -69,14 +79,20 @@ def so_far(started: float) -> str:
 
 
 def stages(
-    output: Path, demo_scale: float | None, max_steps: int | None, seed: int | None = None
+    output: Path,
+    demo_scale: float | None,
+    max_steps: int | None,
+    seed: int | None = None,
+    interface: str | None = None,
 ) -> dict[str, Stage]:
     """Return what is run, by what a reader would call it."""
     sft, grpo, refit = output / "sft", output / "grpo", output / "refit"
     config = "recipes/configs/demo_{}.yaml"
     data = {"demo_dir": output / "data", "demo_scale": demo_scale, "demo_seed": seed}
     short = {"max_steps": max_steps, "seed": seed, **data}
-    warm_start = {"config": config.format("sft"), "output_dir": sft, **short}
+    # Later stages find the interface in the model.
+    own = {"config": config.format("sft"), "output_dir": sft, "interface": interface}
+    warm_start = {**own, **short}
     # The last stage evaluates, with the gate, too.
     rl = {"config": config.format("grpo"), "output_dir": grpo, "warm_start": sft, **short}
     read_again = {

@@ -154,13 +154,13 @@ class EncodeDetails:
             )
             logger.warning(
                 "%d of %d thoughts were truncated or malformed and left out; %d inputs keep their "
-                "no-think vector (positions %s)%s",
+                "no-think vector%s%s",
                 *(left_out, total, len(self.fallbacks), _first(self.fallbacks)),
                 hint if 2 * left_out > total else "",
             )
         if self.truncated:
             logger.warning(
-                "%d inputs were cut to max_seq_length (positions %s)",
+                "%d inputs were cut to max_seq_length%s",
                 *(len(self.truncated), _first(self.truncated)),
             )
         if self.errors:
@@ -188,7 +188,15 @@ _PER_INPUT = (
 
 
 def _first(positions: list[int]) -> str:
-    return ", ".join(map(str, sorted(positions)[:5])) + (", ..." if len(positions) > 5 else "")
+    """Return the first few positions as the end of a phrase, nothing if there are none.
+
+    >>> _first([2, 0]), _first([])
+    (' (positions 0, 2)', '')
+    """
+    if not positions:
+        return ""
+    more = ", ..." if len(positions) > 5 else ""
+    return f" (positions {', '.join(map(str, sorted(positions)[:5]))}{more})"
 
 
 class Ledger:
