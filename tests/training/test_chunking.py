@@ -8,10 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_records import picture_records
 from short_runs import SHORT_RUN, small_model
+from tiny_backbones import sharing_pictures
 
 from twn_rl.data.record import Item
 from twn_rl.modeling.adapters import set_trainable
 from twn_rl.modeling.config import LoraSettings
+from twn_rl.modeling.model import DualLoraModel
 from twn_rl.training.chunking import PATCHES_PER_TOKEN, Chunks, join_prompts, num_patches, pack
 from twn_rl.training.latent import LatentConfig
 from twn_rl.training.sft import SftConfig, SftTrainer
@@ -124,3 +126,45 @@ def test_with_dropout_the_gradient_is_that_of_one_graph_through_all_chunks(tmp_p
     assert float(loss) == pytest.approx(float(reference.detach()), rel=1e-6)
     for parameter, gradient in zip(found, wanted, strict=True):
         torch.testing.assert_close(parameter, gradient, rtol=1e-4, atol=1e-5)
+
+
+@sharing_pictures
+@pytest.mark.parametrize("chunk_tokens", [None, 60])
+def test_a_step_with_thoughts_of_its_own_encodes_no_picture_twice(
+    tmp_path: Any, chunk_tokens: int | None
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    records = picture_records(folder)
+    seen: dict[float, list[int]] = {}
+    found: dict[float, float] = {}
+    for share in (0.0, 1.0):
+        args = SftConfig(
+            output_dir=str(tmp_path / "run"),
+            per_device_train_batch_size=6,
+            max_steps=1,
+            self_written_from=0.0,
+            self_written_share=share,
+            contrastive_chunk_tokens=chunk_tokens,
+            **SHORT_RUN,
+        )
+        trainer: Any = SftTrainer(small_model(max_think_tokens=6), args, records)
+        seen[share] = count_pictures(trainer.dual_model)
+        found[share] = trainer.train().training_loss
+        logged = trainer.state.log_history[0]
+        assert ("self_written_malformed_ratio" in logged) == bool(share)
+    pictures = {item.images for record in records for item in (record.query, record.positive)}
+    crops = 5  # Idefics3's processor makes of each: a view of all of it, and four parts
+    assert sum(seen[1.0]) == sum(seen[0.0]) == crops * len(pictures - {()})
+    assert found[1.0] != found[0.0]
+
+
+def count_pictures(model: DualLoraModel) -> list[int]:
+    """Return a list that grows by the crops of every run of the vision tower."""
+    seen: list[int] = []
+    inner: Any = model.backbone.inner_model
+    inner.vision_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(next(iter((*args, *kwargs.values()))))),
+        with_kwargs=True,
+    )
+    return seen

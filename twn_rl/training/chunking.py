@@ -6,7 +6,7 @@ Knows token tensors only: no losses, no trainers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,20 +34,24 @@ class Chunk:
         prompt: Prompts of these rows, as from `DualLoraModel.collate`.
         completions: Name -> `completion_ids`, `completion_mask` (n, C) of these rows, or what else
             belongs to them.
-        is_encoded: Whether the prompts' pictures are features already.
     """
 
     rows: Tensor
     prompt: dict[str, Any]
     completions: dict[str, dict[str, Tensor]]
-    is_encoded: bool = False
 
 
 @dataclass
 class Chunks:
-    """All chunks of a batch by kind; the kinds go through the model in this order."""
+    """All chunks of a batch.
+
+    Attributes:
+        kinds: The chunks by kind; the kinds go through the model in this order.
+        encoded: The kinds whose pictures are features already.
+    """
 
     kinds: dict[str, list[Chunk]]
+    encoded: set[str] = field(default_factory=set)
 
 
 def pack(

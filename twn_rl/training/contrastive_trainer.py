@@ -184,13 +184,13 @@ class ContrastiveTrainer(Trainer):
         inputs = cast(Batch, self._prepare_inputs(inputs))
         self._begin_step(inputs)
         call: Any = model if self.is_deepspeed_enabled else self.model  # DDP: `_one_reduction`
-        plan = self._in_step(inputs["chunks"])
+        for kind in inputs["chunks"].kinds:
+            self._encode(inputs["chunks"], kind)
+        plan = self._in_step(inputs["chunks"].kinds)
         dice: list[_Dice] = []
         found: Tensors = {}
         with torch.no_grad(), self.compute_loss_context_manager():
             for kind, chunk, weight in plan:
-                if not weight:
-                    encode_images(self.dual_model.backbone, {})  # as the others do, under ZeRO-3
                 parts = self._on_device(chunk)
                 dice.append(_Dice(self.args.device))
                 arguments = self._chunk_call(kind, *parts, inputs, is_second=False)
@@ -236,26 +236,36 @@ class ContrastiveTrainer(Trainer):
         losses = {name: part.detach() for name, part in parts.items()}
         return losses, dict(zip(leaves, found, strict=True))
 
-    def _on_device(self, chunk: Chunk) -> tuple[Batch, dict[str, Tensors]]:
-        """Return a chunk's prompts and completions; pictures are encoded once for both phases.
+    def _encode(self, chunks: Chunks, kind: str) -> None:
+        """Encode the pictures of a kind, once for all that read them in this step.
 
         Features wait on the host: at a million picture tokens of a 2B model they are 4 GB.
         """
-        prompt, written = send_to_device((chunk.prompt, chunk.completions), self.args.device)
-        prompt: Any = encode_images(self.dual_model.backbone, prompt)
-        if not chunk.is_encoded:
-            kept: Any = send_to_device(prompt, "cpu")
-            chunk.prompt, chunk.is_encoded = kept, True
-        return prompt, written
+        if kind in chunks.encoded:
+            return
+        chunks.encoded.add(kind)
+        for _, chunk, weight in self._in_step({kind: chunks.kinds[kind]}):
+            # Those that have fewer chunks encode as the others do, under ZeRO-3.
+            prompt: Any = send_to_device(chunk.prompt if weight else {}, self.args.device)
+            with self.compute_loss_context_manager():
+                prompt = encode_images(self.dual_model.backbone, prompt)
+            if weight:
+                kept: Any = send_to_device(prompt, "cpu")
+                chunk.prompt = kept
 
-    def _in_step(self, chunks: Chunks) -> list[tuple[str, Chunk, float]]:
+    def _on_device(self, chunk: Chunk) -> tuple[Batch, dict[str, Tensors]]:
+        """Return a chunk's prompts and completions."""
+        parts: Any = send_to_device((chunk.prompt, chunk.completions), self.args.device)
+        return parts
+
+    def _in_step(self, kinds: Mapping[str, list[Chunk]]) -> list[tuple[str, Chunk, float]]:
         """Return (kind, chunk, weight) in the order that all processes go through."""
-        counts = torch.tensor([len(own) for own in chunks.kinds.values()], device=self.args.device)
+        counts = torch.tensor([len(own) for own in kinds.values()], device=self.args.device)
         if self.accelerator.num_processes > 1:
             dist.all_reduce(counts, op=dist.ReduceOp.MAX)
         return [
             (kind, own[number] if number < len(own) else own[0], float(number < len(own)))
-            for (kind, own), count in zip(chunks.kinds.items(), counts.tolist(), strict=True)
+            for (kind, own), count in zip(kinds.items(), counts.tolist(), strict=True)
             for number in range(count)
         ]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twn_rl.data.record import Record
 from twn_rl.modeling.model import DualLoraModel
+from twn_rl.modeling.vision import encode_images
 from twn_rl.training.adapter_trainer import AdapterCheckpoints
 from twn_rl.training.chunking import Chunk
 from twn_rl.training.contrastive_trainer import Batch, ContrastiveTrainer, Tensors
@@ -124,20 +125,18 @@ class SftTrainer(AdapterCheckpoints, ContrastiveTrainer):
         All processes take part in the same gathers, also those without a target CoT.
         """
         done, chunks = self._done, inputs.get("chunks")
-        queries = [(inputs.get("query"), inputs)]
-        if chunks is not None:
-            queries = [(chunk.prompt, chunk.completions) for chunk in chunks.kinds["query"]]
         inputs["only_taught"] = done < self.args.contrastive_from
         if not inputs["only_taught"]:
             if self._is_self_written(done):
-                self._write_thoughts(queries)
+                self._write_thoughts(inputs)
                 if self.args.think_without_cot:
                     inputs["has_cot"] = torch.ones_like(inputs["has_cot"])
             inputs["is_thinking"] = gather_with_grad(inputs["has_cot"].long()).bool()
             inputs["targets_think"] = bool(gather_with_grad(inputs["has_target_cot"]).any())
         elif chunks is not None:
             del chunks.kinds["target"]
-        masks = [written["taught"]["completion_mask"].sum() for _, written in queries]
+        queries = [inputs] if chunks is None else [c.completions for c in chunks.kinds["query"]]
+        masks = [written["taught"]["completion_mask"].sum() for written in queries]
         count = torch.stack(masks).sum().float().to(self.args.device)
         total: Any = self.accelerator.reduce(count, reduction="sum")
         inputs["token_count"] = total.clamp(min=1)
@@ -217,12 +216,18 @@ class SftTrainer(AdapterCheckpoints, ContrastiveTrainer):
         die = random.Random(f"{self.args.seed}/{self.state.global_step}").random()
         return die < self.args.self_written_share
 
-    def _write_thoughts(self, queries: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+    def _write_thoughts(self, inputs: Batch) -> None:
         """Let the reasoning adapter write the CoTs of the prompts (greedy) in place of those given.
 
-        Malformed thoughts become no-think.
+        Malformed thoughts become no-think. Pictures are encoded here for the rest of the step, too.
         """
-        model, device = self.dual_model, self.args.device
+        model, device, chunks = self.dual_model, self.args.device, inputs.get("chunks")
+        if chunks is None:
+            inputs["query"] = encode_images(model.backbone, inputs["query"])
+            queries = [(inputs["query"], inputs)]
+        else:
+            self._encode(chunks, "query")
+            queries = [(chunk.prompt, chunk.completions) for chunk in chunks.kinds["query"]]
         with self.whole_model():
             written = [model.reason(send_to_device(prompt, device)) for prompt, _ in queries]
         usable = [[model.completion_for_embedding(ids) for ids in rows] for rows in written]
