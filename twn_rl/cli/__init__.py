@@ -32,7 +32,7 @@ from twn_rl.launch.source_settings import PACKAGE
 
 # Command -> (module of this package, one line of help). `twn-rl --help` must not load torch.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("demo", "train and measure the embedded default, 14 to 19 minutes on two cores"),
+    "demo": ("demo", "train and measure the embedded default, 14 to 20 minutes on two cores"),
     "encode": ("encode", "embed the items of a file into a file of vectors"),
     "search": ("search", "find the nearest vectors of one file to those of another"),
     "serve": ("serve", "answer OpenAI's embeddings requests over HTTP, thinking where it helps"),

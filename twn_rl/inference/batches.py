@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -27,9 +27,16 @@ def in_batches(items: Sequence[Item | None], batch_size: int) -> Iterator[dict[i
 
 
 def collate_usable(
-    backbone: Backbone, renderer: Renderer, items: Mapping[int, Item], limits: PromptLimits
+    backbone: Backbone,
+    renderer: Renderer,
+    items: Mapping[int, Item],
+    limits: PromptLimits,
+    *,
+    open_item: Callable[[Item], Item] | None = None,
 ) -> tuple[dict[str, Tensor], dict[int, Item], list[InputError]]:
     """Return a batch whose prompts fit; only texts are cut, at their ends, never image tokens.
+
+    `open_item` stands in for `limits.open` where pictures have been opened before.
 
     Returns:
         The batch; its items as they were embedded; and one error for each that is left out: a
@@ -39,7 +46,8 @@ def collate_usable(
     errors: list[InputError] = []
     while items:
         try:
-            batch, fitted = fit_prompts(backbone, renderer, list(items.values()), limits)
+            values = list(items.values())
+            batch, fitted = fit_prompts(backbone, renderer, values, limits, open_item=open_item)
         except ValueError:
             refused = [_problem(backbone, renderer, *row, limits) for row in items.items()]
             found = [error for error in refused if error is not None]

@@ -7,7 +7,7 @@ wait, with what was read of them, until a batch of them is full, whatever batche
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from twn_rl.data.record import Item
 from twn_rl.inference.batches import collate_usable, in_batches
 from twn_rl.inference.details import Ledger, timed
+from twn_rl.inference.opened_ahead import OpenedAhead
 from twn_rl.inference.shortlist import Shortlist
 from twn_rl.inference.thought_pool import Chunk
 from twn_rl.inference.way import Way
@@ -44,6 +45,7 @@ class ReadingPass:
             limits: What texts are cut and pictures are scaled to.
         """
         self.model, self.items, self.ways, self.limits = model, items, ways, limits
+        self.pictures = OpenedAhead(limits)
         options = ways[0].options
         self.batch_size, show = options.batch_size, options.show_progress_bar
         self.title = show if isinstance(show, str) else "embedding"
@@ -57,7 +59,8 @@ class ReadingPass:
     def run(self) -> None:
         """Embed everything."""
         with timed("total", (), self._ledgers()), self.model.session():
-            for items in self._batches(self.items, self.title):
+            ahead = self.pictures.batches(in_batches(self.items, self.batch_size))
+            for items in self._shown(ahead, self.items, self.title):
                 self._embed(items)
             for way in self.ways:
                 if way.shortlist is not None:
@@ -67,10 +70,12 @@ class ReadingPass:
     def _ledgers(self, ways: Sequence[Way] | None = None) -> list[Ledger]:
         return [way.ledger for way in (self.ways if ways is None else ways)]
 
-    def _batches(self, items: Sequence[Item | None], title: str) -> Iterator[dict[int, Item]]:
+    def _shown(
+        self, batches: Iterable[dict[int, Item]], items: Sequence[Item | None], title: str
+    ) -> Iterator[dict[int, Item]]:
         total = sum(item is not None for item in items)
         with tqdm(desc=title, total=total, disable=self.is_quiet or None) as bar:
-            for batch in in_batches(items, self.batch_size):
+            for batch in batches:
                 yield batch
                 bar.update(len(batch))
 
@@ -106,7 +111,9 @@ class ReadingPass:
         ledgers = self._ledgers(ways)
         with timed("preprocess", list(items), ledgers):
             parts = self.model.backbone, self.model.renderer
-            batch, fitted, errors = collate_usable(*parts, items, self.limits)
+            batch, fitted, errors = collate_usable(
+                *parts, items, self.limits, open_item=self.pictures.open
+            )
         for ledger in ledgers:
             for error in errors:
                 ledger.refuse(error)
@@ -142,7 +149,7 @@ class ReadingPass:
         """Let everyone on the list think, and read those again of whom nothing could be kept."""
         listed = set(shortlist.positions())
         chosen = [item if position in listed else None for position, item in enumerate(self.items)]
-        for items in self._batches(chosen, "thinking"):
+        for items in self._shown(in_batches(chosen, self.batch_size), chosen, "thinking"):
             again: dict[int, Item] = {}
             for position, item in items.items():
                 chunk = shortlist.pop(position)

@@ -1,7 +1,7 @@
 """Items and completions -> padded tensors, with one processor call."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,12 +50,20 @@ def fit_item(backbone: Backbone, renderer: Renderer, item: Item, limits: PromptL
 
 
 def fit_prompts(
-    backbone: Backbone, renderer: Renderer, items: Sequence[Item], limits: PromptLimits
+    backbone: Backbone,
+    renderer: Renderer,
+    items: Sequence[Item],
+    limits: PromptLimits,
+    *,
+    open_item: Callable[[Item], Item] | None = None,
 ) -> tuple[dict[str, Tensor], list[Item]]:
-    """Return the prompts of items within the limits, and those items."""
+    """Return the prompts of items within the limits, and those items.
+
+    `open_item` stands in for `limits.open` where pictures have been opened before.
+    """
     if not items:
         raise ValueError("items is empty; expected at least one item; skip empty batches")
-    fitted = [limits.open(item) for item in items]
+    fitted = [(open_item or limits.open)(item) for item in items]
     batch = collate_opened(backbone, renderer, fitted)
     lengths = batch["attention_mask"].sum(1).tolist()
     too_long = [row for row, tokens in enumerate(lengths) if limits.is_too_long(tokens)]

@@ -7,6 +7,7 @@ the same prompt. `collator` applies the limits; content keys are of the item bef
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -20,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _COUNTED = ("prompts", "cut_texts", "pictures", "resized_pictures")
 _SHOWN_CHARACTERS = 60
+_ADDING = threading.Lock()
 
 
 class PromptLengthError(ValueError):
@@ -50,9 +52,12 @@ class LimitCounts:
         self._totals = torch.zeros(len(_COUNTED), dtype=torch.long).share_memory_()
         self._taken = self._totals.clone()
 
-    def add(self, name: str, count: int = 1) -> None:
-        """Count prompts, cut_texts, pictures or resized_pictures."""
-        self._totals[_COUNTED.index(name)] += count
+    def add(self, name: str, count: int = 1) -> int:
+        """Count prompts, cut_texts, pictures or resized_pictures; return how many were before."""
+        with _ADDING:  # pictures are opened on several threads
+            before = int(self._totals[_COUNTED.index(name)])
+            self._totals[_COUNTED.index(name)] += count
+        return before
 
     def totals(self) -> dict[str, int]:
         """Return `prompts`, `cut_texts`, `pictures` and `resized_pictures` since the beginning."""
@@ -104,14 +109,12 @@ class PromptLimits:
         image = open_image(source)
         fitted = shrink_image(image, self.max_image_pixels)
         self.counts.add("pictures")
-        if fitted is not image:
-            if not self.counts.totals()["resized_pictures"]:
-                logger.warning(
-                    "a picture of %d x %d pixels is shown as %d x %d: max_image_pixels = %s; later "
-                    "ones are counted only",
-                    *(*image.size, *fitted.size, self.max_image_pixels),
-                )
-            self.counts.add("resized_pictures")
+        if fitted is not image and not self.counts.add("resized_pictures"):
+            logger.warning(
+                "a picture of %d x %d pixels is shown as %d x %d: max_image_pixels = %s; later "
+                "ones are counted only",
+                *(*image.size, *fitted.size, self.max_image_pixels),
+            )
         return fitted
 
     def is_too_long(self, tokens: int) -> bool:
