@@ -40,6 +40,7 @@ SHORTER: dict[str, list[str]] = {
     "recipes/experiments/probe_cot.py": [*_DEMO, "--splits", "test"],
     "benchmarks/interfaces.py": ["--batch_size", "2", "--repeats", "1"],
     "benchmarks/encode.py": [*_DEMO, "--queries", "4", "--repeats", "1"],
+    "benchmarks/pictures.py": ["--pictures", "2", "--megapixels", "0.1", "--repeats", "1"],
     "benchmarks/targets.py": ["--sizes", "2000", "--width", "32", "--repeats", "1"],
     "benchmarks/reward_cost.py": [
         *(*_DEMO, "--tiny", "true", "--queries", "2", "--tokens", "4"),
